@@ -1,0 +1,51 @@
+# `make` alone lists the targets.
+
+# The Python that runs everything. Given on the command line (make serve MODEL=... PYTHON=python3) it is used as it is,
+# for instance on a GPU host with SGLang installed; otherwise `make setup` provides the CPU engine's.
+PYTHON = .venv/bin/python
+BOOTSTRAP_PYTHON ?= python3
+BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
+ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve models test test-fast lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with SGLang on the CPU engine (a few minutes; nothing to do the second time)
+	@$(BOOTSTRAP_PYTHON) tests/cpu_engine/setup_env.py
+
+demo: $(ENVIRONMENT) ## compressed against stock SGLang on a tiny vision model, with a table of figures
+	$(PYTHON) -m benchmarks.demo
+
+serve: require-model $(ENVIRONMENT) ## serve MODEL=path with compression; ARGS="..." go to SGLang; PYTHON=python3 on a GPU host
+	$(PYTHON) -m benchmarks.serve --model-path $(MODEL) $(ARGS)
+
+.PHONY: require-model
+require-model:
+	@test -n "$(MODEL)" || { echo "make serve: say which model, for instance: make serve MODEL=path/to/model" >&2; exit 2; }
+
+models: $(ENVIRONMENT) ## write the tiny random-weight models of the tests to .models/
+	$(PYTHON) -m benchmarks.models.make_models
+
+test: $(ENVIRONMENT) ## all tests: the fast ones first, then those that start SGLang servers
+	$(PYTHON) -m pytest $(ARGS)
+
+test-fast: $(ENVIRONMENT) ## the tests that start no server and take less than ten seconds each
+	$(PYTHON) -m pytest -m "not server and not slow" $(ARGS)
+
+lint: $(ENVIRONMENT) ## ruff, mypy and the import rules
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(BIN)lint-imports --no-logo
+
+format: $(ENVIRONMENT) ## let ruff fix and format the code
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean: ## delete what builds, tests and demos left behind; .venv stays
+	rm -rf build dist .cache .models logs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf *.egg-info tests/cpu_engine/compat/build tests/cpu_engine/compat/*.egg-info
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

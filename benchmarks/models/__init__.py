@@ -1,0 +1,1 @@
+"""Small checkpoints that the benchmarks and tests serve."""

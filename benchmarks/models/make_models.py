@@ -1,0 +1,316 @@
+"""Make tiny random-weight checkpoints, without any download.
+
+Run ``python -m benchmarks.models.make_models [OUT_DIR] [NAME ...]``. Each checkpoint is a folder that SGLang and
+transformers load as they load a published model: weights, tokenizer, chat template and, for the vision ones, image and
+video processor.
+
+The scales are chosen so that the models behave like models: logits spread by about 3, and the attention scores of the
+KV heads of a layer spread by different amounts (`HEAD_SPREADS`), so that some heads look sparse and others diffuse for
+the same prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_DIR = Path(__file__).resolve().parents[2] / ".models"
+STAMP = "made_by.json"
+MAX_POSITIONS = 32768
+VOCAB_TARGET = 1024
+LOGIT_STD = 3.0
+HEAD_SPREADS = (0.5, 1.5, 3.0, 9.0)
+"""Standard deviation of the attention scores, one value per KV head; rotated by one head from layer to layer."""
+
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. ",
+    "Describe the image in one sentence, please. What happens in the video?",
+    "You are a helpful assistant.",
+    "user assistant system",
+    "0 1 2 3 4 5 6 7 8 9 the cat sat on a mat with a hat",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' or 'video' in part or 'video_url' in part %}"
+    "<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shape of one checkpoint. The group size is `num_q_heads / num_kv_heads`."""
+
+    family: str
+    num_q_heads: int = 8
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    num_layers: int = 4
+    seed: int = 0
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_q_heads * self.head_dim
+
+
+SPECS = {
+    "tiny-qwen2_5_vl": ModelSpec("qwen2_5_vl"),
+    "tiny-qwen2_5_vl-g7": ModelSpec("qwen2_5_vl", num_q_heads=28, seed=1),
+    "tiny-qwen2_5_vl-d128": ModelSpec("qwen2_5_vl", num_q_heads=4, num_kv_heads=2, head_dim=128, seed=2),
+    "tiny-qwen2": ModelSpec("qwen2", seed=3),
+    "tiny-llama": ModelSpec("llama", seed=4),
+}
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_TARGET - len(SPECIAL_TOKENS),
+        special_tokens=[],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    raw.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL_TOKENS,
+        model_max_length=MAX_POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _text_config(spec: ModelSpec, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": 512,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_q_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+    }
+
+
+def _vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    half = spec.head_dim // 2
+    temporal = half // 4
+    mrope = [temporal, (half - temporal) // 2, (half - temporal) // 2]
+    return Qwen2_5_VLConfig(
+        text_config={
+            **_text_config(spec, tokenizer),
+            "rope_parameters": {"rope_type": "default", "mrope_section": mrope, "rope_theta": 1e6},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "in_channels": 3,
+            "out_hidden_size": spec.hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "hidden_act": "silu",
+        },
+        **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")},
+        **{
+            f"vision_{edge}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{edge}|>")
+            for edge in ("start", "end")
+        },
+        tie_word_embeddings=False,
+    )
+
+
+def _build(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    if spec.family == "qwen2_5_vl":
+        return Qwen2_5_VLForConditionalGeneration(_vl_config(spec, tokenizer))
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    if spec.family == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**_text_config(spec, tokenizer), **rope))
+    return LlamaForCausalLM(LlamaConfig(**_text_config(spec, tokenizer), **rope))
+
+
+def _initialise(model: Any, spec: ModelSpec) -> None:
+    """Draw every weight anew: unit gain, so that each block answers its input and not only its bias."""
+    import torch
+
+    generator = torch.Generator().manual_seed(spec.seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if weight.ndim >= 2:
+                std = 1.0 if "embed_tokens" in name else 1.0 / math.sqrt(weight[0].numel())
+                weight.normal_(0.0, LOGIT_STD * std if "lm_head" in name else std, generator=generator)
+            elif name.endswith("bias"):
+                weight.normal_(0.0, 0.2, generator=generator)
+        _spread_heads(model, spec)
+
+
+def _spread_heads(model: Any, spec: ModelSpec) -> None:
+    """Scale the key weights of each KV head so that its scores spread by its value of `HEAD_SPREADS`.
+
+    Queries and keys have unit variance, so a score (q . k / sqrt(D)) does too before this factor.
+    """
+    text = getattr(model.model, "language_model", model.model)
+    for layer_id, layer in enumerate(text.layers):
+        key = layer.self_attn.k_proj
+        for kv_head in range(spec.num_kv_heads):
+            spread = HEAD_SPREADS[(kv_head * len(HEAD_SPREADS) // spec.num_kv_heads + layer_id) % len(HEAD_SPREADS)]
+            rows = slice(kv_head * spec.head_dim, (kv_head + 1) * spec.head_dim)
+            key.weight[rows] *= spread
+            if key.bias is not None:
+                key.bias[rows] *= spread
+
+
+def _save_processors(folder: Path) -> None:
+    pixels = {
+        "min_pixels": 4 * 784,
+        "max_pixels": 4096 * 784,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    }
+    sizes = {"size": {"shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
+    colours = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+    shared = {"processor_class": "Qwen2_5_VLProcessor", **pixels, **sizes, **colours}
+    image = {"image_processor_type": "Qwen2VLImageProcessor", **shared}
+    video = {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "min_frames": 4,
+        "max_frames": 768,
+        "fps": 2.0,
+        "do_sample_frames": False,
+        **shared,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=1))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
+
+
+def _save(model: Any, tokenizer: Any, spec: ModelSpec, folder: Path) -> None:
+    import torch
+
+    model.generation_config.do_sample = False
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Named explicitly: else transformers loads the model family's tokenizer class, which rewrites the pre-tokenizer.
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
+    if spec.family == "qwen2_5_vl":
+        config["processor_class"] = "Qwen2_5_VLProcessor"
+        _save_processors(folder)
+    path.write_text(json.dumps(config, indent=1))
+
+
+def _stamp(name: str) -> dict[str, str]:
+    import transformers
+
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return {"model": name, "recipe": recipe, "transformers": transformers.__version__}
+
+
+def make_model(name: str, out_dir: Path = DEFAULT_DIR) -> Path:
+    """Make one checkpoint unless it is there already, and return its folder.
+
+    Parameters
+    ----------
+    name : str
+        A key of `SPECS`.
+    out_dir : Path
+        Parent folder. The checkpoint appears in one rename, so processes may call this at the same time.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown.
+    """
+    if name not in SPECS:
+        raise ValueError(f"model: expected one of {', '.join(SPECS)}, got {name!r}")
+    folder, stamp = out_dir / name, _stamp(name)
+    if (folder / STAMP).is_file() and json.loads((folder / STAMP).read_text()) == stamp:
+        return folder
+    out_dir.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out_dir))
+    try:
+        spec, tokenizer = SPECS[name], _tokenizer()
+        model = _build(spec, tokenizer)
+        _initialise(model, spec)
+        _save(model, tokenizer, spec, scratch)
+        (scratch / STAMP).write_text(json.dumps(stamp))
+        scratch.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / STAMP).is_file():  # else another process made it meanwhile
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def make_models(names: Sequence[str] = tuple(SPECS), out_dir: Path = DEFAULT_DIR) -> dict[str, Path]:
+    """Make several checkpoints; see `make_model`."""
+    return {name: make_model(name, out_dir) for name in names}
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("out_dir", nargs="?", type=Path, default=DEFAULT_DIR)
+    parser.add_argument("names", nargs="*", help=f"any of: {', '.join(SPECS)} (default: all)")
+    args = parser.parse_args()
+    for name, folder in make_models(args.names or tuple(SPECS), args.out_dir).items():
+        print(f"{name}: {folder}")
+
+
+if __name__ == "__main__":
+    main()

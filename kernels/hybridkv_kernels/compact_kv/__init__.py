@@ -1,0 +1,36 @@
+"""Copy the kept rows of a prompt to their head pages."""
+
+import torch
+
+from hybridkv_kernels import checks
+from hybridkv_kernels.compact_kv import naive
+
+
+def compact_kv(k: torch.Tensor, v: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Copy rows src[i] to rows dst[i] of the pool, in place, for keys and values.
+
+    Parameters
+    ----------
+    k, v : [rows, D], bf16 | fp16 | fp32, contiguous. One row per (layer, token slot, KV head): row
+        (layer * slots + slot) * H + head of the pool, which is row `head_page * P + i` of its head-page view.
+    src, dst : [M], int64, same device. Absolute rows; disjoint; dst without repeats.
+
+    Raises
+    ------
+    ValueError
+        Shape, dtype, device or stride differs.
+
+    Notes
+    -----
+    Ownership: src rows stay intact; the caller frees them. No sync. Cost: 4 * M * D * itemsize bytes of traffic.
+    """
+    for name, tensor in (("k", k), ("v", v)):
+        checks.check_shape(name, tensor, (k.shape[0], None))
+        checks.check_dtype(name, tensor, checks.FLOATS)
+        checks.check_contiguous(name, tensor)
+    for name, rows in (("src", src), ("dst", dst)):
+        checks.check_shape(name, rows, (src.shape[0],))
+        checks.check_dtype(name, rows, (torch.int64,))
+        if rows.device != k.device:
+            raise ValueError(f"{name}: expected device {k.device} like k, got {rows.device}")
+    naive.compact_kv(k, v, src, dst)

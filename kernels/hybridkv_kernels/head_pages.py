@@ -1,0 +1,125 @@
+"""Where a head page lies: the arithmetic between a request's pages and the pool, and the table that carries it.
+
+A page of P tokens is, in every layer, P x H x D contiguous elements of K and of V. A page that belongs to one
+compressed request is read as L x H *head pages* of P rows of one KV head. A request's n pages therefore hold
+n * L * H head pages, which it hands to its heads in one linear order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPageLayout:
+    """Shape of a pool that keeps all layers of K (and of V) in one tensor [L, pages_per_layer * P, H, D]."""
+
+    num_layers: int
+    num_kv_heads: int
+    pages_per_layer: int
+    page_size: int
+
+    @property
+    def head_pages_per_page(self) -> int:
+        """L * H: head pages that one page of a request provides."""
+        return self.num_layers * self.num_kv_heads
+
+    def head_page_ids(self, pages: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+        """Rows of the pool's head-page view for the `linear` indices of a request.
+
+        Parameters
+        ----------
+        pages : [n], integer. The request's pages, in its own order.
+        linear : [...], integer, in [0, n * L * H).
+
+        Returns
+        -------
+        [...], int64, in [0, L * pages_per_layer * H).
+        """
+        linear = linear.to(torch.int64)
+        inside = linear % self.head_pages_per_page
+        page = pages.to(torch.int64)[linear // self.head_pages_per_page]
+        layer_idx, kv_head = inside // self.num_kv_heads, inside % self.num_kv_heads
+        return (layer_idx * self.pages_per_layer + page) * self.num_kv_heads + kv_head
+
+    def host_page_ids(self, host_pages: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+        """The same for the host store, whose pages keep their L * H head pages side by side."""
+        linear = linear.to(torch.int64)
+        page = host_pages.to(torch.int64)[linear // self.head_pages_per_page]
+        return page * self.head_pages_per_page + linear % self.head_pages_per_page
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadPageViews:
+    """One pool's memory as the kernels see it; the pool owns it.
+
+    Attributes
+    ----------
+    k_flat, v_flat : [L * slots * H, D]. Row (layer * slots + slot) * H + head.
+    k_pages, v_pages : [M, P, D], the same memory; M = L * pages_per_layer * H.
+    chunk_of_head_page : [M], int32. Residency map: the chunk a dynamic head's buffer page holds.
+    """
+
+    layout: HeadPageLayout
+    k_flat: torch.Tensor
+    v_flat: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    chunk_of_head_page: torch.Tensor
+
+    def token_rows(self, layer_idx: torch.Tensor, slots: torch.Tensor, kv_head: torch.Tensor) -> torch.Tensor:
+        """Rows of k_flat for token `slots`; the three broadcast against each other."""
+        slots_per_layer = self.layout.pages_per_layer * self.layout.page_size
+        return (layer_idx * slots_per_layer + slots) * self.layout.num_kv_heads + kv_head
+
+
+class HeadPageTable:
+    """What the forward knows of each request row's compressed prompt, as persistent tensors indexed by that row.
+
+    `bind` and `clear` belong to the scheduler, `num_head_pages` and what follows to the forward that compresses.
+    A row with `num_pages` 0 is dense; row 0 is padding and never bound.
+
+    Attributes
+    ----------
+    pages : [R, max_pages], int32. The request's pages in its linear order.
+    num_pages, covered, num_chunks : [R], int32. Pages held; prompt tokens they stand for; those in chunks.
+    first_head_page, num_head_pages : [R, L, H], int32. Linear index and number of a head's kept or buffer pages.
+    is_dynamic : [R, L, H], bool. first_summary_page : [R, L, H], int32, linear; dynamic heads only.
+    host_pages : [R, max_host_pages], int32. host_rank : [R, L, H], int32. Place of a dynamic head in the host store:
+        its chunk c is linear index host_rank * num_chunks + c of the request's host pages.
+    """
+
+    def __init__(self, num_rows: int, max_pages: int, max_host_pages: int, layout: HeadPageLayout, device):
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        heads = (num_rows, layout.num_layers, layout.num_kv_heads)
+        self.layout = layout
+        self.pages, self.host_pages = zeros(num_rows, max_pages), zeros(num_rows, max_host_pages)
+        self.num_pages, self.covered, self.num_chunks = zeros(num_rows), zeros(num_rows), zeros(num_rows)
+        self.first_head_page, self.num_head_pages = zeros(*heads), zeros(*heads)
+        self.first_summary_page, self.host_rank = zeros(*heads), zeros(*heads)
+        self.is_dynamic = zeros(*heads, dtype=torch.bool)
+
+    def bind(self, row: int, pages: torch.Tensor, host_pages: torch.Tensor, covered: int) -> None:
+        """Give `row` its pages before the forward that compresses it is launched; heads are empty until then."""
+        self.pages[row, : len(pages)] = pages.to(torch.int32)
+        self.host_pages[row, : len(host_pages)] = host_pages.to(torch.int32)
+        self.covered[row], self.num_chunks[row] = covered, covered // self.layout.page_size
+        self.num_head_pages[row] = 0
+        self.num_pages[row] = len(pages)
+
+    def clear(self, row: int) -> None:
+        """Make `row` dense again."""
+        self.num_pages[row] = 0
+        self.covered[row] = 0
+        self.num_chunks[row] = 0
+        self.num_head_pages[row] = 0
+        self.is_dynamic[row] = False
+
+    def clear_all(self) -> None:
+        """Make every row dense."""
+        for tensor in (self.num_pages, self.covered, self.num_chunks, self.num_head_pages, self.is_dynamic):
+            tensor.zero_()

@@ -1,0 +1,57 @@
+"""Observe a prompt: attention of its last queries, per KV head."""
+
+import torch
+
+from hybridkv_kernels import checks
+from hybridkv_kernels.score_heads import naive
+
+STATISTICS = ("sparsity", "top_mass", "hit_cv")
+
+
+def score_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scaling: float,
+    statistic: str = "sparsity",
+    sparsity_fraction: float = 0.01,
+    mass_fraction: float = 0.9,
+    chunk_size: int = 16,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Statistic and salience of each KV head of one layer, from the last W queries of a prompt.
+
+    Parameters
+    ----------
+    q : [W, H * G, D], bf16 | fp16 | fp32. Queries after RoPE of the last W prompt tokens, in order.
+    k : [N, H, D], same dtype and device. Keys after RoPE of the whole prompt, W <= N.
+    scaling : factor of q . k before the softmax.
+    statistic : "sparsity" | "top_mass" | "hit_cv". In [0, 1]; high means: few, stable tokens.
+    sparsity_fraction, mass_fraction, chunk_size : parameters of the statistics; see `naive`.
+
+    Returns
+    -------
+    statistic : [H], fp32.
+    salience : [H, N], fp32. Probability of each key, averaged over the rows and the group.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype, device or name is not as above.
+
+    Notes
+    -----
+    Cost: reads q and k once; W * H * G * N fp32 of scratch. Source: METHOD 1 (HybridKV, arXiv 2604.05887; the
+    sparsity is VL-Cache's, per head; "hit_cv" is CateKV's).
+    """
+    checks.check_shape("k", k, (None, None, None))
+    num_tokens, num_kv_heads, head_dim = k.shape
+    checks.check_dtype("k", k, checks.FLOATS)
+    checks.check_same("q", q, "k", k)
+    checks.check_shape("q", q, (None, None, head_dim))
+    if q.shape[1] % num_kv_heads or not 1 <= q.shape[0] <= num_tokens:
+        raise ValueError(
+            f"q: expected 1..{num_tokens} rows of a multiple of {num_kv_heads} heads, got {list(q.shape)}"
+        )
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}")
+    return naive.score_heads(q, k, scaling, statistic, sparsity_fraction, mass_fraction, chunk_size)

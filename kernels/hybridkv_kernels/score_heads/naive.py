@@ -1,0 +1,71 @@
+"""Readable reference of `score_heads`."""
+
+import torch
+
+_HIT_LEVEL = 0.6  # CateKV: a key is hit when it lies above vmin + 0.6 (vmax - vmin) of its row
+_HIT_QUANTILES = (0.005, 0.995)
+
+
+def score_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scaling: float,
+    statistic: str,
+    sparsity_fraction: float,
+    mass_fraction: float,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Statistic [H] and salience [H, N]; arguments as the public function's."""
+    probs, causal = observed_attention(q, k, scaling)
+    if statistic == "sparsity":
+        value = sparsity(probs, causal, sparsity_fraction)
+    elif statistic == "top_mass":
+        value = top_mass(probs, causal, mass_fraction)
+    else:
+        value = hit_cv(probs, causal, chunk_size)
+    return value, probs.mean(dim=1)
+
+
+def observed_attention(q: torch.Tensor, k: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [H, W, N] averaged over the group, and the causal mask [W, N]."""
+    num_rows, num_tokens, num_kv_heads = q.shape[0], k.shape[0], k.shape[1]
+    q_HGWD = q.float().view(num_rows, num_kv_heads, -1, q.shape[-1]).permute(1, 2, 0, 3)
+    logits = q_HGWD @ k.float().permute(1, 2, 0).unsqueeze(1) * scaling
+    positions = torch.arange(num_tokens, device=k.device)
+    causal = positions <= positions[num_tokens - num_rows :, None]
+    return logits.masked_fill(~causal, float("-inf")).softmax(dim=-1).mean(dim=1), causal
+
+
+def sparsity(probs: torch.Tensor, causal: torch.Tensor, fraction: float) -> torch.Tensor:
+    """[H]: share of causal (row, key) pairs below `fraction` of the row's largest probability."""
+    below = (probs < fraction * probs.amax(dim=-1, keepdim=True)) & causal
+    return below.sum(dim=(1, 2)).float() / causal.sum()
+
+
+def top_mass(probs: torch.Tensor, causal: torch.Tensor, mass: float) -> torch.Tensor:
+    """[H]: 1 - the share of keys that hold `mass` of a row's probability, mean over rows."""
+    ordered = probs.sort(dim=-1, descending=True).values
+    needed = (ordered.cumsum(dim=-1) < mass).sum(dim=-1) + 1
+    share = needed.float() / causal.sum(dim=-1)
+    return (1.0 - share.clamp(max=1.0)).mean(dim=-1)
+
+
+def hit_cv(probs: torch.Tensor, causal: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """[H]: cv / (1 + cv), where cv is the coefficient of variation over chunks of the rows that hit a chunk.
+
+    A head whose rows all hit the same few chunks has a high variation: it is stable. The map to [0, 1) is ours.
+    """
+    num_kv_heads, num_rows, num_tokens = probs.shape
+    low, high = (_quantile(probs, fraction) for fraction in _HIT_QUANTILES)
+    hits = (probs >= low + _HIT_LEVEL * (high - low)) & causal & (probs > 0)
+    pad = -num_tokens % chunk_size
+    chunks = torch.nn.functional.pad(hits, (0, pad)).view(num_kv_heads, num_rows, -1, chunk_size)
+    rows_per_chunk = chunks.any(dim=-1).sum(dim=1).float()
+    cv = rows_per_chunk.std(dim=-1, correction=0) / rows_per_chunk.mean(dim=-1).clamp(min=1e-9)
+    return cv / (1.0 + cv)
+
+
+def _quantile(probs: torch.Tensor, fraction: float) -> torch.Tensor:
+    """[H, W, 1]: nearest-rank quantile of each row (torch.quantile refuses long rows)."""
+    rank = min(max(round(fraction * (probs.shape[-1] - 1)), 0), probs.shape[-1] - 1)
+    return probs.sort(dim=-1).values[..., rank : rank + 1]

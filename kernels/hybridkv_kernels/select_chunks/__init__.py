@@ -1,0 +1,84 @@
+"""Summaries of a dynamic head's chunks, and the exact choice of its top chunks for one query."""
+
+import torch
+
+from hybridkv_kernels import checks
+from hybridkv_kernels.select_chunks import naive
+
+CHUNK_SCORES = ("mean_max", "mean_mean", "quest", "arkvale")
+
+
+def summarize_chunks(k: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """Vectors that stand for each chunk of keys.
+
+    Parameters
+    ----------
+    k : [E, C, P, D], bf16 | fp16 | fp32. Keys after RoPE, E heads, C chunks of P tokens.
+    chunk_score : "mean_max" | "mean_mean" (one vector: the mean) | "quest" | "arkvale" (minimum and maximum).
+
+    Returns
+    -------
+    [E, C, 1 or 2, D], dtype of k.
+    """
+    checks.check_shape("k", k, (None, None, None, None))
+    checks.check_dtype("k", k, checks.FLOATS)
+    _check_score(chunk_score)
+    return naive.summarize_chunks(k, chunk_score)
+
+
+def select_chunks(
+    q: torch.Tensor,
+    summaries: torch.Tensor,
+    num_selected: torch.Tensor,
+    *,
+    num_sink_chunks: int,
+    num_recent_chunks: int,
+    chunk_score: str,
+) -> torch.Tensor:
+    """Chunks that a query attends to, exactly num_selected[e] for head e.
+
+    Parameters
+    ----------
+    q : [E, G, D], bf16 | fp16 | fp32. One query group per dynamic head, after RoPE.
+    summaries : [E, C, 1 or 2, D], same dtype. From `summarize_chunks` with the same `chunk_score`.
+    num_selected : [E], integer, in [1, C].
+    num_sink_chunks, num_recent_chunks : first and last chunks that win over every score, sinks before recent;
+        at least one place is left to the score where num_selected allows.
+    chunk_score : "mean_max" | "mean_mean" | "quest" | "arkvale".
+
+    Returns
+    -------
+    [E, C], bool. True where the chunk is chosen; ties go to the earlier chunk.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype, device or name is not as above.
+
+    Notes
+    -----
+    Cost: reads q and the summaries once. Source: METHOD 4; Quest (arXiv 2406.10774), ArkVale (NeurIPS 2024).
+    """
+    checks.check_shape("q", q, (None, None, None))
+    checks.check_dtype("q", q, checks.FLOATS)
+    num_heads, _, head_dim = q.shape
+    _check_score(chunk_score)
+    checks.check_shape("summaries", summaries, (num_heads, None, 1 if chunk_score.startswith("mean") else 2, head_dim))
+    checks.check_same("summaries", summaries, "q", q)
+    checks.check_shape("num_selected", num_selected, (num_heads,))
+    return naive.select_chunks(q, summaries, num_selected, num_sink_chunks, num_recent_chunks, chunk_score)
+
+
+def forced_chunks(num_chunks: int, num_selected: torch.Tensor, num_sink_chunks: int, num_recent_chunks: int):
+    """[E, C], bool: chunks that are resident whatever the query; at most num_selected - 1 (but 1 of 1) of a head."""
+    return naive.forced_chunks(num_chunks, num_selected, num_sink_chunks, num_recent_chunks)
+
+
+def top_chunks(scores: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor:
+    """[E, C], bool: the num_selected[e] largest of scores [E, C]; ties go to the earlier chunk."""
+    return naive.top_by_score(scores, num_selected)
+
+
+def _check_score(chunk_score: str) -> None:
+    if chunk_score not in CHUNK_SCORES:
+        raise ValueError(f"chunk_score: expected one of {', '.join(CHUNK_SCORES)}, got {chunk_score!r}")

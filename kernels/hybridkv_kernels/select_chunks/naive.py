@@ -1,0 +1,58 @@
+"""Readable reference of `summarize_chunks` and `select_chunks`."""
+
+import torch
+
+
+def summarize_chunks(k: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """Mean, or minimum and maximum, over the P tokens of each chunk."""
+    if chunk_score.startswith("mean"):
+        return k.float().mean(dim=2, keepdim=True).to(k.dtype)
+    return torch.stack((k.amin(dim=2), k.amax(dim=2)), dim=2)
+
+
+def select_chunks(
+    q: torch.Tensor,
+    summaries: torch.Tensor,
+    num_selected: torch.Tensor,
+    num_sink_chunks: int,
+    num_recent_chunks: int,
+    chunk_score: str,
+) -> torch.Tensor:
+    """Mask [E, C] of the chosen chunks; arguments as the public function's."""
+    scores = score_chunks(q.float(), summaries.float(), chunk_score)
+    forced = forced_chunks(summaries.shape[1], num_selected, num_sink_chunks, num_recent_chunks)
+    return top_by_score(scores.masked_fill(forced, float("inf")), num_selected)
+
+
+def score_chunks(q: torch.Tensor, summaries: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """[E, C], fp32: how much the query group may want each chunk."""
+    if chunk_score == "quest":  # upper bound of q . k over the box of the chunk's keys
+        low, high = summaries.unbind(dim=2)
+        per_query = q.clamp(min=0) @ high.transpose(1, 2) + q.clamp(max=0) @ low.transpose(1, 2)
+        return per_query.amax(dim=1)
+    if chunk_score == "arkvale":  # centre of the box plus half its extent seen from the query
+        low, high = summaries.unbind(dim=2)
+        centre, extent = (high + low) / 2, (high - low).norm(dim=-1) / 2
+        per_query = q @ centre.transpose(1, 2) + q.norm(dim=-1, keepdim=True) * extent.unsqueeze(1) / 2
+        return per_query.amax(dim=1)
+    per_query = q @ summaries.squeeze(2).transpose(1, 2)
+    return per_query.amax(dim=1) if chunk_score == "mean_max" else per_query.mean(dim=1)
+
+
+def forced_chunks(
+    num_chunks: int, num_selected: torch.Tensor, num_sink_chunks: int, num_recent_chunks: int
+) -> torch.Tensor:
+    """Sinks first, then the most recent, as many as leave one place to the score."""
+    chunks = torch.arange(num_chunks, device=num_selected.device)
+    places = (num_selected - 1).clamp(min=1)
+    num_sinks = places.clamp(max=num_sink_chunks)
+    num_recent = (places - num_sinks).clamp(max=num_recent_chunks)
+    return (chunks < num_sinks[:, None]) | (chunks >= num_chunks - num_recent[:, None])
+
+
+def top_by_score(scores: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor:
+    """Mask of the num_selected[e] largest entries of each row; ties go to the earlier column."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, places)
+    return rank < num_selected[:, None]

@@ -1,0 +1,53 @@
+"""SGLang builds its KV pool and allocator here; with a compressor it builds ours."""
+
+from hybridkv_patches.hook import Hook
+from sglang_hybridkv.srt import settings
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+
+
+def build_pool(original, configurator, **kwargs):
+    """The same pool, with all layers in one tensor."""
+    if settings.active() is not None:
+        from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+
+        kwargs["mha_pool_class"] = HybridTokenToKVPool
+    return original(configurator, **kwargs)
+
+
+def build_allocator(original, configurator, **kwargs):
+    """The same allocator as one that knows of compressed pages, and the state it shares with the pool."""
+    stock = original(configurator, **kwargs)
+    active = settings.active()
+    if active is None:
+        return stock
+    from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+
+    from sglang_hybridkv.srt.allocator import HybridAllocator
+    from sglang_hybridkv.srt.compression import Compression
+
+    if type(stock) is not PagedTokenToKVPoolAllocator:
+        raise RuntimeError(f"--kv-compressor needs SGLang's paged allocator, got {type(stock).__name__}")
+    pool = stock.get_kvcache()
+    ours = HybridAllocator(stock.size, stock.page_size, stock.dtype, stock.device, pool, stock.need_sort)
+    num_rows, max_context = kwargs["req_to_token_pool"].req_to_token.shape
+    Compression(active, pool, ours, num_rows, max_context)
+    return ours
+
+
+HOOKS = (
+    Hook(
+        target=f"{_CONFIGURATOR}._build_mha_kv_pool",
+        kind="around",
+        function=build_pool,
+        why="the pool class is chosen inside the configurator, by no flag",
+        until="SGLang lets a plugin name the pool class",
+    ),
+    Hook(
+        target=f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator",
+        kind="around",
+        function=build_allocator,
+        why="the allocator class is chosen inside the configurator, by no flag",
+        until="SGLang lets a plugin name the allocator class",
+    ),
+)

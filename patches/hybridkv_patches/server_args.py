@@ -1,0 +1,206 @@
+"""``--kv-compressor`` and its knobs on SGLang's command line, and what they do to the server's arguments."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from hybridkv_patches.hook import PLUGIN, Hook
+from sglang_hybridkv.compressors import NONE, compressor_names, get_compressor
+from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, parse_config
+from sglang_hybridkv.srt import refusals
+from sglang_hybridkv.srt import settings as settings_module
+from sglang_hybridkv.srt.settings import Settings
+
+FLAG = "--kv-compressor"
+# Rides on ServerArgs next to the settings: how its owner wants to hear about a refusal.
+_FROM_CLI = "_hybridkv_from_cli"
+
+
+def add_flags(_result: Any, parser: Any) -> None:
+    """AFTER ServerArgs.add_cli_args: plain store actions, which SGLang's YAML ``--config`` file understands too."""
+    defaults = CompressorConfig()
+    group = parser.add_argument_group("KV cache compression (sglang-hybridkv)")
+    group.add_argument(
+        FLAG,
+        type=_compressor_name,
+        choices=[NONE, *compressor_names()],
+        default=NONE,
+        help="Compress the KV cache of running requests with this method. Default: none, which leaves SGLang as it is.",
+    )
+    group.add_argument(
+        BUDGET_FLAG,
+        metavar="FRACTION",
+        help="Fraction of a prompt's KV rows that stays in device memory, above 0 and at most 1; 1 keeps every row. "
+        f"Default: {defaults.budget}.",
+    )
+    group.add_argument(
+        CONFIG_FLAG,
+        metavar="JSON|@FILE",
+        help="Settings of the compressor: a JSON object, or @ and the path of a file that holds one. Fields, with "
+        f"defaults: {_field_help()}",
+    )
+
+
+def take_flags(original: Any, cls: Any, namespace: Any) -> Any:
+    """AROUND ServerArgs.from_cli_args: validate the flags and stash them; a bad value exits with one sentence."""
+    try:
+        settings = make_settings(
+            getattr(namespace, "kv_compressor", None),
+            getattr(namespace, "kv_compressor_budget", None),
+            getattr(namespace, "kv_compressor_config", None),
+        )
+        if settings is not None:
+            namespace.page_size = claim_page_size(getattr(namespace, "page_size", None), settings.config)
+    except ValueError as error:
+        _exit(str(error))
+    server_args = original(cls, namespace)
+    if settings is not None:
+        settings_module.stash(server_args, settings)
+        setattr(server_args, _FROM_CLI, True)
+    return server_args
+
+
+def check_published(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE runtime_context.publish, in every process: refuse what cannot work, then install all other hooks.
+
+    SGLang's launchers, engines and schedulers all publish their configuration before they build anything.
+    """
+    settings = settings_module.settings_of(server_args)
+    if settings is None:
+        return
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+
+    from hybridkv_patches import activate
+
+    server_args.resolve_once()
+    try:
+        refusals.check_server_args(resolving_view(server_args), settings)
+        refusals.check_model(model_config_of(server_args), settings)
+        activate()
+    except (ValueError, RuntimeError) as error:
+        refuse(server_args, error)
+
+
+def refuse(server_args: Any, error: Exception) -> NoReturn:
+    """End a server that was started on the command line with one sentence; raise `error` into a Python caller."""
+    if getattr(server_args, _FROM_CLI, False):
+        _exit(str(error))
+    raise error
+
+
+def make_settings(name: Any, budget: Any, config: Any) -> Settings | None:
+    """Validated settings from the three knobs as the user gave them; None when compression is off.
+
+    Raises
+    ------
+    ValueError
+        One sentence: a bad value, knobs without a compressor, or an SGLang that cannot be hooked.
+    """
+    if name is None or name == NONE:
+        given = [flag for flag, value in ((BUDGET_FLAG, budget), (CONFIG_FLAG, config)) if value is not None]
+        if given:
+            names = "|".join(compressor_names())
+            raise ValueError(f"{' and '.join(given)} would change nothing without {FLAG} {names}; add it")
+        return None
+    get_compressor(name)
+    settings = Settings(name, parse_config(config, budget=_number(budget)))
+    from hybridkv_patches import startup_fault
+
+    fault = startup_fault()
+    if fault is not None:
+        raise ValueError(fault)
+    return settings
+
+
+def claim_page_size(page_size: int | None, config: CompressorConfig) -> int:
+    """The page size that the server must have; ValueError when the user asked for another one."""
+    if page_size is not None and page_size != config.page_size:
+        raise ValueError(
+            f"--page-size {page_size} differs from page_size {config.page_size} of {CONFIG_FLAG}; make them equal"
+        )
+    return config.page_size
+
+
+def register_resolution() -> None:
+    """Choose the attention backend of a CPU server before SGLang does, where the user left it open."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    register_resolution_hook("handle_cpu_backends")(_choose_cpu_backend)
+
+
+def _choose_cpu_backend(server_args: Any, previous: Any) -> None:
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    view = resolving_view(server_args)
+    is_open = view.device == "cpu" and view.attention_backend is None
+    if is_open and settings_module.settings_of(server_args) is not None:
+        declare_resolution(server_args, PLUGIN, attention_backend=refusals.CPU_BACKEND)
+    previous(server_args)
+
+
+def _compressor_name(text: str) -> str:
+    """Argparse type: argparse's own answer would be SGLang's usage, hundreds of lines, before the sentence."""
+    if text == NONE:
+        return text
+    try:
+        get_compressor(text)
+    except ValueError as error:
+        _exit(str(error))
+    # Checked here as well as in `make_settings`, which nobody would call if from_cli_args is not hooked.
+    from hybridkv_patches import startup_fault
+
+    fault = startup_fault()
+    if fault is not None:
+        _exit(fault)
+    return text
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _field_help() -> str:
+    fields = CompressorConfig.model_fields.items()
+    # Argparse formats help texts with %.
+    text = "; ".join(f"{name} ({field.default!r}): {field.description}" for name, field in fields)
+    return text.replace("%", "%%") + "."
+
+
+def _exit(sentence: str) -> NoReturn:
+    print(f"sglang: error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+FLAG_HOOKS = (
+    Hook(
+        target="sglang.srt.server_args.ServerArgs.add_cli_args",
+        kind="after",
+        function=add_flags,
+        why="SGLang has no way for a plugin to declare a flag",
+        until="plugins can add server arguments",
+    ),
+)
+HOOKS = (
+    *FLAG_HOOKS,
+    Hook(
+        target="sglang.srt.server_args.ServerArgs.from_cli_args",
+        kind="around",
+        function=take_flags,
+        why="the parsed flags are dropped unless they are fields of ServerArgs",
+        until="plugins can add server arguments",
+    ),
+    Hook(
+        target="sglang.srt.runtime_context.publish",
+        kind="before",
+        function=check_published,
+        why="launcher, sglang.Engine and scheduler process all pass here, and only here, with resolved arguments",
+        until="plugins are told the resolved arguments",
+    ),
+)

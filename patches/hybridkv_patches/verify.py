@@ -1,0 +1,90 @@
+"""The scheduler's side of the handshake: after its start, everything that compresses must be ours."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hybridkv_patches.engine import REPORT_KEY
+from hybridkv_patches.hook import Hook
+from sglang_hybridkv.srt import settings as settings_module
+from sglang_hybridkv.srt.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_MIN_DTYPE_BYTES = 2  # of a key's or value's element; smaller ones need scales that compression does not carry
+
+
+def check_scheduler(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER Scheduler.__init__: RuntimeError, one sentence, unless hooks, pool, allocator, tree, backend are ours."""
+    settings = settings_module.active()
+    if settings is None:
+        return
+    from hybridkv_patches import hooks_fault
+
+    fault = hooks_fault() or parts_fault(scheduler)
+    if fault is not None:
+        logger.error(fault)
+        raise RuntimeError(fault)
+    logger.info(_summary(scheduler, settings))
+
+
+def parts_fault(scheduler: Any) -> str | None:
+    """Sentence that names the parts of `scheduler` that are SGLang's own; None when all are ours."""
+    from sglang_hybridkv.srt.allocator import HybridAllocator
+    from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
+    from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+    from sglang_hybridkv.srt.radix_cache import HybridRadixCache
+
+    allocator = scheduler.token_to_kv_pool_allocator
+    parts = {
+        "KV pool": (allocator.get_kvcache(), HybridTokenToKVPool),
+        "KV allocator": (allocator, HybridAllocator),
+        "radix cache": (scheduler.tree_cache, HybridRadixCache),
+        "attention backend": (scheduler.tp_worker.model_runner.attn_backend, HybridAttnMixin),
+    }
+    foreign = [f"{name} ({type(part).__name__})" for name, (part, ours) in parts.items() if not isinstance(part, ours)]
+    if foreign:
+        return f"--kv-compressor is set but SGLang kept its own {', '.join(foreign)}"
+    dtype = allocator.get_kvcache().dtype
+    if not (dtype.is_floating_point and dtype.itemsize >= _MIN_DTYPE_BYTES):
+        # "auto" follows the checkpoint, which the table of refused flags cannot see.
+        return f"--kv-compressor cannot work on a KV cache of {dtype}; use --kv-cache-dtype bfloat16"
+    return None
+
+
+def report(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | None:
+    """AFTER Scheduler.get_init_info: tell the launcher that this scheduler compresses."""
+    settings = settings_module.active()
+    if settings is None:
+        return None
+    config = settings.config
+    return {**result, REPORT_KEY: {"name": settings.name, "budget": config.budget, "page_size": config.page_size}}
+
+
+def _summary(scheduler: Any, settings: Settings) -> str:
+    config = settings.config
+    store = scheduler.token_to_kv_pool_allocator.get_kvcache().compression.store
+    return (
+        f"KV compression is active: {settings.name}, budget {config.budget}, page size {config.page_size} tokens, "
+        f"attention backend {type(scheduler.tp_worker.model_runner.attn_backend).__name__}, "
+        f"host store {store.num_pages * store.page_bytes} bytes"
+    )
+
+
+HOOKS = (
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.__init__",
+        kind="after",
+        function=check_scheduler,
+        why="SGLang swallows every failure of a hook; a server that lost one would run uncompressed",
+        until="SGLang ends a process whose hook was not applied",
+    ),
+    Hook(
+        target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
+        kind="after",
+        function=report,
+        why="the launcher must see a positive sign from the process that compresses",
+        until="SGLang ends a process whose plugin failed to load",
+    ),
+)

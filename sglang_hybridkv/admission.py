@@ -1,0 +1,72 @@
+"""Compressed or dense: decided from lengths alone, before a request is admitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
+
+
+class DenseReason(enum.StrEnum):
+    """Why a request is served without compression; the values are part of the HTTP answer."""
+
+    PROMPT_TOO_SHORT = "prompt_too_short"
+    NO_DECODE = "no_decode"
+    BUDGET_BELOW_FLOOR = "budget_below_floor"
+    SAVES_NOTHING = "saves_nothing"
+    POOL_TOO_SMALL = "pool_too_small"
+    NO_FREE_PAGES = "no_free_pages"
+    HOST_STORE_FULL = "host_store_full"
+    TOO_FEW_OBSERVATION_ROWS = "too_few_observation_rows"
+    NOT_PREFILLED = "not_prefilled"
+
+
+EXPLANATIONS = {
+    DenseReason.PROMPT_TOO_SHORT: "the prompt has fewer than min_prompt_tokens tokens",
+    DenseReason.NO_DECODE: "at most one token is generated, so nothing would read the compressed cache",
+    DenseReason.BUDGET_BELOW_FLOOR: "the budget is below min_head_pages pages for every head",
+    DenseReason.SAVES_NOTHING: "budget and chunk summaries together take as many pages as the prompt",
+    DenseReason.POOL_TOO_SMALL: "the prompt and its compressed pages never fit the KV pool together",
+    DenseReason.NO_FREE_PAGES: "no free pages beside the prompt, even after eviction",
+    DenseReason.HOST_STORE_FULL: "the host store has no room for its rows; raise host_store_bytes",
+    DenseReason.TOO_FEW_OBSERVATION_ROWS: "a prefix hit left fewer than min_observation_rows queries to compute",
+    DenseReason.NOT_PREFILLED: "the request ended before its prompt was processed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolShape:
+    """What admission has to know of the KV pool."""
+
+    page_size: int
+    head_pages_per_page: int
+    num_tokens: int
+
+
+def decide(prompt_len: int, max_new_tokens: int, config: CompressorConfig, pool: PoolShape) -> PromptGeometry | DenseReason:
+    """Geometry of the compressed prompt, or why the request is served dense.
+
+    Budget 1.0 is the proof mode: it never goes dense because it saves nothing.
+    """
+    if prompt_len < max(config.min_prompt_tokens, pool.page_size):
+        return DenseReason.PROMPT_TOO_SHORT
+    if max_new_tokens <= 1:
+        return DenseReason.NO_DECODE
+    geometry = prompt_geometry(
+        prompt_len,
+        config.budget,
+        page_size=pool.page_size,
+        head_pages_per_page=pool.head_pages_per_page,
+        vectors_per_chunk=config.summary_vectors_per_chunk(),
+    )
+    floor = min(config.min_head_pages, geometry.num_chunks)
+    if geometry.total_head_pages < floor * pool.head_pages_per_page:
+        return DenseReason.BUDGET_BELOW_FLOOR
+    if config.budget < 1.0 and geometry.num_pages >= geometry.num_chunks:
+        return DenseReason.SAVES_NOTHING
+    slack = 2 * pool.page_size
+    if prompt_len + geometry.num_pages * pool.page_size + slack >= pool.num_tokens:
+        return DenseReason.POOL_TOO_SMALL
+    return geometry

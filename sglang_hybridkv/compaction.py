@@ -1,0 +1,153 @@
+"""End of prefill: from the observation of a prompt to head pages, chunk summaries and host rows."""
+
+from __future__ import annotations
+
+import torch
+from hybridkv_kernels.compact_kv import compact_kv
+from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.select_chunks import forced_chunks, summarize_chunks, top_chunks
+
+from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.geometry import PromptGeometry
+from sglang_hybridkv.host_store import HostStore
+from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.select import chunk_salience, pool_salience
+from sglang_hybridkv.spans import text_mask
+
+
+def compress_prompt(
+    views: HeadPageViews,
+    table: HeadPageTable,
+    store: HostStore,
+    compressor: Compressor,
+    reservation: Reservation,
+    row: int,
+    slots: torch.Tensor,
+    statistic: torch.Tensor,
+    salience: torch.Tensor,
+) -> None:
+    """Fill the reserved pages of one prompt, after its last layer and before its first decode step.
+
+    Parameters
+    ----------
+    views, table, store : written in place; the prompt's own slots are only read.
+    row : the request's row, bound in `table`.
+    slots : [covered], int64. Token slots of the page-aligned prompt.
+    statistic, salience : [L, H] and [L, H, >= covered], fp32. From `score_heads`, layer by layer.
+
+    Notes
+    -----
+    Runs on the forward's stream. Cost in traffic: kept rows twice, rows of dynamic heads once more.
+    """
+    geometry = reservation.geometry
+    is_text = text_mask(reservation.spans, geometry.covered).to(salience.device)
+    pooled = pool_salience(salience[..., : geometry.covered], compressor.config.pool_kernel)
+    observation = PromptObservation(statistic, pooled, is_text, geometry.num_chunks)
+    plan = compressor.plan(observation, geometry.total_head_pages, retrieval=reservation.retrieval)
+    place_heads(table, row, plan, geometry)
+    kept = kept_tokens(compressor, observation, plan)
+    _move_kept_rows(views, table, row, slots, kept, plan.is_dynamic)
+    for layer_idx in range(views.layout.num_layers):
+        _offload_layer(views, table, store, compressor.config, row, slots, layer_idx)
+    num_dynamic = plan.is_dynamic.sum()
+    outcome = torch.stack((plan.is_dynamic.numel() - num_dynamic, num_dynamic))
+    reservation.outcome.copy_(outcome, non_blocking=True)
+
+
+def place_heads(table: HeadPageTable, row: int, plan: HeadPlan, geometry: PromptGeometry) -> None:
+    """Write each head's place in the request's linear order: kept and buffer pages first, summaries after them."""
+    counts = plan.num_head_pages.flatten()
+    rank = plan.is_dynamic.flatten().cumsum(0) - 1
+    shape = plan.is_dynamic.shape
+    table.first_head_page[row] = (counts.cumsum(0) - counts).view(shape).to(torch.int32)
+    table.num_head_pages[row] = plan.num_head_pages.to(torch.int32)
+    table.is_dynamic[row] = plan.is_dynamic
+    table.host_rank[row] = rank.view(shape).to(torch.int32)
+    first_summary = geometry.total_head_pages + rank * geometry.summary_pages_per_head
+    table.first_summary_page[row] = first_summary.view(shape).to(torch.int32)
+
+
+def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
+    """[L, H, N], bool: rows that go to head pages, num_head_pages * P of each head.
+
+    Dynamic heads start with the chunks that prefill found salient, so that the first step already hits.
+    """
+    page_size = observation.salience.shape[-1] // observation.num_pages
+    order = compressor.rank_tokens(observation, plan)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, places)
+    static = rank < (plan.num_head_pages * page_size).unsqueeze(-1)
+    counts = plan.num_head_pages.flatten()
+    scores = chunk_salience(observation.salience, page_size).flatten(0, 1)
+    forced = forced_chunks(observation.num_pages, counts, *forced_chunk_counts(compressor.config))
+    chunks = top_chunks(scores.masked_fill(forced, float("inf")), counts)
+    dynamic = chunks.repeat_interleave(page_size, dim=1).view_as(static)
+    return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
+
+
+def forced_chunk_counts(config: CompressorConfig) -> tuple[int, int]:
+    """Chunks of sinks and chunks of the recent window that are always resident."""
+    return -(-config.num_sink_tokens // config.page_size), -(-config.recent_window // config.page_size)
+
+
+def _move_kept_rows(views, table, row, slots, kept, is_dynamic) -> None:
+    page_size = views.layout.page_size
+    layer_idx, kv_head, token = kept.nonzero(as_tuple=True)
+    # Heads lie in the linear order in which nonzero lists them, each with whole pages: row j goes to place j.
+    place = torch.arange(len(token), device=token.device)
+    head_pages = views.layout.head_page_ids(table.pages[row], place // page_size)
+    compact_kv(
+        views.k_flat,
+        views.v_flat,
+        views.token_rows(layer_idx, slots[token], kv_head),
+        head_pages * page_size + place % page_size,
+    )
+    is_buffer_start = (place % page_size == 0) & is_dynamic[layer_idx, kv_head]
+    views.chunk_of_head_page[head_pages[is_buffer_start]] = (token[is_buffer_start] // page_size).to(torch.int32)
+
+
+def _offload_layer(views, table, store, config, row, slots, layer_idx) -> None:
+    heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
+    if len(heads) == 0:
+        return
+    page_size, num_chunks = views.layout.page_size, len(slots) // views.layout.page_size
+    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])
+    keys = views.k_flat[rows].unflatten(1, (num_chunks, page_size))
+    values = views.v_flat[rows].unflatten(1, (num_chunks, page_size))
+    host_ids = host_chunk_ids(table, row, layer_idx, heads, num_chunks).to(store.k_pages.device)
+    store.k_pages[host_ids] = keys.to(store.k_pages.device)
+    store.v_pages[host_ids] = values.to(store.v_pages.device)
+    _write_summaries(views, table, row, layer_idx, heads, summarize_chunks(keys, config.chunk_score))
+
+
+def host_chunk_ids(table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int):
+    """[E, C], int64: host head pages of all chunks of the dynamic `heads` [E] of one layer."""
+    chunks = torch.arange(num_chunks, device=heads.device)
+    linear = table.host_rank[row, layer_idx, heads].to(torch.int64)[:, None] * num_chunks + chunks
+    return table.layout.host_page_ids(table.host_pages[row], linear)
+
+
+def _write_summaries(views, table, row, layer_idx, heads, summaries) -> None:
+    """Vector i of a head goes to half i // P of its summary pages: K page, V page, next K page, ..."""
+    vectors = summaries.flatten(1, 2)
+    ids, half, place = _summary_places(table, row, layer_idx, heads, vectors.shape[1])
+    for which, pages in enumerate((views.k_pages, views.v_pages)):
+        mine = half == which
+        pages[ids[:, mine], place[mine]] = vectors[:, mine]
+
+
+def read_summaries(
+    views: HeadPageViews, table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int, vectors: int
+) -> torch.Tensor:
+    """[E, C, vectors, D]: chunk summaries of the dynamic `heads` [E] of one layer."""
+    ids, half, place = _summary_places(table, row, layer_idx, heads, num_chunks * vectors)
+    read = torch.where((half == 0)[:, None], views.k_pages[ids, place], views.v_pages[ids, place])
+    return read.unflatten(1, (num_chunks, vectors))
+
+
+def _summary_places(table, row, layer_idx, heads, num_vectors):
+    page_size = table.layout.page_size
+    vector = torch.arange(num_vectors, device=heads.device)
+    linear = table.first_summary_page[row, layer_idx, heads].to(torch.int64)[:, None] + vector // (2 * page_size)
+    return table.layout.head_page_ids(table.pages[row], linear), vector // page_size % 2, vector % page_size

@@ -1,0 +1,68 @@
+"""Page counts of a compressed prompt: a function of its length, the budget and the model only.
+
+Tensor-parallel ranks must reserve the same number of pages, and the CPU reserves before the forward has seen
+anything, so nothing here may depend on scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptGeometry:
+    """Sizes of one compressed prompt, in the units their names say.
+
+    Attributes
+    ----------
+    covered : tokens of the page-aligned prompt; the rest stays dense.
+    num_chunks : pages of the covered prompt, which are also the chunks that dynamic heads retrieve.
+    total_head_pages : budget B in head pages, over all layers and KV heads.
+    summary_pages_per_head : head pages that hold the chunk summaries of one dynamic head.
+    num_pages : device pages to reserve; enough for the budget plus the summaries of every head.
+    num_host_pages : host pages to reserve; enough if every head turns out dynamic.
+    """
+
+    covered: int
+    num_chunks: int
+    total_head_pages: int
+    summary_pages_per_head: int
+    num_pages: int
+    num_host_pages: int
+
+    def pages_used(self, num_dynamic_heads: int, head_pages_per_page: int) -> int:
+        """Device pages that hold something once the number of dynamic heads is known."""
+        head_pages = self.total_head_pages + num_dynamic_heads * self.summary_pages_per_head
+        return -(-head_pages // head_pages_per_page)
+
+    def host_pages_used(self, num_dynamic_heads: int, head_pages_per_page: int) -> int:
+        """Host pages that hold something once the number of dynamic heads is known."""
+        return -(-num_dynamic_heads * self.num_chunks // head_pages_per_page)
+
+
+def covered_tokens(prompt_len: int, page_size: int) -> int:
+    """Page-aligned part of a prompt of `prompt_len` tokens."""
+    return prompt_len // page_size * page_size
+
+
+def prompt_geometry(
+    prompt_len: int, budget: float, *, page_size: int, head_pages_per_page: int, vectors_per_chunk: int
+) -> PromptGeometry:
+    """Sizes of a prompt of `prompt_len` tokens at `budget` in (0, 1], rounded down to whole head pages.
+
+    A head page of K and its twin of V together hold 2 P summary vectors.
+    """
+    num_chunks = prompt_len // page_size
+    # The budget as the user wrote it: 0.3 * 10 chunks are 3, not 2.9999999999999996.
+    total = math.floor(Fraction(repr(budget)) * num_chunks * head_pages_per_page)
+    summary_pages = -(-num_chunks * vectors_per_chunk // (2 * page_size))
+    return PromptGeometry(
+        covered=num_chunks * page_size,
+        num_chunks=num_chunks,
+        total_head_pages=total,
+        summary_pages_per_head=summary_pages,
+        num_pages=-(-total // head_pages_per_page) + summary_pages,
+        num_host_pages=num_chunks,
+    )

@@ -1,0 +1,59 @@
+"""Full rows of dynamic heads in host memory: fixed size, own free list, own integrity check."""
+
+from __future__ import annotations
+
+import torch
+
+
+class HostStore:
+    """Host pages of L * H head pages each, for K and for V.
+
+    Parameters
+    ----------
+    num_pages : host pages; 0 is legal and means that nothing ever fits.
+    head_pages_per_page : L * H of the model.
+    page_size, head_dim : P and D.
+    dtype : of the KV pool.
+    pin : page-locked memory, so that a CUDA device reads it directly.
+
+    Attributes
+    ----------
+    k_pages, v_pages : [num_pages * L * H, P, D]. Host page p owns rows [p * L * H, (p + 1) * L * H). On a CPU the
+        operating system backs them on first use.
+    """
+
+    def __init__(self, num_pages: int, head_pages_per_page: int, page_size: int, head_dim: int, dtype, pin: bool):
+        shape = (num_pages * head_pages_per_page, page_size, head_dim)
+        self.k_pages = torch.empty(shape, dtype=dtype, pin_memory=pin)
+        self.v_pages = torch.empty(shape, dtype=dtype, pin_memory=pin)
+        self.num_pages = num_pages
+        self.page_bytes = 2 * head_pages_per_page * page_size * head_dim * dtype.itemsize
+        self.clear()
+
+    def clear(self) -> None:
+        """Make every page free."""
+        self.free_pages = torch.arange(self.num_pages, dtype=torch.int64)
+
+    def available(self) -> int:
+        """Free pages."""
+        return len(self.free_pages)
+
+    def alloc(self, num_pages: int) -> torch.Tensor | None:
+        """[num_pages], int64 page ids, owned by the caller until `free`; None when that many are not free."""
+        if num_pages > len(self.free_pages):
+            return None
+        taken, self.free_pages = self.free_pages[:num_pages], self.free_pages[num_pages:]
+        return taken
+
+    def free(self, pages: torch.Tensor) -> None:
+        """Give pages back; each exactly once."""
+        self.free_pages = torch.cat((pages, self.free_pages))
+
+    def used_bytes(self) -> int:
+        """Bytes of the pages that are taken."""
+        return (self.num_pages - len(self.free_pages)) * self.page_bytes
+
+    def check_integrity(self, held: list[torch.Tensor]) -> None:
+        """AssertionError unless free pages and those in `held` are each page of the store exactly once."""
+        ids = torch.cat([self.free_pages, *held]).sort().values
+        assert torch.equal(ids, torch.arange(self.num_pages)), "host pages lost or held twice"

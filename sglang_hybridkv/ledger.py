@@ -1,0 +1,90 @@
+"""Who holds which compressed pages: the scheduler's one record of reservations, by request row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from sglang_hybridkv.geometry import PromptGeometry
+from sglang_hybridkv.spans import VisualSpan
+
+
+@dataclasses.dataclass
+class Reservation:
+    """Pages of one request from the launch of its final prefill chunk to its release.
+
+    Attributes
+    ----------
+    pages : [num_pages], int64. Device pages in the request's linear order. Until the commit the ledger owns them;
+        afterwards the request's row owns the first `num_in_row` and the ledger the surplus.
+    host_pages : [num_host_pages], int64. Owned by the ledger throughout.
+    prefilled : tokens whose KV is exact; later ones are computed over compressed context.
+    retrieval : whether heads may be dynamic.
+    outcome : [2], int64, on the CPU. Static and dynamic heads; written by the forward, read at the commit.
+    """
+
+    geometry: PromptGeometry
+    pages: torch.Tensor
+    host_pages: torch.Tensor
+    prefilled: int
+    spans: tuple[VisualSpan, ...]
+    retrieval: bool
+    outcome: torch.Tensor
+    committed: bool = False
+
+    @property
+    def num_in_row(self) -> int:
+        """Pages that the request's row shows after the commit; a row has no room for more than it covers."""
+        return min(len(self.pages), self.geometry.num_chunks)
+
+    @property
+    def unlisted_pages(self) -> torch.Tensor:
+        """Pages that no row shows: all of them before the commit, the surplus afterwards."""
+        return self.pages[self.num_in_row :] if self.committed else self.pages
+
+
+class Ledger:
+    """Reservations by request row, and whether a commit freed memory since the scheduler last looked."""
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.by_row: dict[int, Reservation] = {}
+        self.freed_memory = False
+
+    def open(self, row: int, reservation: Reservation) -> None:
+        """Record a new reservation; a row holds one at a time."""
+        assert row not in self.by_row, f"row {row} already holds a reservation"
+        self.by_row[row] = reservation
+
+    def get(self, row: int | None) -> Reservation | None:
+        """Reservation of `row`, or None."""
+        return None if row is None else self.by_row.get(row)
+
+    def commit(self, row: int, num_pages: int, num_host_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row takes its pages over; returns the device and host pages that turned out unused."""
+        reservation = self.by_row[row]
+        assert not reservation.committed, f"row {row} is committed twice"
+        unused = reservation.pages[num_pages:]
+        unused_host = reservation.host_pages[num_host_pages:]
+        reservation.pages = reservation.pages[:num_pages]
+        reservation.host_pages = reservation.host_pages[:num_host_pages]
+        reservation.committed = self.freed_memory = True
+        return unused, unused_host
+
+    def close(self, row: int | None) -> Reservation | None:
+        """Forget the row's reservation; the caller frees its unlisted and its host pages."""
+        return None if row is None else self.by_row.pop(row, None)
+
+    def unlisted_tokens(self) -> int:
+        """Tokens' worth of pages taken from the allocator that no row shows; the leak check has to be told."""
+        return sum(len(r.unlisted_pages) for r in self.by_row.values()) * self.page_size
+
+    def check_integrity(self) -> None:
+        """AssertionError when two requests hold the same device or host page, or a row covers too little."""
+        for name in ("pages", "host_pages"):
+            held = [getattr(r, name) for r in self.by_row.values()]
+            ids = torch.cat(held) if held else torch.empty(0)
+            assert len(ids.unique()) == len(ids), f"{name} held twice"
+        for row, reservation in self.by_row.items():
+            assert reservation.num_in_row <= reservation.geometry.num_chunks, f"row {row} lists too many pages"

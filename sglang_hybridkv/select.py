@@ -1,0 +1,60 @@
+"""Which tokens a static head keeps, and which chunks a dynamic head starts with."""
+
+from __future__ import annotations
+
+import torch
+
+_FORCED, _TEXT = 8.0, 4.0  # tiers above any salience, which is a probability
+
+
+def pool_salience(salience: torch.Tensor, kernel: int) -> torch.Tensor:
+    """[..., N]: average over `kernel` neighbouring tokens, as SnapKV does; the ends count real neighbours only."""
+    if kernel == 1 or salience.shape[-1] == 0:
+        return salience
+    flat = salience.flatten(0, -2).unsqueeze(1)
+    pooled = torch.nn.functional.avg_pool1d(flat, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
+    return pooled.squeeze(1).view_as(salience)
+
+
+def text_first_order(
+    salience: torch.Tensor,
+    is_text: torch.Tensor,
+    num_kept: torch.Tensor,
+    *,
+    num_sink_tokens: int,
+    recent_window: int,
+    text_share: float,
+) -> torch.Tensor:
+    """Order in which static heads keep tokens: sinks and the recent window, then text, then salient visual tokens.
+
+    Parameters
+    ----------
+    salience : [L, H, N], fp32 in [0, 1].
+    is_text : [N], bool.
+    num_kept : [L, H], integer. Rows each head keeps; the first num_kept of the order.
+    num_sink_tokens, recent_window : first and last tokens that come before everything else.
+    text_share : text beyond this share of num_kept competes with visual tokens on salience alone.
+
+    Returns
+    -------
+    [L, H, N], int64. Token positions, the ones to keep first. Source: METHOD 3.
+    """
+    num_tokens = salience.shape[-1]
+    positions = torch.arange(num_tokens, device=salience.device)
+    forced = (positions < num_sink_tokens) | (positions >= num_tokens - recent_window)
+    text_salience = salience.masked_fill(~is_text, -1.0)
+    text_rank = _rank(text_salience)
+    preferred = is_text & (text_rank < (text_share * num_kept).unsqueeze(-1))
+    score = salience + _FORCED * forced + _TEXT * preferred
+    return score.argsort(dim=-1, descending=True, stable=True)
+
+
+def chunk_salience(salience: torch.Tensor, page_size: int) -> torch.Tensor:
+    """[L, H, C]: salience of each chunk of `page_size` tokens, N being a multiple of it."""
+    return salience.unflatten(-1, (-1, page_size)).sum(dim=-1)
+
+
+def _rank(score: torch.Tensor) -> torch.Tensor:
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)

@@ -1,0 +1,33 @@
+"""Where the images and videos of a prompt lie."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualSpan:
+    """Tokens [start, end) of one image or video."""
+
+    start: int
+    end: int
+    modality: str
+
+
+def text_mask(spans: tuple[VisualSpan, ...], num_tokens: int) -> torch.Tensor:
+    """[num_tokens], bool: True where the token is text."""
+    is_text = torch.ones(num_tokens, dtype=torch.bool)
+    for span in spans:
+        is_text[span.start : span.end] = False
+    return is_text
+
+
+def num_observation_rows(spans: tuple[VisualSpan, ...], prompt_len: int, wanted: int) -> int:
+    """Rows to observe at the end of the prompt: at most `wanted` text tokens after the last visual one.
+
+    A prompt that ends in a visual token has none; its last `wanted` tokens are observed instead.
+    """
+    text_after = prompt_len - max((span.end for span in spans), default=0)
+    return min(wanted, text_after if text_after > 0 else prompt_len)

@@ -1,0 +1,235 @@
+"""The scheduler process's one owner of everything that compression adds: ledger, tables, host store, proof."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from hybridkv_kernels.head_pages import HeadPageTable
+from sglang.srt.mem_cache.common import evict_from_tree_cache
+
+from sglang_hybridkv.admission import DenseReason, PoolShape, decide
+from sglang_hybridkv.compressors import get_compressor
+from sglang_hybridkv.geometry import PromptGeometry
+from sglang_hybridkv.host_store import HostStore
+from sglang_hybridkv.ledger import Ledger, Reservation
+from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.srt.observation import PromptObserver
+from sglang_hybridkv.srt.settings import Settings
+from sglang_hybridkv.stats import CompressionStats, HeldBytes, RequestRecord
+
+if TYPE_CHECKING:
+    from sglang_hybridkv.srt.allocator import HybridAllocator
+    from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+
+logger = logging.getLogger(__name__)
+
+_HOST_STORE_FACTOR = 8  # times the device pool: what it holds at a budget of 0.1, all heads dynamic, and some room
+_HOST_MEMORY_SHARE = 0.5
+_RECORD = "_hybridkv_record"
+_HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
+
+
+class Compression:
+    """Life of compressed requests as the scheduler sees it: plan, reserve, commit, release, report.
+
+    Parameters
+    ----------
+    settings : what the user asked for.
+    pool, allocator : ours; this object is hung on both.
+    num_rows, max_context : shape of req_to_token.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: HybridTokenToKVPool,
+        allocator: HybridAllocator,
+        num_rows: int,
+        max_context: int,
+    ):
+        layout, config = pool.views.layout, settings.config
+        self.settings, self.config, self.pool, self.allocator = settings, config, pool, allocator
+        self.compressor = get_compressor(settings.name)(config)
+        self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size)
+        max_chunks = -(-max_context // layout.page_size)
+        max_pages = max_chunks + -(-max_chunks * config.summary_vectors_per_chunk() // (2 * layout.page_size))
+        self.table = HeadPageTable(num_rows, max_pages, max_chunks, layout, pool.device)
+        self.store = self._host_store()
+        self.ledger = Ledger(layout.page_size)
+        self.stats = CompressionStats()
+        self.counters = torch.zeros(2, dtype=torch.int64, device=pool.device)
+        self.observer = PromptObserver(config, layout.num_layers)
+        self._kv_by_row: dict[int, Any] = {}
+        pool.compression = allocator.compression = self
+
+    def clear(self) -> None:
+        """Forget all requests; the allocator was just cleared, so their pages are free already."""
+        self.ledger = Ledger(self.shape.page_size)
+        self.table.clear_all()
+        self.store.clear()
+        self.observer.clear()
+        self._kv_by_row.clear()
+
+    def plan(self, req) -> PromptGeometry | DenseReason:
+        """Geometry of the request's compressed prompt, or why it is served dense."""
+        left = req.sampling_params.max_new_tokens - len(req.output_ids)
+        return decide(len(req.full_untruncated_fill_ids), left, self.config, self.shape)
+
+    def planned_pages(self, req) -> int:
+        """Pages that admission charges beside the prompt; 0 when the request will be served dense."""
+        plan = self.plan(req)
+        return plan.num_pages if isinstance(plan, PromptGeometry) else 0
+
+    def prepare(self, req, tree_cache) -> None:
+        """Before a prefill chunk of `req` is launched: reserve on the final one, observe on the others."""
+        row = req.kv.req_pool_idx
+        if req.extend_range.end < len(req.full_untruncated_fill_ids):
+            if isinstance(self.plan(req), PromptGeometry):
+                self.observer.watch(row)
+            return
+        reserved = self._reserve(req, tree_cache)
+        if isinstance(reserved, DenseReason):
+            self.observer.drop(row)
+            self._record_dense(req, reserved)
+            return
+        self.ledger.open(row, reserved)
+        self._kv_by_row[row] = req.kv
+        self.table.bind(row, reserved.pages, reserved.host_pages, reserved.geometry.covered)
+        self.observer.begin(row, reserved)
+
+    def _reserve(self, req, tree_cache) -> Reservation | DenseReason:
+        geometry = self.plan(req)
+        if isinstance(geometry, DenseReason):
+            return geometry
+        host_pages = self.store.alloc(geometry.num_host_pages)
+        if host_pages is None and self.config.on_host_store_full == "dense":
+            return DenseReason.HOST_STORE_FULL
+        evict_from_tree_cache(tree_cache, geometry.num_pages * self.shape.page_size)
+        pages = self.allocator.alloc_pages(geometry.num_pages)
+        if pages is None:
+            if host_pages is not None:
+                self.store.free(host_pages)
+            return DenseReason.NO_FREE_PAGES
+        return Reservation(
+            geometry=geometry,
+            pages=pages,
+            host_pages=torch.empty(0, dtype=torch.int64) if host_pages is None else host_pages,
+            prefilled=len(req.full_untruncated_fill_ids),
+            spans=visual_spans(req.multimodal_inputs),
+            retrieval=host_pages is not None,
+            outcome=torch.zeros(2, dtype=torch.int64, pin_memory=torch.device(self.pool.device).type == "cuda"),
+        )
+
+    def commit(self, req) -> None:
+        """The prompt is compressed and its exact form is in the tree; give back what turned out unused."""
+        row = req.kv.req_pool_idx
+        reservation = self.ledger.by_row[row]
+        num_static, num_dynamic = reservation.outcome.tolist()
+        assert num_static + num_dynamic == self.shape.head_pages_per_page, "committed before it was compressed"
+        geometry, per_page = reservation.geometry, self.shape.head_pages_per_page
+        unused, unused_host = self.ledger.commit(
+            row, geometry.pages_used(num_dynamic, per_page), geometry.host_pages_used(num_dynamic, per_page)
+        )
+        self.allocator.free_page_ids(unused)
+        self.store.free(unused_host)
+        if not hasattr(req, _RECORD):
+            self.stats.count_compressed()
+        held = self._held_by(row)
+        record = RequestRecord(True, None, geometry_prompt_len(reservation), self.config.budget)
+        record.static_heads, record.dynamic_heads = num_static, num_dynamic
+        record.resident_ratio, record.host_bytes = held.device / held.stock, held.host
+        setattr(req, _RECORD, record)
+        self.stats.observe(self.held())
+
+    def release(self, req) -> None:
+        """The request gives its row back: finished, aborted or retracted."""
+        row = req.kv.req_pool_idx
+        self.observer.drop(row)
+        reservation = self.ledger.close(row)
+        self._kv_by_row.pop(row, None)
+        if reservation is None:
+            return
+        self.table.clear(row)
+        self.allocator.free_page_ids(reservation.unlisted_pages)
+        self.store.free(reservation.host_pages)
+        if not reservation.committed:
+            self._record_dense(req, DenseReason.NO_DECODE)
+
+    def held(self) -> HeldBytes:
+        """Bytes that committed requests hold now, their dense tails included."""
+        rows = (row for row, reservation in self.ledger.by_row.items() if reservation.committed)
+        return sum((self._held_by(row) for row in rows), HeldBytes())
+
+    def request_info(self, req) -> dict[str, Any]:
+        """`meta_info.kv_compressor` of one request."""
+        record = getattr(req, _RECORD, None)
+        if record is None:
+            record = RequestRecord(False, DenseReason.NOT_PREFILLED, len(req.origin_input_ids), self.config.budget)
+        return record.as_dict()
+
+    def server_info(self) -> dict[str, Any]:
+        """`kv_compressor` in the internal state of `/server_info`."""
+        chosen, hit = self.counters.tolist()
+        return {
+            "name": self.settings.name,
+            "budget": self.config.budget,
+            "page_size": self.shape.page_size,
+            "host_store_bytes": self.store.num_pages * self.store.page_bytes,
+            **self.stats.as_dict(self.held(), chosen, hit),
+        }
+
+    def check_integrity(self) -> None:
+        """AssertionError when pages of the ledger, the host store and the table do not fit together."""
+        self.ledger.check_integrity()
+        self.store.check_integrity([r.host_pages for r in self.ledger.by_row.values()])
+        bound = set(self.table.num_pages.nonzero().flatten().tolist())
+        assert bound == set(self.ledger.by_row), f"rows bound {bound}, rows reserved {set(self.ledger.by_row)}"
+
+    def _held_by(self, row: int) -> HeldBytes:
+        reservation, page_size = self.ledger.by_row[row], self.shape.page_size
+        allocated_pages = -(-self._kv_by_row[row].kv_allocated_len // page_size)
+        tail_pages = allocated_pages - reservation.geometry.num_chunks
+        return HeldBytes(
+            device=(len(reservation.pages) + tail_pages) * self.pool.page_bytes,
+            stock=allocated_pages * self.pool.page_bytes,
+            host=len(reservation.host_pages) * self.store.page_bytes,
+        )
+
+    def _record_dense(self, req, reason: DenseReason) -> None:
+        if not hasattr(req, _RECORD) and not req.rid.startswith(_HEALTH_CHECK_PREFIX):
+            self.stats.count_dense(reason, len(req.full_untruncated_fill_ids))
+        setattr(
+            req, _RECORD, RequestRecord(False, reason, len(req.full_untruncated_fill_ids), self.config.budget)
+        )
+
+    def _host_store(self) -> HostStore:
+        layout, pool = self.pool.views.layout, self.pool
+        wanted = self.config.host_store_bytes
+        if wanted is None:
+            free = int(_HOST_MEMORY_SHARE * psutil.virtual_memory().available)
+            wanted = min(_HOST_STORE_FACTOR * pool.page_bytes * layout.pages_per_layer, free)
+        return HostStore(
+            num_pages=wanted // pool.page_bytes,
+            head_pages_per_page=layout.head_pages_per_page,
+            page_size=layout.page_size,
+            head_dim=pool.head_dim,
+            dtype=pool.store_dtype,
+            pin=torch.device(pool.device).type == "cuda",
+        )
+
+
+def geometry_prompt_len(reservation: Reservation) -> int:
+    """Tokens that prefill computed exactly: the prompt, and after a retraction what had been generated."""
+    return reservation.prefilled
+
+
+def visual_spans(multimodal_inputs) -> tuple[VisualSpan, ...]:
+    """Images and videos of a request; SGLang's offsets are absolute and inclusive. Audio counts as text."""
+    if multimodal_inputs is None:
+        return ()
+    visual = [i for i in multimodal_inputs.mm_items if (i.is_image() or i.is_video()) and i.offsets]
+    spans = [VisualSpan(a, b + 1, item.modality.name.lower()) for item in visual for a, b in item.offsets]
+    return tuple(sorted(spans, key=lambda span: span.start))

@@ -1,0 +1,108 @@
+"""Observation rows of prompts that are being prefilled: kept across chunks, scored layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from hybridkv_kernels.score_heads import score_heads
+
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.spans import num_observation_rows
+
+
+@dataclasses.dataclass
+class _Prompt:
+    """Scores of the layers that have run on a prompt's final chunk."""
+
+    reservation: Reservation
+    statistic: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    salience: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+
+class PromptObserver:
+    """Last queries of each prompt by request row, and the scores they give.
+
+    A prompt is *watched* while earlier chunks run and *begun* when its final chunk is about to be launched.
+    """
+
+    def __init__(self, config: CompressorConfig, num_layers: int):
+        self.config = config
+        self.num_layers = num_layers
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all prompts."""
+        self._watched: set[int] = set()
+        self._prompts: dict[int, _Prompt] = {}
+        self._tails: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+
+    def watch(self, row: int) -> None:
+        """Keep the last queries of the chunk that is launched next for `row`."""
+        self._watched.add(row)
+
+    def begin(self, row: int, reservation: Reservation) -> None:
+        """The chunk that is launched next for `row` is its final one."""
+        self._watched.discard(row)
+        self._prompts[row] = _Prompt(reservation)
+
+    def drop(self, row: int | None) -> None:
+        """Forget `row`."""
+        self._watched.discard(row)
+        self._prompts.pop(row, None)
+        for layer_idx in range(self.num_layers):
+            self._tails.pop((row, layer_idx), None)
+
+    def is_interested(self, row: int) -> bool:
+        """Whether the forward has to show the queries of `row`."""
+        return row in self._watched or row in self._prompts
+
+    def is_final(self, row: int) -> bool:
+        """Whether this forward computes the end of the prompt of `row`."""
+        return row in self._prompts
+
+    def keep_tail(self, row: int, layer_idx: int, q: torch.Tensor, start: int) -> torch.Tensor:
+        """Queries [<= W, H * G, D] up to the end of this chunk, from it and, where it is short, the one before.
+
+        Parameters
+        ----------
+        q : [T, H * G, D]. Queries of the chunk.
+        start : position of its first token. A gap to the kept rows (a prefix hit in between) drops them.
+        """
+        wanted = self.config.observation_rows
+        tail = q[-wanted:]
+        end, kept = self._tails.pop((row, layer_idx), (None, None))
+        if kept is not None and end == start and len(tail) < wanted:
+            tail = torch.cat((kept[len(tail) - wanted :], tail))
+        if row in self._watched:
+            self._tails[row, layer_idx] = (start + len(q), tail.clone())
+        return tail
+
+    def score(self, row: int, tail: torch.Tensor, keys: torch.Tensor, scaling: float) -> bool:
+        """Score one layer of a prompt; True when it was the last.
+
+        Parameters
+        ----------
+        tail : [<= W, H * G, D]. From `keep_tail`.
+        keys : [N, H, D]. The whole prompt's.
+        """
+        prompt, config = self._prompts[row], self.config
+        rows = num_observation_rows(prompt.reservation.spans, len(keys), config.observation_rows)
+        statistic, salience = score_heads(
+            tail[-rows:].contiguous(),
+            keys,
+            scaling=scaling,
+            statistic=config.statistic,
+            sparsity_fraction=config.sparsity_fraction,
+            mass_fraction=config.mass_fraction,
+            chunk_size=config.page_size,
+        )
+        prompt.statistic.append(statistic)
+        prompt.salience.append(salience)
+        return len(prompt.statistic) == self.num_layers
+
+    def finish(self, row: int) -> tuple[Reservation, torch.Tensor, torch.Tensor]:
+        """Reservation, statistic [L, H] and salience [L, H, N] of a prompt whose layers have all run."""
+        prompt = self._prompts.pop(row)
+        return prompt.reservation, torch.stack(prompt.statistic), torch.stack(prompt.salience)

@@ -1,0 +1,47 @@
+"""The compressor's settings on their way to the scheduler process.
+
+They ride as a plain dict in an underscore attribute of ServerArgs: it survives the spawn, and unpickling
+needs none of our classes, which matters because a child unpickles before it loads plugins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from sglang_hybridkv.config import CompressorConfig
+
+ATTRIBUTE = "_hybridkv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user asked for: name of the compressor and its validated config."""
+
+    name: str
+    config: CompressorConfig
+
+
+def stash(server_args: Any, settings: Settings | None) -> None:
+    """Write `settings` to `server_args`; None (compression off) leaves it untouched."""
+    if settings is not None:
+        setattr(server_args, ATTRIBUTE, {"name": settings.name, "config": settings.config.model_dump_json()})
+
+
+def settings_of(server_args: Any) -> Settings | None:
+    """Settings that ride on `server_args`; None when compression is off."""
+    stored = getattr(server_args, ATTRIBUTE, None)
+    return None if stored is None else _decode(stored["name"], stored["config"])
+
+
+def active() -> Settings | None:
+    """Settings of this process's server; None when compression is off."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return settings_of(get_server_args())
+
+
+@functools.lru_cache(maxsize=8)
+def _decode(name: str, config: str) -> Settings:
+    return Settings(name, CompressorConfig.model_validate_json(config))

@@ -1,0 +1,99 @@
+"""Proof that compression ran: counters of the server and the record of each request."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import time
+from typing import Any
+
+from sglang_hybridkv.admission import EXPLANATIONS, DenseReason
+
+logger = logging.getLogger(__name__)
+
+_LOG_INTERVAL_S = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldBytes:
+    """Bytes that compressed requests hold now: on the device, what stock would hold there, and on the host."""
+
+    device: int = 0
+    stock: int = 0
+    host: int = 0
+
+    def __add__(self, other: HeldBytes) -> HeldBytes:
+        return HeldBytes(self.device + other.device, self.stock + other.stock, self.host + other.host)
+
+
+@dataclasses.dataclass
+class RequestRecord:
+    """`meta_info.kv_compressor` of one request.
+
+    Attributes
+    ----------
+    resident_ratio : device bytes of the request's pages (kept rows, chunk buffers, summaries, rounding, dense
+        tail) / bytes that stock SGLang would hold for it; 1.0 when dense.
+    """
+
+    compressed: bool
+    reason: str | None
+    prompt_tokens: int
+    budget: float
+    resident_ratio: float = 1.0
+    host_bytes: int = 0
+    static_heads: int = 0
+    dynamic_heads: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for msgpack and JSON."""
+        return dataclasses.asdict(self)
+
+
+class CompressionStats:
+    """Totals of one scheduler process; each request counts once, also when it is retracted and prefilled again."""
+
+    def __init__(self, clock=time.monotonic):
+        self.num_compressed = 0
+        self.num_dense: collections.Counter[str] = collections.Counter()
+        self.peak = HeldBytes()
+        self._clock = clock
+        self._last_logged: dict[DenseReason, float] = {}
+
+    def count_compressed(self) -> None:
+        """One more request whose prompt was compressed."""
+        self.num_compressed += 1
+
+    def count_dense(self, reason: DenseReason, prompt_len: int) -> None:
+        """One more request served dense; says so in the log, at most once a minute for each reason."""
+        self.num_dense[reason.value] += 1
+        now = self._clock()
+        if now - self._last_logged.get(reason, float("-inf")) >= _LOG_INTERVAL_S:
+            self._last_logged[reason] = now
+            logger.warning(
+                "KV compressor: a request with %d prompt tokens is served dense, %s: %s (%d so far for this reason).",
+                prompt_len,
+                reason.value,
+                EXPLANATIONS[reason],
+                self.num_dense[reason.value],
+            )
+
+    def observe(self, held: HeldBytes) -> None:
+        """Keep the moment with the most device bytes as the peak."""
+        if held.stock > self.peak.stock:
+            self.peak = held
+
+    def as_dict(self, held: HeldBytes, chunks_chosen: int, chunks_hit: int) -> dict[str, Any]:
+        """Counters for `/server_info`; the hit rate is None until a dynamic head has decoded."""
+        return {
+            "compressed_requests": self.num_compressed,
+            "dense_requests": dict(self.num_dense),
+            "device_kv_bytes": held.device,
+            "stock_kv_bytes": held.stock,
+            "host_kv_bytes": held.host,
+            "peak_device_kv_bytes": self.peak.device,
+            "peak_stock_kv_bytes": self.peak.stock,
+            "peak_host_kv_bytes": self.peak.host,
+            "chunk_fetch_hit_rate": chunks_hit / chunks_chosen if chunks_chosen else None,
+        }

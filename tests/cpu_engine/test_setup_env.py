@@ -1,0 +1,115 @@
+import json
+import re
+
+import pytest
+
+from tests.cpu_engine import setup_env
+
+
+def read_pins(lock):
+    """Package name to version; fails on a line that is not pinned."""
+    lines = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    pins = dict(re.fullmatch(r"([a-z0-9.-]+)==(\S+)", line).groups() for line in lines)
+    assert len(pins) == len(lines)
+    return pins
+
+
+def test_locks_pin_every_package_once():
+    engine = read_pins(setup_env.ENGINE_LOCK)
+    dev = read_pins(setup_env.DEV_LOCK)
+    assert not engine.keys() & dev.keys()
+    assert engine["sglang"] == "0.5.21"
+    assert setup_env.torch_requirement(setup_env.ENGINE_LOCK.read_text()) == f"torch=={engine['torch']}"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder that setup_env takes for the repository."""
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_env, "VENV", tmp_path)
+    monkeypatch.setattr(setup_env, "STAMPS", tmp_path / "stamps.json")
+    return tmp_path
+
+
+def test_fingerprint_follows_names_and_contents_only(checkout):
+    folder = checkout / "compat"
+    folder.mkdir()
+    (folder / "a.py").write_text("1")
+    first = setup_env.fingerprint([folder])
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "a.pyc").write_text("x")
+    assert setup_env.fingerprint([folder]) == first
+    (folder / "a.py").write_text("2")
+    second = setup_env.fingerprint([folder])
+    (folder / "a.py").rename(folder / "b.py")
+    assert len({first, second, setup_env.fingerprint([folder])}) == 3
+
+
+def test_only_changed_steps_run_again(checkout, monkeypatch):
+    done = []
+    (checkout / "one").write_text("1")
+    (checkout / "two").write_text("2")
+    steps = tuple((name, [checkout / name], lambda name=name: done.append(name)) for name in ("one", "two"))
+    monkeypatch.setattr(setup_env, "STEPS", steps)
+    assert setup_env.run_steps() == 2
+    assert setup_env.run_steps() == 0
+    (checkout / "two").write_text("changed")
+    assert setup_env.run_steps() == 1
+    assert done == ["one", "two", "two"]
+
+
+def test_a_failed_step_is_tried_again(checkout, monkeypatch):
+    (checkout / "one").write_text("1")
+
+    def fail():
+        raise setup_env.SetupError("no")
+
+    monkeypatch.setattr(setup_env, "STEPS", (("one", [checkout / "one"], fail),))
+    setup_env.STAMPS.write_text(json.dumps({"one": "old", "check": "versions"}))
+    with pytest.raises(setup_env.SetupError):
+        setup_env.run_steps()
+    assert setup_env.read_stamps() == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_broken_stamps_count_as_none(checkout, content):
+    setup_env.STAMPS.write_text(content)
+    assert setup_env.read_stamps() == {}
+
+
+def test_wrong_python_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(setup_env.sys, "version_info", (3, 9, 1))
+    monkeypatch.setattr(setup_env.shutil, "which", lambda name: None)
+    with pytest.raises(setup_env.SetupError, match=r"^Python 3.11 or 3.12 is needed, but this is Python 3.9 [^\n]*$"):
+        setup_env.find_base_python()
+
+
+def test_python_without_venv_is_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(setup_env, "probe", lambda command: False)
+    with pytest.raises(setup_env.SetupError, match=r"^[^\n]* cannot make virtual environments: [^\n]*$"):
+        setup_env.find_base_python()
+
+
+@pytest.mark.parametrize(
+    ("answers", "num_calls", "fails"),
+    [
+        ([(0, "")], 1, False),
+        ([(1, "ERROR: No matching distribution found for torch"), (0, "")], 2, False),
+        ([(1, "ERROR: No matching distribution found for torch"), (1, "no network")], 2, True),
+        ([(1, "No space left on device")], 1, True),
+    ],
+)
+def test_torch_comes_from_the_cpu_index_only_when_pip_finds_none(monkeypatch, answers, num_calls, fails):
+    calls = []
+
+    def answer(*arguments):
+        calls.append(arguments)
+        return answers[len(calls) - 1]
+
+    monkeypatch.setattr(setup_env, "try_pip_install", answer)
+    if fails:
+        with pytest.raises(setup_env.SetupError, match="torch==.*\\+cpu"):
+            setup_env.install_torch()
+    else:
+        setup_env.install_torch()
+    assert [setup_env.TORCH_CPU_INDEX in call for call in calls] == [False, True][:num_calls]
