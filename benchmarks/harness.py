@@ -240,7 +240,10 @@ class Server:
         """Stream one greedy answer of /v1/chat/completions and time it."""
         body = {"model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0, **body}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-        started, first, pieces, usage = time.perf_counter(), None, [], {}
+        usage: dict[str, Any] = {}
+        pieces: list[str] = []
+        first: float | None = None
+        started = time.perf_counter()
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
                 response.read()

@@ -19,7 +19,6 @@ class DenseReason(enum.StrEnum):
     POOL_TOO_SMALL = "pool_too_small"
     NO_FREE_PAGES = "no_free_pages"
     HOST_STORE_FULL = "host_store_full"
-    TOO_FEW_OBSERVATION_ROWS = "too_few_observation_rows"
     NOT_PREFILLED = "not_prefilled"
 
 
@@ -28,10 +27,9 @@ EXPLANATIONS = {
     DenseReason.NO_DECODE: "at most one token is generated, so nothing would read the compressed cache",
     DenseReason.BUDGET_BELOW_FLOOR: "the budget is below min_head_pages pages for every head",
     DenseReason.SAVES_NOTHING: "budget and chunk summaries together take as many pages as the prompt",
-    DenseReason.POOL_TOO_SMALL: "the prompt and its compressed pages never fit the KV pool together",
+    DenseReason.POOL_TOO_SMALL: "its compressed pages never fit the pool beside its prompt or its answer",
     DenseReason.NO_FREE_PAGES: "no free pages beside the prompt, even after eviction",
     DenseReason.HOST_STORE_FULL: "the host store has no room for its rows; raise host_store_bytes",
-    DenseReason.TOO_FEW_OBSERVATION_ROWS: "a prefix hit left fewer than min_observation_rows queries to compute",
     DenseReason.NOT_PREFILLED: "the request ended before its prompt was processed",
 }
 
@@ -45,10 +43,20 @@ class PoolShape:
     num_tokens: int
 
 
-def decide(prompt_len: int, max_new_tokens: int, config: CompressorConfig, pool: PoolShape) -> PromptGeometry | DenseReason:
+def decide(
+    prompt_len: int, max_new_tokens: int, config: CompressorConfig, pool: PoolShape
+) -> PromptGeometry | DenseReason:
     """Geometry of the compressed prompt, or why the request is served dense.
 
-    Budget 1.0 is the proof mode: it never goes dense because it saves nothing.
+    Parameters
+    ----------
+    prompt_len : tokens that prefill computes; after a retraction, what was generated is among them.
+    max_new_tokens : tokens that may still be generated.
+
+    Notes
+    -----
+    A request whose peak never fits the pool must go dense here: admission would wait for ever. Budget 1.0 is the
+    proof mode: it never goes dense because it saves nothing.
     """
     if prompt_len < max(config.min_prompt_tokens, pool.page_size):
         return DenseReason.PROMPT_TOO_SHORT
@@ -66,7 +74,8 @@ def decide(prompt_len: int, max_new_tokens: int, config: CompressorConfig, pool:
         return DenseReason.BUDGET_BELOW_FLOOR
     if config.budget < 1.0 and geometry.num_pages >= geometry.num_chunks:
         return DenseReason.SAVES_NOTHING
+    beside = max(prompt_len, prompt_len - geometry.covered + max_new_tokens)
     slack = 2 * pool.page_size
-    if prompt_len + geometry.num_pages * pool.page_size + slack >= pool.num_tokens:
+    if beside + geometry.num_pages * pool.page_size + slack >= pool.num_tokens:
         return DenseReason.POOL_TOO_SMALL
     return geometry

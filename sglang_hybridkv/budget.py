@@ -14,7 +14,9 @@ import torch
 _LEAST_WEIGHT = 1e-6  # relative to the mean: a head without weight still takes what the others cannot hold
 
 
-def head_weights(statistic: torch.Tensor, is_dynamic: torch.Tensor, dynamic_share: float, static_weight: str):
+def head_weights(
+    statistic: torch.Tensor, is_dynamic: torch.Tensor, dynamic_share: float, static_weight: str
+) -> torch.Tensor:
     """Weights of all heads: level 1 splits by `dynamic_share`, level 2 weighs static heads, dynamic ones share evenly.
 
     Parameters

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import forced_chunks, summarize_chunks, top_chunks
-
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.geometry import PromptGeometry
@@ -91,7 +91,14 @@ def forced_chunk_counts(config: CompressorConfig) -> tuple[int, int]:
     return -(-config.num_sink_tokens // config.page_size), -(-config.recent_window // config.page_size)
 
 
-def _move_kept_rows(views, table, row, slots, kept, is_dynamic) -> None:
+def _move_kept_rows(
+    views: HeadPageViews,
+    table: HeadPageTable,
+    row: int,
+    slots: torch.Tensor,
+    kept: torch.Tensor,
+    is_dynamic: torch.Tensor,
+) -> None:
     page_size = views.layout.page_size
     layer_idx, kv_head, token = kept.nonzero(as_tuple=True)
     # Heads lie in the linear order in which nonzero lists them, each with whole pages: row j goes to place j.
@@ -107,7 +114,15 @@ def _move_kept_rows(views, table, row, slots, kept, is_dynamic) -> None:
     views.chunk_of_head_page[head_pages[is_buffer_start]] = (token[is_buffer_start] // page_size).to(torch.int32)
 
 
-def _offload_layer(views, table, store, config, row, slots, layer_idx) -> None:
+def _offload_layer(
+    views: HeadPageViews,
+    table: HeadPageTable,
+    store: HostStore,
+    config: CompressorConfig,
+    row: int,
+    slots: torch.Tensor,
+    layer_idx: int,
+) -> None:
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if len(heads) == 0:
         return
@@ -121,14 +136,23 @@ def _offload_layer(views, table, store, config, row, slots, layer_idx) -> None:
     _write_summaries(views, table, row, layer_idx, heads, summarize_chunks(keys, config.chunk_score))
 
 
-def host_chunk_ids(table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int):
+def host_chunk_ids(
+    table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int
+) -> torch.Tensor:
     """[E, C], int64: host head pages of all chunks of the dynamic `heads` [E] of one layer."""
     chunks = torch.arange(num_chunks, device=heads.device)
     linear = table.host_rank[row, layer_idx, heads].to(torch.int64)[:, None] * num_chunks + chunks
     return table.layout.host_page_ids(table.host_pages[row], linear)
 
 
-def _write_summaries(views, table, row, layer_idx, heads, summaries) -> None:
+def _write_summaries(
+    views: HeadPageViews,
+    table: HeadPageTable,
+    row: int,
+    layer_idx: int,
+    heads: torch.Tensor,
+    summaries: torch.Tensor,
+) -> None:
     """Vector i of a head goes to half i // P of its summary pages: K page, V page, next K page, ..."""
     vectors = summaries.flatten(1, 2)
     ids, half, place = _summary_places(table, row, layer_idx, heads, vectors.shape[1])
@@ -138,7 +162,13 @@ def _write_summaries(views, table, row, layer_idx, heads, summaries) -> None:
 
 
 def read_summaries(
-    views: HeadPageViews, table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int, vectors: int
+    views: HeadPageViews,
+    table: HeadPageTable,
+    row: int,
+    layer_idx: int,
+    heads: torch.Tensor,
+    num_chunks: int,
+    vectors: int,
 ) -> torch.Tensor:
     """[E, C, vectors, D]: chunk summaries of the dynamic `heads` [E] of one layer."""
     ids, half, place = _summary_places(table, row, layer_idx, heads, num_chunks * vectors)
@@ -146,7 +176,9 @@ def read_summaries(
     return read.unflatten(1, (num_chunks, vectors))
 
 
-def _summary_places(table, row, layer_idx, heads, num_vectors):
+def _summary_places(
+    table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_vectors: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     page_size = table.layout.page_size
     vector = torch.arange(num_vectors, device=heads.device)
     linear = table.first_summary_page[row, layer_idx, heads].to(torch.int64)[:, None] + vector // (2 * page_size)

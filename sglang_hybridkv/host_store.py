@@ -22,7 +22,9 @@ class HostStore:
         operating system backs them on first use.
     """
 
-    def __init__(self, num_pages: int, head_pages_per_page: int, page_size: int, head_dim: int, dtype, pin: bool):
+    def __init__(
+        self, num_pages: int, head_pages_per_page: int, page_size: int, head_dim: int, dtype: torch.dtype, pin: bool
+    ):
         shape = (num_pages * head_pages_per_page, page_size, head_dim)
         self.k_pages = torch.empty(shape, dtype=dtype, pin_memory=pin)
         self.v_pages = torch.empty(shape, dtype=dtype, pin_memory=pin)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+
 from hybridkv_kernels.fetch_chunks import fetch_chunks
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import forced_chunks, select_chunks
-
 from sglang_hybridkv.compaction import forced_chunk_counts, host_chunk_ids, read_summaries
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.host_store import HostStore
@@ -59,7 +59,9 @@ def retrieve_chunks(
     counters += torch.stack((by_score, by_score - moved))
 
 
-def _buffer_page_ids(table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_pages: torch.Tensor):
+def _buffer_page_ids(
+    table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_pages: torch.Tensor
+) -> torch.Tensor:
     """[E, S], int64; columns beyond a head's number of pages repeat its first."""
     places = torch.arange(int(num_pages.max()), device=heads.device)
     first = table.first_head_page[row, layer_idx, heads].to(torch.int64)[:, None]

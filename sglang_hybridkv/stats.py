@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sglang_hybridkv.admission import EXPLANATIONS, DenseReason
@@ -54,7 +55,7 @@ class RequestRecord:
 class CompressionStats:
     """Totals of one scheduler process; each request counts once, also when it is retracted and prefilled again."""
 
-    def __init__(self, clock=time.monotonic):
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_compressed = 0
         self.num_dense: collections.Counter[str] = collections.Counter()
         self.peak = HeldBytes()

@@ -1,5 +1,7 @@
 """Every registered attention backend can become one that serves compressed requests."""
 
+import functools
+
 from hybridkv_patches.hook import Hook
 from sglang_hybridkv.srt import settings
 
@@ -15,6 +17,7 @@ def install() -> None:
 
 
 def _wrap(factory):
+    @functools.wraps(factory)
     def make(runner):
         backend = factory(runner)
         if settings.active() is None or getattr(runner, "is_draft_worker", False):
@@ -23,5 +26,4 @@ def _wrap(factory):
 
         return make_hybrid(backend)
 
-    make.__wrapped__ = factory
     return make

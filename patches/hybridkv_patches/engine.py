@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from hybridkv_patches.hook import Hook
-from hybridkv_patches.server_args import claim_page_size, make_settings, refuse
+from hybridkv_patches.server_args import adopt, claim_page_size, make_settings, refuse
 from sglang_hybridkv.srt import settings as settings_module
 
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
@@ -33,7 +33,7 @@ class EngineServerArgs:
             return self.stock(*args, **kwargs)
         kwargs["page_size"] = claim_page_size(kwargs.get("page_size"), settings.config)
         server_args = self.stock(*args, **kwargs)
-        settings_module.stash(server_args, settings)
+        adopt(server_args, settings)
         return server_args
 
     def __getattr__(self, name: str) -> Any:

@@ -52,13 +52,19 @@ def take_flags(original: Any, cls: Any, namespace: Any) -> Any:
         )
         if settings is not None:
             namespace.page_size = claim_page_size(getattr(namespace, "page_size", None), settings.config)
+        server_args = original(cls, namespace)
+        if settings is not None:
+            adopt(server_args, settings)
+            setattr(server_args, _FROM_CLI, True)
     except ValueError as error:
         _exit(str(error))
-    server_args = original(cls, namespace)
-    if settings is not None:
-        settings_module.stash(server_args, settings)
-        setattr(server_args, _FROM_CLI, True)
     return server_args
+
+
+def adopt(server_args: Any, settings: Settings) -> None:
+    """Let fresh `server_args` carry `settings`; ValueError in one sentence when they ask for what cannot work."""
+    refusals.check_flags(server_args, settings)
+    settings_module.stash(server_args, settings)
 
 
 def check_published(server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -18,9 +18,7 @@ class HybridKV(Compressor):
         """METHOD sections 1 and 2; no host sync."""
         config, statistic = self.config, observation.statistic
         is_dynamic = statistic < config.theta if retrieval else torch.zeros_like(statistic, dtype=torch.bool)
-        weights = head_weights(
-            statistic.flatten(), is_dynamic.flatten(), config.dynamic_share, config.static_weight
-        )
+        weights = head_weights(statistic.flatten(), is_dynamic.flatten(), config.dynamic_share, config.static_weight)
         floor = min(config.min_head_pages, observation.num_pages)
         pages = apportion(weights, total_head_pages, floor, observation.num_pages)
         return HeadPlan(is_dynamic, pages.view_as(statistic))

@@ -21,6 +21,7 @@ class HybridAllocator(PagedTokenToKVPoolAllocator):
     """
 
     compression: Compression | None = None
+    free_pages: torch.Tensor
 
     def alloc_pages(self, num_pages: int) -> torch.Tensor | None:
         """[num_pages], int64 page ids, or None when that many are not free."""

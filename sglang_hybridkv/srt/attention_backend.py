@@ -6,13 +6,12 @@ would never see, and compares backends by name, so the chosen backend stays what
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-from hybridkv_kernels.decode_attn import decode_attn
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from hybridkv_kernels.decode_attn import decode_attn
 from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.retrieval import retrieve_chunks
 
@@ -27,7 +26,7 @@ class _Chunk(NamedTuple):
     end: int
 
 
-class HybridAttnMixin:
+class HybridAttnMixin(AttentionBackend):
     """Goes before a concrete backend in the class order; `compression` comes from its KV pool."""
 
     def init_forward_metadata(self, forward_batch):
@@ -95,7 +94,8 @@ class HybridAttnMixin:
             )
         out = decode_attn(
             queries,
-            *pool.get_kv_buffer(layer.layer_id),
+            pool.get_key_buffer(layer.layer_id),
+            pool.get_value_buffer(layer.layer_id),
             pool.views.k_pages,
             pool.views.v_pages,
             compression.table,
@@ -118,13 +118,9 @@ def _chunks(observer, rows, forward_batch) -> list[_Chunk]:
     return chunks
 
 
-@functools.cache
-def _hybrid_class(base: type[AttentionBackend]) -> type[AttentionBackend]:
-    return type(f"Hybrid{base.__name__}", (HybridAttnMixin, base), {})
-
-
 def make_hybrid(backend: AttentionBackend) -> AttentionBackend:
     """A backend with the state of the freshly built `backend` that serves compressed requests, too."""
-    hybrid = object.__new__(_hybrid_class(type(backend)))
+    stock = type(backend)
+    hybrid = object.__new__(type(f"Hybrid{stock.__name__}", (HybridAttnMixin, stock), {}))
     hybrid.__dict__.update(backend.__dict__)
     return hybrid

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from hybridkv_kernels.head_pages import HeadPageTable
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
+from hybridkv_kernels.head_pages import HeadPageTable
 from sglang_hybridkv.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.geometry import PromptGeometry
@@ -138,9 +138,16 @@ class Compression:
         if not hasattr(req, _RECORD):
             self.stats.count_compressed()
         held = self._held_by(row)
-        record = RequestRecord(True, None, geometry_prompt_len(reservation), self.config.budget)
-        record.static_heads, record.dynamic_heads = num_static, num_dynamic
-        record.resident_ratio, record.host_bytes = held.device / held.stock, held.host
+        record = RequestRecord(
+            compressed=True,
+            reason=None,
+            prompt_tokens=reservation.prefilled,
+            budget=self.config.budget,
+            resident_ratio=held.device / held.stock,
+            host_bytes=held.host,
+            static_heads=num_static,
+            dynamic_heads=num_dynamic,
+        )
         setattr(req, _RECORD, record)
         self.stats.observe(self.held())
 
@@ -201,9 +208,7 @@ class Compression:
     def _record_dense(self, req, reason: DenseReason) -> None:
         if not hasattr(req, _RECORD) and not req.rid.startswith(_HEALTH_CHECK_PREFIX):
             self.stats.count_dense(reason, len(req.full_untruncated_fill_ids))
-        setattr(
-            req, _RECORD, RequestRecord(False, reason, len(req.full_untruncated_fill_ids), self.config.budget)
-        )
+        setattr(req, _RECORD, RequestRecord(False, reason, len(req.full_untruncated_fill_ids), self.config.budget))
 
     def _host_store(self) -> HostStore:
         layout, pool = self.pool.views.layout, self.pool
@@ -221,15 +226,10 @@ class Compression:
         )
 
 
-def geometry_prompt_len(reservation: Reservation) -> int:
-    """Tokens that prefill computed exactly: the prompt, and after a retraction what had been generated."""
-    return reservation.prefilled
-
-
 def visual_spans(multimodal_inputs) -> tuple[VisualSpan, ...]:
     """Images and videos of a request; SGLang's offsets are absolute and inclusive. Audio counts as text."""
     if multimodal_inputs is None:
         return ()
-    visual = [i for i in multimodal_inputs.mm_items if (i.is_image() or i.is_video()) and i.offsets]
+    visual = [item for item in multimodal_inputs.mm_items if not item.is_audio() and item.offsets]
     spans = [VisualSpan(a, b + 1, item.modality.name.lower()) for item in visual for a, b in item.offsets]
     return tuple(sorted(spans, key=lambda span: span.start))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
 
 if TYPE_CHECKING:
     from sglang_hybridkv.srt.compression import Compression

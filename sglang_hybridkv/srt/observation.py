@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from hybridkv_kernels.score_heads import score_heads
 
+from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.ledger import Reservation
 from sglang_hybridkv.spans import num_observation_rows
@@ -48,7 +48,9 @@ class PromptObserver:
         self._prompts[row] = _Prompt(reservation)
 
     def drop(self, row: int | None) -> None:
-        """Forget `row`."""
+        """Forget `row`; None, a request without a row, is legal."""
+        if row is None:
+            return
         self._watched.discard(row)
         self._prompts.pop(row, None)
         for layer_idx in range(self.num_layers):

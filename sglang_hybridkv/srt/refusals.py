@@ -1,6 +1,6 @@
 """What a compressing server refuses to start with: one table, one sentence each.
 
-A row goes when a test proves the combination. Fields are those of SGLang's resolved server arguments.
+A row goes when a test proves the combination.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ REFUSALS: tuple[Refusal, ...] = (
     _switch("is_embedding", recipe="serve a generating model"),
     _switch("enable_deterministic_inference"),
     _switch("enable_lora", recipe="serve the merged weights"),
+    _switch("lora_paths", recipe="serve the merged weights"),
     _switch("enable_torch_compile"),
     # Where keys and values live.
     _switch("disable_radix_cache", recipe="leave the radix cache on"),
@@ -123,8 +124,26 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+def check_flags(server_args: Any, settings: Settings) -> None:
+    """Refuse what the user asked for explicitly, before SGLang resolves it or refuses it in other words.
+
+    Raises
+    ------
+    ValueError
+        One sentence that names the flag and the legal recipe; the first that applies.
+    """
+    for refusal in REFUSALS:
+        if refusal.applies(getattr(server_args, refusal.field)):
+            raise _refused(refusal.flag, settings, refusal.recipe)
+    recipe = f"use --attention-backend {' or '.join(ATTENTION_BACKENDS)}"
+    for phase in ("", "prefill_", "decode_"):
+        backend = getattr(server_args, f"{phase}attention_backend")
+        if backend is not None and backend not in ATTENTION_BACKENDS:
+            raise _refused(f"--{phase.replace('_', '-')}attention-backend {backend}", settings, recipe)
+
+
 def check_server_args(view: Any, settings: Settings) -> None:
-    """Refuse arguments that compression does not work with.
+    """Refuse resolved arguments that compression does not work with, whoever chose them.
 
     Parameters
     ----------
@@ -134,14 +153,11 @@ def check_server_args(view: Any, settings: Settings) -> None:
     Raises
     ------
     ValueError
-        One sentence that names the flag and the legal recipe; the first row that applies.
+        One sentence that names the flag and the legal recipe; the first that applies.
     """
-    for refusal in REFUSALS:
-        if refusal.applies(getattr(view, refusal.field)):
-            raise _refused(refusal.flag, settings, refusal.recipe)
+    check_flags(view, settings)
     if view.device not in DEVICES:
         raise _refused(f"--device {view.device}", settings, f"use one of {', '.join(DEVICES)}")
-    _check_backends(view, settings)
     if view.device == "cuda":
         _check_cuda_graphs(view, settings)
     if view.page_size != settings.config.page_size:
@@ -155,16 +171,6 @@ def check_model(model_config: Any, settings: Settings) -> None:
     architecture = model_config.hf_config.architectures[0]
     if architecture not in ARCHITECTURES:
         raise _refused(f"--model-path of a {architecture}", settings, f"supported are {', '.join(ARCHITECTURES)}")
-
-
-def _check_backends(view: Any, settings: Settings) -> None:
-    recipe = f"use --attention-backend {' or '.join(ATTENTION_BACKENDS)}"
-    if view.attention_backend not in ATTENTION_BACKENDS:
-        raise _refused(f"--attention-backend {view.attention_backend}", settings, recipe)
-    for phase in ("prefill", "decode"):
-        backend = getattr(view, f"{phase}_attention_backend")
-        if backend is not None and backend != view.attention_backend:
-            raise _refused(f"--{phase}-attention-backend {backend}", settings, recipe)
 
 
 def _check_cuda_graphs(view: Any, settings: Settings) -> None:

@@ -36,7 +36,7 @@ def decode_attn(
 
 
 def layer_head_pages(table: HeadPageTable, row: int, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head pages [H, S] of one request's layer, S the longest head's, and which of the S * P rows are real [H, S * P]."""
+    """Head pages [H, S] of one request's layer, S being the longest head's, and which rows [H, S * P] are real."""
     first, count = table.first_head_page[row, layer_idx], table.num_head_pages[row, layer_idx]
     places = torch.arange(int(count.max()), device=first.device)
     in_head = places < count[:, None]

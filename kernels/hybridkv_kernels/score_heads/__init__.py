@@ -49,9 +49,7 @@ def score_heads(
     checks.check_same("q", q, "k", k)
     checks.check_shape("q", q, (None, None, head_dim))
     if q.shape[1] % num_kv_heads or not 1 <= q.shape[0] <= num_tokens:
-        raise ValueError(
-            f"q: expected 1..{num_tokens} rows of a multiple of {num_kv_heads} heads, got {list(q.shape)}"
-        )
+        raise ValueError(f"q: expected 1..{num_tokens} rows of a multiple of {num_kv_heads} heads, got {list(q.shape)}")
     if statistic not in STATISTICS:
         raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}")
     return naive.score_heads(q, k, scaling, statistic, sparsity_fraction, mass_fraction, chunk_size)
