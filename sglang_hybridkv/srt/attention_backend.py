@@ -6,7 +6,7 @@ would never see, and compares backends by name, so the chosen backend stays what
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -121,6 +121,6 @@ def _chunks(observer, rows, forward_batch) -> list[_Chunk]:
 def make_hybrid(backend: AttentionBackend) -> AttentionBackend:
     """A backend with the state of the freshly built `backend` that serves compressed requests, too."""
     stock = type(backend)
-    hybrid = object.__new__(type(f"Hybrid{stock.__name__}", (HybridAttnMixin, stock), {}))
+    hybrid: Any = object.__new__(type(f"Hybrid{stock.__name__}", (HybridAttnMixin, stock), {}))
     hybrid.__dict__.update(backend.__dict__)
     return hybrid
