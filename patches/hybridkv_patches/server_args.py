@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from hybridkv_patches.hook import PLUGIN, Hook
 from sglang_hybridkv.compressors import NONE, compressor_names, get_compressor
-from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, parse_config
+from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values, parse_config
 from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt import settings as settings_module
 from sglang_hybridkv.srt.settings import Settings
@@ -37,8 +37,8 @@ def add_flags(_result: Any, parser: Any) -> None:
     group.add_argument(
         CONFIG_FLAG,
         metavar="JSON|@FILE",
-        help="Settings of the compressor: a JSON object, or @ and the path of a file that holds one. Fields, with "
-        f"defaults: {_field_help()}",
+        help="Settings of the compressor: a JSON object, or @ and the path of a file that holds one. "
+        f"Fields: {_field_help()}",
     )
 
 
@@ -52,12 +52,15 @@ def take_flags(original: Any, cls: Any, namespace: Any) -> Any:
         )
         if settings is not None:
             namespace.page_size = claim_page_size(getattr(namespace, "page_size", None), settings.config)
-        server_args = original(cls, namespace)
-        if settings is not None:
-            adopt(server_args, settings)
-            setattr(server_args, _FROM_CLI, True)
     except ValueError as error:
         _exit(str(error))
+    server_args = original(cls, namespace)
+    if settings is not None:
+        setattr(server_args, _FROM_CLI, True)
+        try:
+            adopt(server_args, settings)
+        except ValueError as error:
+            refuse(server_args, error)
     return server_args
 
 
@@ -175,7 +178,9 @@ def _number(value: Any) -> Any:
 def _field_help() -> str:
     fields = CompressorConfig.model_fields.items()
     # Argparse formats help texts with %.
-    text = "; ".join(f"{name} ({field.default!r}): {field.description}" for name, field in fields)
+    text = ". ".join(
+        f"{name} ({legal_values(name)}; default {field.default}): {field.description}" for name, field in fields
+    )
     return text.replace("%", "%%") + "."
 
 

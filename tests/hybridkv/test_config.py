@@ -1,0 +1,123 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values, parse_config
+
+
+def test_no_values_mean_the_defaults():
+    assert parse_config(None) == parse_config({}) == parse_config("{}") == CompressorConfig()
+
+
+def test_text_dict_and_file_say_the_same(tmp_path):
+    values = {"budget": 0.25, "page_size": 32, "host_store_bytes": 1 << 20}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values))
+    assert parse_config(values) == parse_config(json.dumps(values)) == parse_config(f"@{path}")
+
+
+def test_config_survives_json():
+    config = CompressorConfig(budget=0.3, host_store_bytes=5)
+    assert CompressorConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError):
+        CompressorConfig().budget = 0.5
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True))
+def test_budget_is_legal_exactly_in_its_range(budget):
+    if not math.isnan(budget) and 0 < budget <= 1:
+        assert parse_config(None, budget=budget).budget == budget
+    else:
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            parse_config(None, budget=budget)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "x", math.nan, True, None, [0.1]])
+def test_bad_budget_in_the_config_is_named(budget):
+    with pytest.raises(ValueError) as caught:
+        parse_config({"budget": budget})
+    complaint = f"budget = {budget!r} is not allowed; legal: a number above 0 and at most 1"
+    assert str(caught.value) == f"{CONFIG_FLAG} {complaint}"
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, "x", math.nan])
+def test_bad_budget_in_the_flag_is_named(budget):
+    with pytest.raises(ValueError) as caught:
+        parse_config(None, budget=budget)
+    assert str(caught.value) == f"{BUDGET_FLAG} = {budget!r} is not allowed; legal: a number above 0 and at most 1"
+
+
+def test_an_integer_budget_is_a_number():
+    budget = parse_config(None, budget=1).budget
+    assert budget == 1.0
+    assert isinstance(budget, float)
+
+
+def test_both_budgets_must_agree():
+    assert parse_config({"budget": 0.5}, budget=0.5).budget == 0.5
+    with pytest.raises(ValueError, match=f"{BUDGET_FLAG} 0.4 and budget 0.5 of {CONFIG_FLAG} differ"):
+        parse_config({"budget": 0.5}, budget=0.4)
+
+
+@pytest.mark.parametrize(
+    "values, legal",
+    [
+        ({"page_size": 12}, "one of 8, 16, 32, 64"),
+        ({"statistic": "entropy"}, 'one of "sparsity", "top_mass", "hit_cv"'),
+        ({"theta": 2}, "a number at least 0 and at most 1.01"),
+        ({"sparsity_fraction": 0}, "a number above 0 and below 1"),
+        ({"min_prompt_tokens": "5"}, "an integer at least 1"),
+        ({"recent_window": 2.5}, "an integer at least 0 and at most 1024"),
+        ({"host_store_bytes": -1}, "an integer at least 0 or null"),
+        ({"min_observation_rows": 33}, "at most observation_rows, which is 32"),
+        ({"observation_rows": 4}, "at most observation_rows, which is 4"),
+    ],
+)
+def test_bad_value_is_answered_with_the_legal_ones(values, legal):
+    with pytest.raises(ValueError) as caught:
+        parse_config(values)
+    assert str(caught.value).endswith(f"legal: {legal}")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_key_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match="has no field 'bugdet'; known fields: budget, page_size, "):
+        parse_config({"bugdet": 0.1})
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("{", "is not valid JSON"),
+        ("0.1", "must be a JSON object, got float"),
+        ("[1]", "must be a JSON object, got list"),
+        ("@/no/such/file", "file '/no/such/file' cannot be read: No such file"),
+        ("@/", "file '/' cannot be read: Is a directory"),
+        (7, "must be a JSON object, @file or a dict, got int"),
+    ],
+)
+def test_unreadable_config_is_one_sentence(text, complaint):
+    with pytest.raises(ValueError) as caught:
+        parse_config(text)
+    assert complaint in str(caught.value)
+    assert CONFIG_FLAG in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_not_text_is_one_sentence(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        parse_config(f"@{path}")
+
+
+@pytest.mark.parametrize("name", CompressorConfig.model_fields)
+def test_every_field_has_a_description_and_legal_values(name):
+    assert CompressorConfig.model_fields[name].description
+    assert legal_values(name)

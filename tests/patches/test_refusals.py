@@ -1,0 +1,102 @@
+import types
+
+import msgspec
+import pytest
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+from sglang.srt.server_args import ServerArgs
+
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.srt import refusals
+from sglang_hybridkv.srt.settings import Settings
+
+SETTINGS = Settings("hybridkv", CompressorConfig())
+DEFAULTS = {field.name: getattr(ServerArgs(model_path="m"), field.name) for field in msgspec.structs.fields(ServerArgs)}
+
+
+def resolved(**changes):
+    """Resolved arguments of a server that compression works with, except for `changes`."""
+    graphs = CudaGraphConfig(PhaseConfig("disabled"), PhaseConfig("disabled"))
+    fitting = {"device": "cpu", "attention_backend": "torch_native", "page_size": 16, "cuda_graph_config": graphs}
+    return types.SimpleNamespace(**{**DEFAULTS, **fitting, **changes})
+
+
+def sentence(**changes):
+    with pytest.raises(ValueError) as caught:
+        refusals.check_server_args(resolved(**changes), SETTINGS)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_plain_server_is_accepted(device):
+    refusals.check_flags(ServerArgs(model_path="m"), SETTINGS)
+    refusals.check_server_args(resolved(device=device), SETTINGS)
+
+
+@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.field)
+def test_every_row_names_its_flag_and_a_recipe(refusal):
+    default = DEFAULTS[refusal.field]
+    values = [2] if type(default) is int else [True, "ngram", "transformers", "fp8_e4m3", ["a=b"]]
+    refused = [value for value in values if refusal.applies(value)]
+    assert refused
+    assert not refusal.applies(default)
+    for value in refused:
+        assert sentence(**{refusal.field: value}) == (
+            f"{refusal.flag} cannot be combined with --kv-compressor hybridkv; {refusal.recipe}"
+        )
+
+
+def test_no_field_has_two_rows():
+    fields = [refusal.field for refusal in refusals.REFUSALS]
+    assert len(set(fields)) == len(fields)
+
+
+@pytest.mark.parametrize("dtype", refusals.KV_CACHE_DTYPES)
+def test_unquantized_caches_are_accepted(dtype):
+    refusals.check_server_args(resolved(kv_cache_dtype=dtype), SETTINGS)
+
+
+@pytest.mark.parametrize("phase", ["", "prefill_", "decode_"])
+def test_other_attention_backends_are_refused(phase):
+    text = sentence(**{f"{phase}attention_backend": "triton"})
+    assert text.startswith(f"--{phase.replace('_', '-')}attention-backend triton cannot be combined")
+    assert text.endswith("use --attention-backend torch_native")
+
+
+def test_cuda_graphs_are_refused_on_cuda_only():
+    graphs = CudaGraphConfig(PhaseConfig("full"), PhaseConfig("disabled"))
+    refusals.check_server_args(resolved(cuda_graph_config=graphs), SETTINGS)
+    text = sentence(cuda_graph_config=graphs, device="cuda")
+    assert text.startswith("--cuda-graph-backend-decode full")
+    assert "--cuda-graph-backend-prefill disabled" in text
+
+
+def test_other_devices_are_refused():
+    assert sentence(device="npu").endswith("use one of cpu, cuda")
+
+
+def test_the_page_size_must_be_the_compressors():
+    assert sentence(page_size=64).startswith("--page-size 64 cannot be combined")
+
+
+def test_the_rust_server_is_refused(monkeypatch):
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    assert sentence() == "SGLANG_RUST_SERVER cannot be combined with --kv-compressor hybridkv; unset it"
+
+
+def model(architecture):
+    return types.SimpleNamespace(hf_config=types.SimpleNamespace(architectures=[architecture]))
+
+
+@pytest.mark.parametrize("architecture", refusals.ARCHITECTURES)
+def test_verified_models_are_accepted(architecture):
+    refusals.check_model(model(architecture), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM", "GptOssForCausalLM", "MambaForCausalLM"]
+)
+def test_other_models_are_refused_with_the_list(architecture):
+    with pytest.raises(ValueError) as caught:
+        refusals.check_model(model(architecture), SETTINGS)
+    assert architecture in str(caught.value)
+    assert ", ".join(refusals.ARCHITECTURES) in str(caught.value)

@@ -1,0 +1,114 @@
+import argparse
+import types
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+import hybridkv_patches
+from hybridkv_patches import server_args
+from hybridkv_patches.server_args import BUDGET_FLAG, CONFIG_FLAG, FLAG
+from sglang_hybridkv.srt.settings import settings_of
+
+
+@pytest.fixture(autouse=True)
+def hooked(monkeypatch):
+    """As if SGLang had taken the hooks of the first stage."""
+    monkeypatch.setattr(hybridkv_patches, "startup_fault", lambda: None)
+
+
+def parse(*argv, page_size=None):
+    """What stands in for ServerArgs after the flags went through both hooks."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--page-size", type=int, default=page_size)
+    server_args.add_flags(None, parser)
+    return server_args.take_flags(make_stock, None, parser.parse_args(argv))
+
+
+def make_stock(cls, namespace):
+    return ServerArgs(model_path="m", page_size=namespace.page_size)
+
+
+def is_stock(args):
+    return settings_of(args) is None and args.page_size is None and not vars(args)
+
+
+def refusal(capsys, *argv, **kwargs):
+    with pytest.raises(SystemExit) as caught:
+        parse(*argv, **kwargs)
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("sglang: error: ")
+    return lines[0].removeprefix("sglang: error: ")
+
+
+@pytest.mark.parametrize("argv", [(), (FLAG, "none")])
+def test_without_a_compressor_nothing_changes(argv):
+    assert is_stock(parse(*argv))
+
+
+def test_flags_become_settings_and_claim_the_page_size():
+    args = parse(FLAG, "hybridkv", BUDGET_FLAG, "0.25", CONFIG_FLAG, '{"page_size": 32}')
+    settings = settings_of(args)
+    assert (settings.name, settings.config.budget, settings.config.page_size, args.page_size) == (
+        "hybridkv",
+        0.25,
+        32,
+        32,
+    )
+
+
+def test_a_page_size_that_agrees_is_fine():
+    assert parse(FLAG, "hybridkv", "--page-size", "16").page_size == 16
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "1.5", "x", "nan", "inf", ""])
+def test_bad_budget(capsys, budget):
+    sentence = refusal(capsys, FLAG, "hybridkv", BUDGET_FLAG, budget)
+    assert sentence.startswith(f"{BUDGET_FLAG} = ")
+    assert sentence.endswith("is not allowed; legal: a number above 0 and at most 1")
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        ((FLAG, "gzip"), (FLAG, "'gzip'", "none, hybridkv")),
+        ((BUDGET_FLAG, "0.1"), (BUDGET_FLAG, "would change nothing without --kv-compressor hybridkv")),
+        ((FLAG, "none", CONFIG_FLAG, "{}"), (CONFIG_FLAG, "would change nothing")),
+        ((BUDGET_FLAG, "1", CONFIG_FLAG, "{}"), (f"{BUDGET_FLAG} and {CONFIG_FLAG}", "would change nothing")),
+        ((FLAG, "hybridkv", CONFIG_FLAG, "{"), (CONFIG_FLAG, "is not valid JSON")),
+        ((FLAG, "hybridkv", CONFIG_FLAG, "@/no/such"), ("'/no/such'", "cannot be read")),
+        ((FLAG, "hybridkv", CONFIG_FLAG, '{"bugdet": 1}'), ("no field 'bugdet'", "known fields: budget")),
+        ((FLAG, "hybridkv", CONFIG_FLAG, '{"budget": NaN}'), ("budget = nan", "above 0 and at most 1")),
+        ((FLAG, "hybridkv", CONFIG_FLAG, '{"budget": 0.2}', BUDGET_FLAG, "0.1"), ("0.2", "0.1", "differ")),
+        ((FLAG, "hybridkv", "--page-size", "1"), ("--page-size 1", "page_size 16", "make them equal")),
+    ],
+)
+def test_bad_flags_end_with_one_sentence(capsys, argv, parts):
+    sentence = refusal(capsys, *argv)
+    assert all(part in sentence for part in parts), sentence
+
+
+def test_compression_is_refused_while_hooks_are_missing(capsys, monkeypatch):
+    monkeypatch.setattr(hybridkv_patches, "startup_fault", lambda: "SGLang did not take the hook on x")
+    assert refusal(capsys, FLAG, "hybridkv") == "SGLang did not take the hook on x"
+    assert is_stock(parse())
+    with pytest.raises(ValueError, match="did not take the hook on x"):
+        server_args.make_settings("hybridkv", None, None)
+
+
+def test_help_explains_every_flag_and_field():
+    parser = argparse.ArgumentParser()
+    server_args.add_flags(None, parser)
+    text = parser.format_help()
+    assert all(
+        flag in text for flag in (FLAG, BUDGET_FLAG, CONFIG_FLAG, "{none,hybridkv}", "Default: none", "Default: 0.1")
+    )
+    assert "min_prompt_tokens (an integer at least 1; default 512): prompts" in " ".join(text.split())
+
+
+def test_refusal_raises_into_a_python_caller():
+    error = ValueError("no")
+    with pytest.raises(ValueError) as caught:
+        server_args.refuse(types.SimpleNamespace(), error)
+    assert caught.value is error

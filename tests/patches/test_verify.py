@@ -1,0 +1,89 @@
+import types
+
+import pytest
+import torch
+
+import hybridkv_patches
+from hybridkv_patches import verify
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.srt import settings as settings_module
+from sglang_hybridkv.srt.allocator import HybridAllocator
+from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
+from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+from sglang_hybridkv.srt.radix_cache import HybridRadixCache
+from sglang_hybridkv.srt.settings import Settings
+
+
+def blank(kind):
+    """Instance of `kind` or of a subclass, without running anything of it."""
+    return object.__new__(type(f"Blank{kind.__name__}", (kind,), {"__init__": lambda self: None}))
+
+
+@pytest.fixture
+def scheduler():
+    pool, allocator = blank(HybridTokenToKVPool), blank(HybridAllocator)
+    pool.dtype = torch.bfloat16
+    allocator.get_kvcache = lambda: pool
+    runner = types.SimpleNamespace(attn_backend=blank(HybridAttnMixin))
+    return types.SimpleNamespace(
+        token_to_kv_pool_allocator=allocator,
+        tree_cache=blank(HybridRadixCache),
+        tp_worker=types.SimpleNamespace(model_runner=runner),
+    )
+
+
+class Foreign:
+    dtype = torch.bfloat16
+
+    def get_kvcache(self):
+        return self
+
+
+def test_our_own_parts_pass(scheduler):
+    assert verify.parts_fault(scheduler) is None
+
+
+@pytest.mark.parametrize("part", ["KV pool", "KV allocator", "radix cache", "attention backend"])
+def test_a_foreign_part_is_named(scheduler, part):
+    if part == "KV pool":
+        scheduler.token_to_kv_pool_allocator.get_kvcache = Foreign
+    elif part == "KV allocator":
+        pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+        scheduler.token_to_kv_pool_allocator = Foreign()
+        scheduler.token_to_kv_pool_allocator.get_kvcache = lambda: pool
+    elif part == "radix cache":
+        scheduler.tree_cache = Foreign()
+    else:
+        scheduler.tp_worker.model_runner.attn_backend = Foreign()
+    assert verify.parts_fault(scheduler) == f"--kv-compressor is set but SGLang kept its own {part} (Foreign)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
+def test_a_quantized_cache_is_refused(scheduler, dtype):
+    scheduler.token_to_kv_pool_allocator.get_kvcache().dtype = dtype
+    assert "use --kv-cache-dtype bfloat16" in verify.parts_fault(scheduler)
+
+
+def test_handshake_raises_for_a_missing_hook(scheduler, monkeypatch):
+    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", CompressorConfig()))
+    monkeypatch.setattr(hybridkv_patches, "hooks_fault", lambda: "SGLang did not take the hook on x")
+    with pytest.raises(RuntimeError, match="did not take the hook on x"):
+        verify.check_scheduler(None, scheduler)
+
+
+def test_handshake_raises_for_a_foreign_part(scheduler, monkeypatch):
+    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", CompressorConfig()))
+    monkeypatch.setattr(hybridkv_patches, "hooks_fault", lambda: None)
+    scheduler.tree_cache = Foreign()
+    with pytest.raises(RuntimeError, match="kept its own radix cache"):
+        verify.check_scheduler(None, scheduler)
+
+
+def test_report_is_added_only_when_compression_is_on(monkeypatch):
+    monkeypatch.setattr(settings_module, "active", lambda: None)
+    assert verify.report({"status": "ready"}, None) is None
+    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", CompressorConfig()))
+    assert verify.report({"status": "ready"}, None) == {
+        "status": "ready",
+        "kv_compressor": {"name": "hybridkv", "budget": 0.1, "page_size": 16},
+    }
