@@ -81,10 +81,14 @@ class Ledger:
         return sum(len(r.unlisted_pages) for r in self.by_row.values()) * self.page_size
 
     def check_integrity(self) -> None:
-        """AssertionError when two requests hold the same device or host page, or a row covers too little."""
+        """AssertionError when two requests hold the same device or host page, or one does not hold what it reserved."""
         for name in ("pages", "host_pages"):
             held = [getattr(r, name) for r in self.by_row.values()]
             ids = torch.cat(held) if held else torch.empty(0)
             assert len(ids.unique()) == len(ids), f"{name} held twice"
         for row, reservation in self.by_row.items():
-            assert reservation.num_in_row <= reservation.geometry.num_chunks, f"row {row} lists too many pages"
+            geometry = reservation.geometry
+            assert len(reservation.pages) <= geometry.num_pages, f"row {row} holds more pages than it reserved"
+            assert len(reservation.host_pages) <= geometry.num_host_pages, f"row {row} holds too many host pages"
+            spare = geometry.summary_pages_per_head if reservation.committed else 0
+            assert len(reservation.pages) >= geometry.num_pages - spare, f"row {row} lost pages"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-_FORCED, _TEXT = 8.0, 4.0  # tiers above any salience, which is a probability
-
 
 def pool_salience(salience: torch.Tensor, kernel: int) -> torch.Tensor:
     """[..., N]: average over `kernel` neighbouring tokens, as SnapKV does; the ends count real neighbours only."""
@@ -45,8 +43,10 @@ def text_first_order(
     text_salience = salience.masked_fill(~is_text, -1.0)
     text_rank = _rank(text_salience)
     preferred = is_text & (text_rank < (text_share * num_kept).unsqueeze(-1))
-    score = salience + _FORCED * forced + _TEXT * preferred
-    return score.argsort(dim=-1, descending=True, stable=True)
+    tier = 2 * forced + preferred.to(torch.int64)
+    # Two stable sorts instead of one of tier + salience: adding would round small saliences to ties.
+    order = salience.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, tier.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
 
 
 def chunk_salience(salience: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -24,10 +24,12 @@ def compact_kv(k: torch.Tensor, v: torch.Tensor, src: torch.Tensor, dst: torch.T
     -----
     Ownership: src rows stay intact; the caller frees them. No sync. Cost: 4 * M * D * itemsize bytes of traffic.
     """
-    for name, tensor in (("k", k), ("v", v)):
-        checks.check_shape(name, tensor, (k.shape[0], None))
-        checks.check_dtype(name, tensor, checks.FLOATS)
-        checks.check_contiguous(name, tensor)
+    checks.check_shape("k", k, (None, None))
+    checks.check_dtype("k", k, checks.FLOATS)
+    checks.check_shape("v", v, tuple(k.shape))
+    checks.check_same("v", v, "k", k)
+    checks.check_contiguous("k", k)
+    checks.check_contiguous("v", v)
     for name, rows in (("src", src), ("dst", dst)):
         checks.check_shape(name, rows, (src.shape[0],))
         checks.check_dtype(name, rows, (torch.int64,))

@@ -43,6 +43,13 @@ def fetch_chunks(
     checks.check_shape("buffer_page_ids", buffer_page_ids, (num_heads, None))
     checks.check_shape("num_buffer_pages", num_buffer_pages, (num_heads,))
     checks.check_shape("host_page_ids", host_page_ids, (num_heads, num_chunks))
+    checks.check_shape("k_head_pages", k_head_pages, (None, None, None))
+    checks.check_dtype("k_head_pages", k_head_pages, checks.FLOATS)
+    checks.check_shape("v_head_pages", v_head_pages, tuple(k_head_pages.shape))
+    for name, pages in (("k_host_pages", k_host_pages), ("v_host_pages", v_host_pages)):
+        checks.check_shape(name, pages, (None, *k_head_pages.shape[1:]))
+        checks.check_dtype(name, pages, (k_head_pages.dtype,))
+    checks.check_same("v_head_pages", v_head_pages, "k_head_pages", k_head_pages)
     checks.check_dtype("chunk_of_head_page", chunk_of_head_page, (torch.int32,))
     checks.check_shape("chunk_of_head_page", chunk_of_head_page, (k_head_pages.shape[0],))
     return naive.fetch_chunks(
