@@ -55,7 +55,8 @@ class CompressorConfig(BaseModel):
         16, description="last tokens of the page-aligned prompt that every head keeps (inferred)"
     )
     text_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        1.0, description="largest share of a static head's rows that text takes ahead of visual tokens (inferred)"
+        1.0,
+        description="largest share of a static head's rows, rounded up, that text takes first (inferred)",
     )
     pool_kernel: Literal[1, 3, 5, 7, 9] = Field(
         5, description="width in tokens of the average pooling over the salience of prompt tokens (inferred)"

@@ -55,7 +55,7 @@ def prompt_geometry(
     A head page of K and its twin of V together hold 2 P summary vectors.
     """
     num_chunks = prompt_len // page_size
-    # The budget as the user wrote it: 0.3 * 10 chunks are 3, not 2.9999999999999996.
+    # The budget as the user wrote it: 0.29 * 100 chunks are 29, not 28.999999999999996.
     total = math.floor(Fraction(repr(budget)) * num_chunks * head_pages_per_page)
     summary_pages = -(-num_chunks * vectors_per_chunk // (2 * page_size))
     return PromptGeometry(

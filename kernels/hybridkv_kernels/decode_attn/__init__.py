@@ -62,6 +62,7 @@ def decode_attn(
     for name, pages in (("k_head_pages", k_head_pages), ("v_head_pages", v_head_pages)):
         checks.check_shape(name, pages, (None, table.layout.page_size, head_dim))
         checks.check_same(name, pages, "q", q)
+    checks.check_shape("v_head_pages", v_head_pages, tuple(k_head_pages.shape))
     checks.check_shape("req_rows", req_rows, (q.shape[0],))
     checks.check_shape("seq_lens", seq_lens, (q.shape[0],))
     return naive.decode_attn(

@@ -1,0 +1,269 @@
+"""Chat about drawn scenes with compressed servers and a stock one, and compare them.
+
+``python -m benchmarks.demo`` serves the trained tiny Qwen2.5-VL with the same flags, with ``--kv-compressor hybridkv``
+at two budgets and without; asks each server the same questions over the OpenAI API, streaming; then prints a table. The
+last line of stdout is one JSON object with the figures. The exit status is 1 when a request was not compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.bench_memory import random_prompt
+from benchmarks.harness import (
+    ChatAnswer,
+    Server,
+    compression_flags,
+    detect_device,
+    end_on_sigterm,
+    engine_flags,
+    parallel,
+)
+from benchmarks.provenance import run_metadata
+from benchmarks.scenes import Question, Scene, ask, draw_scene, image_url, user_message
+
+MODEL = Path(__file__).resolve().parent / "models" / "tiny-qwen2_5_vl-scenes"
+BUDGETS = (0.1, 0.5)
+"""The headline, and one at which prompts as short as these keep enough rows to be answered from."""
+SEED = 5
+CHATS = (
+    (((18, 18), (16, 18)), ("list", "get", "list")),
+    (((14, 14), (14, 14), (14, 14)), ("get", "list", "chain")),
+    (((24, 24),), ("list", "chain", "get")),
+)
+"""Images of each chat and what it asks, turn after turn; sizes that the model answers with its full cache."""
+LONG_LAYOUT = ((20, 20),) * 10
+LONG_NEW_TOKENS = 64
+CROWD, CROWD_PROMPT_TOKENS, CROWD_NEW_TOKENS = 64, 1024, 32
+POOL_TOKENS = 10 * (CROWD_PROMPT_TOKENS + CROWD_NEW_TOKENS)
+STEPS_PER_SERVER = 1 + sum(len(kinds) for _, kinds in CHATS) + 2
+
+
+class NotCompressed(RuntimeError):
+    """The server answered, but compression did not run."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One scene and the questions of its turns."""
+
+    scene: Scene
+    questions: tuple[Question, ...]
+
+
+@dataclass
+class Run:
+    """What one server did. `record` is that of the long prompt; `state` the totals before the crowd came."""
+
+    budget: float | None
+    turns: list[tuple[Question, ChatAnswer]] = field(default_factory=list)
+    long: ChatAnswer | None = None
+    record: dict[str, Any] | None = None
+    state: dict[str, Any] | None = None
+    max_running: int = 0
+
+    @property
+    def name(self) -> str:
+        return "stock" if self.budget is None else f"hybridkv {self.budget:g}"
+
+    @property
+    def num_correct(self) -> int:
+        return sum(answer.text == question.answer for question, answer in self.turns)
+
+    def median(self, value: Callable[[ChatAnswer], float]) -> float:
+        """Median over the turns of the chats."""
+        return statistics.median(value(answer) for _, answer in self.turns)
+
+
+def make_chats() -> tuple[list[Chat], Chat]:
+    """Draw the scenes: those of the chats, and the long one."""
+    rng = np.random.default_rng(SEED)
+    chats = []
+    for layout, kinds in CHATS:
+        scene = draw_scene(rng, layout)
+        chats.append(Chat(scene, tuple(ask(rng, scene, kind) for kind in kinds)))
+    scene = draw_scene(rng, LONG_LAYOUT)
+    return chats, Chat(scene, (ask(rng, scene, "get"),))
+
+
+def _raw_prompt(chat: Chat) -> dict[str, Any]:
+    """Return the body of /generate that asks the first question of a chat."""
+    pictures = "<|vision_start|><|image_pad|><|vision_end|>" * len(chat.scene.images)
+    text = f"<|im_start|>user\n{pictures}{chat.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
+    return {"text": text, "image_data": [image_url(image) for image in chat.scene.images]}
+
+
+def _show(console: Console, question: Question, answer: ChatAnswer) -> None:
+    right = answer.text == question.answer
+    mark = "[green]right[/]" if right else "[red]wrong[/]"
+    expected = "" if right else f"  right answer: [bold]{escape(question.answer)}[/]"
+    details = f"{answer.prompt_tokens} tokens, {answer.cached_tokens} cached, first token {answer.ttft * 1000:.0f} ms"
+    console.print(f"  {escape(question.text)} -> {escape(answer.text)}  {mark}{expected}  [dim]({details})[/]")
+
+
+def _hold_chat(server: Server, chat: Chat, run: Run, console: Console, advance: Callable[[], None]) -> None:
+    """Ask the questions of a chat one after another; later turns keep the images and the answers so far."""
+    messages = [user_message(chat.scene, chat.questions[0])]
+    pictures = f"{len(chat.scene.images)} image{'s' if len(chat.scene.images) > 1 else ''}"
+    console.print(f"  [dim]{pictures}, {chat.scene.num_visual_tokens} cells[/]")
+    for turn, question in enumerate(chat.questions):
+        if turn:
+            messages.append({"role": "user", "content": question.text})
+        answer = server.chat(messages, max_tokens=32)
+        run.turns.append((question, answer))
+        # The right answer, so that every server is asked the same in the next turn.
+        messages.append({"role": "assistant", "content": question.answer})
+        _show(console, question, answer)
+        advance()
+
+
+def _ask_long(server: Server, chat: Chat, run: Run, console: Console) -> None:
+    console.print(f"  [dim]{len(chat.scene.images)} images, more than the model was trained on: not scored[/]")
+    sampling = {"max_new_tokens": LONG_NEW_TOKENS, "ignore_eos": True}
+    message = user_message(chat.scene, chat.questions[0])
+    run.long = server.chat([message], max_tokens=LONG_NEW_TOKENS, ignore_eos=True)
+    details = f"first token {run.long.ttft * 1000:.0f} ms, then {run.long.tokens_per_second:.0f} tokens/s"
+    console.print(f"  {run.long.prompt_tokens} tokens  [dim]({details})[/]")
+    # Once more by /generate, whose answers say what compression did to this request.
+    answer = server.generate(**_raw_prompt(chat), sampling_params=sampling)
+    run.record, run.state = answer["meta_info"].get("kv_compressor"), server.compressor_state()
+
+
+def _crowd(server: Server) -> int:
+    """Send many requests at once; return how many the scheduler ran together."""
+
+    def one(i: int) -> None:
+        sampling = {"max_new_tokens": CROWD_NEW_TOKENS, "ignore_eos": True}
+        server.generate(input_ids=random_prompt(i, CROWD_PROMPT_TOKENS), sampling_params=sampling)
+
+    parallel(one, range(CROWD))
+    return server.running_requests()
+
+
+def _check_compressed(run: Run, num_before: int) -> None:
+    """Raise unless every request was compressed: a dense answer would pass for a compressed one."""
+    if not run.record or not run.state:
+        raise NotCompressed("the server reports nothing under kv_compressor")
+    if not run.record["compressed"]:
+        raise NotCompressed(f"the long prompt was served dense: {run.record['reason']}")
+    asked, done = len(run.turns) + 2, run.state["compressed_requests"] - num_before
+    if done != asked:
+        raise NotCompressed(f"{done} of {asked} requests were compressed; dense: {run.state['dense_requests']}")
+
+
+def measure(budget: float | None, chats: list[Chat], long_chat: Chat, progress: Progress) -> Run:
+    """Start a server, hold all conversations with it, and stop it. Budget None is stock SGLang."""
+    console, run = progress.console, Run(budget)
+    task = progress.add_task(run.name, total=STEPS_PER_SERVER)
+    recipe = engine_flags(max_total_tokens=POOL_TOKENS, max_running_requests=CROWD + 4, chunked_prefill_size=2048)
+    # The scheduler reports its running requests every fourth decode step.
+    flags = [*recipe.flags, "--decode-log-interval", "4", *compression_flags(budget)]
+    console.print(f"[bold]{run.name}[/]: starting the server")
+    with Server(MODEL, flags, recipe.env, name=run.name.replace(" ", "-")) as server:
+        progress.advance(task)
+        num_before = (server.compressor_state() or {}).get("compressed_requests", 0)
+        for chat in chats:
+            _hold_chat(server, chat, run, console, lambda: progress.advance(task))
+        _ask_long(server, long_chat, run, console)
+        if budget is not None:
+            _check_compressed(run, num_before)
+        progress.advance(task)
+        console.print(f"  {CROWD} requests of {CROWD_PROMPT_TOKENS} tokens at once")
+        run.max_running = _crowd(server)
+        progress.advance(task)
+    return run
+
+
+def figures(run: Run) -> dict[str, Any]:
+    """Return one server's numbers."""
+    assert run.long is not None
+    row: dict[str, Any] = {"server": "stock" if run.budget is None else "hybridkv", "budget": run.budget}
+    row |= {
+        "correct": run.num_correct,
+        "ttft_ms": round(run.median(lambda answer: answer.ttft) * 1000, 1),
+        "tokens_per_second": round(run.median(lambda answer: answer.tokens_per_second), 1),
+        "long_prompt_tokens": run.long.prompt_tokens,
+        "long_ttft_ms": round(run.long.ttft * 1000, 1),
+        "long_tokens_per_second": round(run.long.tokens_per_second, 1),
+        "max_running": run.max_running,
+    }
+    if run.record and run.state:
+        row |= {name: run.record[name] for name in ("resident_ratio", "static_heads", "dynamic_heads")}
+        row |= {
+            "device_kv_bytes": run.state["peak_device_kv_bytes"],
+            "stock_kv_bytes": run.state["peak_stock_kv_bytes"],
+        }
+        row |= {"host_kv_bytes": run.record["host_bytes"], "chunk_fetch_hit_rate": run.state["chunk_fetch_hit_rate"]}
+    return row
+
+
+def make_table(runs: list[dict[str, Any]], num_questions: int) -> Table:
+    """Return the comparison for people: one column per server, stock last."""
+    *ours, stock = runs
+    kib, tokens = 1024, f"{stock['long_prompt_tokens']:,}"
+    table = Table(title=f"KV compression beside stock SGLang, same flags ({detect_device()})", title_justify="left")
+    table.add_column("")
+    for run in runs:
+        table.add_column("stock" if run["budget"] is None else f"budget {run['budget']:g}", justify="right")
+
+    def add(label: str, values: list[Any], stock_value: Any) -> None:
+        table.add_row(label, *map(str, values), str(stock_value))
+
+    def add_field(label: str, name: str) -> None:
+        add(label, [run[name] for run in ours], stock[name])
+
+    full = ours[0]["stock_kv_bytes"] // kib
+    add(f"device KV, {tokens}-token prompt (KiB)", [run["device_kv_bytes"] // kib for run in ours], full)
+    add("  share of stock", [f"{run['resident_ratio']:.1%}" for run in ours], "100%")
+    add("host KV of dynamic heads (KiB)", [run["host_kv_bytes"] // kib for run in ours], 0)
+    add("KV heads static / dynamic", [f"{run['static_heads']} / {run['dynamic_heads']}" for run in ours], "-")
+    add_field("first token, median of the chats (ms)", "ttft_ms")
+    add_field(f"first token, {tokens}-token prompt (ms)", "long_ttft_ms")
+    add_field("tokens/s, median of the chats", "tokens_per_second")
+    add_field(f"tokens/s, {tokens}-token prompt", "long_tokens_per_second")
+    add(f"right answers of {num_questions}", [run["correct"] for run in ours], stock["correct"])
+    add_field(f"{CROWD_PROMPT_TOKENS:,}-token requests at once, of {CROWD}", "max_running")
+    more = [f"{run['max_running'] / max(stock['max_running'], 1):.1f}x" for run in ours]
+    add(f"  against stock, in {POOL_TOKENS:,} tokens", more, "1x")
+    return table
+
+
+def main() -> int:
+    """Run the demo; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    help_text = "shares of a prompt's KV to keep, one server each (default: 0.1 0.5)"
+    parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help=help_text)
+    args = parser.parse_args()
+    end_on_sigterm()
+    chats, long_chat = make_chats()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(soft_wrap=True)
+    try:
+        with Progress(*columns, console=console) as progress:
+            runs = [figures(measure(budget, chats, long_chat, progress)) for budget in [*args.budgets, None]]
+    except NotCompressed as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]COMPRESSION DID NOT RUN[/]: {escape(str(error))}")
+        return 1
+    num_questions = sum(len(chat.questions) for chat in chats)
+    console.print(make_table(runs, num_questions))
+    row = {"demo": "hybridkv", "device": detect_device(), "model": MODEL.name, "questions": num_questions}
+    row |= {"max_total_tokens": POOL_TOKENS, "crowd_requests": CROWD, "crowd_prompt_tokens": CROWD_PROMPT_TOKENS}
+    print(json.dumps(row | {"servers": runs} | run_metadata()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

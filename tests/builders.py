@@ -1,0 +1,298 @@
+"""A KV pool on the CPU with compressed and dense requests in it, and the plain answers to compare with.
+
+Everything that nobody wrote is NaN: foreign pages, unused reserved pages, unused host pages, and the slots of a
+prompt once it is compressed.
+"""
+
+import dataclasses
+import os
+import random
+
+import torch
+from hypothesis import settings
+
+from hybridkv_kernels.decode_attn import decode_attn
+from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
+from sglang_hybridkv.compaction import compress_prompt
+from sglang_hybridkv.compressors import HybridKV
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
+from sglang_hybridkv.host_store import HostStore
+from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.retrieval import retrieve_chunks
+
+NAN = float("nan")
+
+# Laws are tried on fresh examples; with CI set, on the same ones in each run.
+LAWS = settings(max_examples=80, deadline=None, derandomize="CI" in os.environ)
+
+
+def fresh_generator() -> torch.Generator:
+    """Generator with a new seed, which pytest prints when the test fails; HYBRIDKV_TEST_SEED repeats a run."""
+    seed = int(os.environ.get("HYBRIDKV_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"HYBRIDKV_TEST_SEED={seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLayout) -> PromptGeometry:
+    """Geometry of a prompt, without admission's rules."""
+    return prompt_geometry(
+        prompt_len,
+        config.budget,
+        page_size=config.page_size,
+        head_pages_per_page=layout.head_pages_per_page,
+        vectors_per_chunk=config.summary_vectors_per_chunk(),
+    )
+
+
+def make_reservation(geometry: PromptGeometry, pages, host_pages, *, prompt_len=None, spans=(), retrieval=True):
+    """Reservation of `pages` and `host_pages`, given as integers."""
+    return Reservation(
+        geometry=geometry,
+        pages=torch.as_tensor(pages, dtype=torch.int64),
+        host_pages=torch.as_tensor(host_pages, dtype=torch.int64),
+        prefilled=geometry.covered if prompt_len is None else prompt_len,
+        spans=tuple(spans),
+        retrieval=retrieval,
+        outcome=torch.zeros(2, dtype=torch.int64),
+    )
+
+
+def make_views(layout: HeadPageLayout, head_dim: int, dtype=torch.float32):
+    """Keys and values [L, slots, H, D] of a pool, all NaN, and the head-page views over them."""
+    shape = (layout.num_layers, layout.pages_per_layer * layout.page_size, layout.num_kv_heads, head_dim)
+    keys, values = torch.full(shape, NAN, dtype=dtype), torch.full(shape, NAN, dtype=dtype)
+    num_head_pages = layout.num_layers * layout.pages_per_layer * layout.num_kv_heads
+    views = HeadPageViews(
+        layout=layout,
+        k_flat=keys.view(-1, head_dim),
+        v_flat=values.view(-1, head_dim),
+        k_pages=keys.view(-1, layout.page_size, head_dim),
+        v_pages=values.view(-1, layout.page_size, head_dim),
+        chunk_of_head_page=torch.full((num_head_pages,), -1, dtype=torch.int32),
+    )
+    return keys, values, views
+
+
+def head_page(pool_LSHD: torch.Tensor, page: int, layer_idx: int, kv_head: int, page_size: int) -> torch.Tensor:
+    """[P, D]: one head page, found by reshaping the page's own memory and by no other arithmetic."""
+    rows = pool_LSHD[layer_idx, page * page_size : (page + 1) * page_size]
+    return rows.reshape(rows.shape[1], page_size, rows.shape[2])[kv_head]
+
+
+def full_attention(q, keys_HND, values_HND, scaling, keep_HN=None) -> torch.Tensor:
+    """[H * G, D], fp64: one query's attention over the kept keys, head by head."""
+    num_kv_heads = len(keys_HND)
+    q_HGD = q.double().view(num_kv_heads, -1, q.shape[-1])
+    logits = q_HGD @ keys_HND.double().transpose(1, 2) * scaling
+    if keep_HN is not None:
+        logits = logits.masked_fill(~keep_HN[:, None], float("-inf"))
+    return (logits.softmax(-1) @ values_HND.double()).flatten(0, 1)
+
+
+def plain_scores(keys, q, chunk_score):
+    """Score of each chunk of one head, from the keys themselves, in fp64 and by the published formulas."""
+    scores = []
+    for chunk in keys.double():
+        mean, low, high = chunk.mean(0), chunk.amin(0), chunk.amax(0)
+        per_query = []
+        for query in q.double():
+            if chunk_score == "quest":
+                per_query.append(torch.maximum(query * low, query * high).sum())
+            elif chunk_score == "arkvale":
+                per_query.append(query @ (low + high) / 2 + query.norm() * (high - low).norm() / 4)
+            else:
+                per_query.append(query @ mean)
+        scores.append(float(torch.stack(per_query).mean() if chunk_score == "mean_mean" else max(per_query)))
+    return scores
+
+
+def plain_forced(num_chunks, count, num_sinks, num_recent):
+    """Sinks, then the last chunks, until one place is left; all of it when there is only one."""
+    forced = []
+    for chunk in [*range(num_sinks), *range(num_chunks - 1, num_chunks - 1 - num_recent, -1)]:
+        if 0 <= chunk < num_chunks and chunk not in forced and len(forced) < max(count - 1, 1):
+            forced.append(chunk)
+    return set(forced)
+
+
+@dataclasses.dataclass
+class Prompt:
+    """One request of a `TinyPool`; `keys`, `values` [L, H, N, D] grow with each decoded token."""
+
+    row: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    pages: list[int]
+    reservation: Reservation | None = None
+
+    @property
+    def seq_len(self) -> int:
+        return self.keys.shape[2]
+
+
+class TinyPool:
+    """A pool, table and host store in which requests are placed on random pages, and decoded one step at a time."""
+
+    def __init__(
+        self,
+        generator,
+        config=None,
+        *,
+        num_layers=2,
+        num_kv_heads=2,
+        group_size=2,
+        head_dim=32,
+        pages=160,
+        host_pages=64,
+        dtype=torch.float32,
+    ):
+        self.generator, self.dtype, self.head_dim, self.group_size = generator, dtype, head_dim, group_size
+        self.config = config or CompressorConfig(min_prompt_tokens=1, min_head_pages=1)
+        page_size = self.config.page_size
+        self.layout = HeadPageLayout(num_layers, num_kv_heads, pages, page_size)
+        self.keys, self.values, self.views = make_views(self.layout, head_dim, dtype)
+        self.table = HeadPageTable(9, pages, host_pages, self.layout, "cpu")
+        self.store = HostStore(host_pages, self.layout.head_pages_per_page, page_size, head_dim, dtype, False)
+        self.store.k_pages.fill_(NAN)
+        self.store.v_pages.fill_(NAN)
+        self.store.free_pages = torch.randperm(host_pages, generator=generator)
+        self.free = (torch.randperm(pages - 1, generator=generator) + 1).tolist()  # page 0 is padding
+        self.req_to_token = torch.zeros(9, pages * page_size, dtype=torch.int32)
+        self.counters = torch.zeros(2, dtype=torch.int64)
+        self.scaling = head_dim**-0.5
+        self.num_rows = 0
+
+    def randn(self, *shape):
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def rand(self, *shape):
+        return torch.rand(shape, generator=self.generator)
+
+    def add_prompt(self, prompt_len: int) -> Prompt:
+        """A dense request on random pages."""
+        self.num_rows += 1
+        page_size, layout = self.config.page_size, self.layout
+        pages = [self.free.pop() for _ in range(-(-prompt_len // page_size))]
+        shape = (layout.num_layers, layout.num_kv_heads, prompt_len, self.head_dim)
+        prompt = Prompt(self.num_rows, self.randn(*shape), self.randn(*shape), pages)
+        slots = (torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)).flatten()[:prompt_len]
+        self.req_to_token[prompt.row, :prompt_len] = slots.int()
+        self.keys[:, slots] = prompt.keys.transpose(1, 2)
+        self.values[:, slots] = prompt.values.transpose(1, 2)
+        return prompt
+
+    def compress(self, prompt: Prompt, statistic=None, salience=None, *, spans=(), retrieval=True) -> None:
+        """Compress `prompt`, then poison its original slots and whatever the compression did not need."""
+        layout, page_size, length = self.layout, self.config.page_size, prompt.seq_len
+        heads = (layout.num_layers, layout.num_kv_heads)
+        statistic = self.rand(*heads) if statistic is None else statistic
+        salience = self.rand(*heads, length) / length if salience is None else salience
+        geometry = make_geometry(length, self.config, layout)
+        pages = [self.free.pop() for _ in range(geometry.num_pages)]
+        host_pages = self.store.alloc(geometry.num_host_pages) if retrieval else torch.empty(0, dtype=torch.int64)
+        reservation = make_reservation(geometry, pages, host_pages, prompt_len=length, spans=spans, retrieval=retrieval)
+        slots = self.req_to_token[prompt.row, : geometry.covered].long()
+        before = self.keys[:, slots].clone()
+        self.table.bind(prompt.row, reservation.pages, reservation.host_pages, geometry.covered)
+        compress_prompt(
+            self.views,
+            self.table,
+            self.store,
+            HybridKV(self.config),
+            reservation,
+            prompt.row,
+            slots,
+            statistic,
+            salience,
+        )
+        assert torch.equal(self.keys[:, slots], before), "the prompt's own slots must only be read"
+        prompt.reservation = reservation
+        self.keys[:, slots], self.values[:, slots] = NAN, NAN
+        self.req_to_token[prompt.row, : geometry.covered] = 0
+        used = geometry.pages_used(int(reservation.outcome[1]), layout.head_pages_per_page)
+        for page in pages[used:]:
+            self.keys[:, page * page_size : (page + 1) * page_size] = NAN
+            self.values[:, page * page_size : (page + 1) * page_size] = NAN
+        host_used = geometry.host_pages_used(int(reservation.outcome[1]), layout.head_pages_per_page)
+        per_page = layout.head_pages_per_page
+        for page in reservation.host_pages[host_used:].tolist():
+            self.store.k_pages[page * per_page : (page + 1) * per_page] = NAN
+            self.store.v_pages[page * per_page : (page + 1) * per_page] = NAN
+
+    def append_token(self, prompt: Prompt) -> None:
+        """Write a new token's K and V to the dense tail."""
+        page_size, position = self.config.page_size, prompt.seq_len
+        if position % page_size == 0:
+            prompt.pages.append(self.free.pop())
+        slot = prompt.pages[position // page_size] * page_size + position % page_size
+        shape = (self.layout.num_layers, self.layout.num_kv_heads, 1, self.head_dim)
+        key, value = self.randn(*shape), self.randn(*shape)
+        self.keys[:, slot], self.values[:, slot] = key[:, :, 0], value[:, :, 0]
+        self.req_to_token[prompt.row, position] = slot
+        prompt.keys, prompt.values = torch.cat((prompt.keys, key), 2), torch.cat((prompt.values, value), 2)
+
+    def retrieve(self, prompt: Prompt, layer_idx: int, q: torch.Tensor) -> None:
+        retrieve_chunks(
+            self.views, self.table, self.store, self.config, prompt.row, layer_idx, q, self.counters
+        )  # fmt: skip
+
+    def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
+        """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
+        for prompt, query in zip(prompts, q, strict=True):
+            if prompt.reservation is not None:
+                self.retrieve(prompt, layer_idx, query)
+        return decode_attn(
+            q,
+            self.keys[layer_idx],
+            self.values[layer_idx],
+            self.views.k_pages,
+            self.views.v_pages,
+            self.table,
+            layer_idx,
+            torch.tensor([p.row for p in prompts]),
+            self.req_to_token,
+            torch.tensor([p.seq_len for p in prompts]),
+            scaling=self.scaling,
+        )
+
+    def queries(self, num_requests: int) -> torch.Tensor:
+        return self.randn(num_requests, self.layout.num_kv_heads * self.group_size, self.head_dim)
+
+    def head_pages_of(self, prompt: Prompt, layer_idx: int, kv_head: int) -> list[tuple[int, int, int]]:
+        """(page, layer, head) of each kept or buffer page of one head: a request's pages hand out their head pages
+        in the order page, layer, head."""
+        first = int(self.table.first_head_page[prompt.row, layer_idx, kv_head])
+        count = int(self.table.num_head_pages[prompt.row, layer_idx, kv_head])
+        heads, per_page = self.layout.num_kv_heads, self.layout.head_pages_per_page
+        pages = prompt.reservation.pages.tolist()
+        return [
+            (pages[i // per_page], i % per_page // heads, i % per_page % heads) for i in range(first, first + count)
+        ]
+
+    def held_rows(self, prompt: Prompt, layer_idx: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V rows [rows, D] that one head keeps, read from the pool's plain layout."""
+        places = self.head_pages_of(prompt, layer_idx, kv_head)
+        page_size = self.config.page_size
+        return tuple(torch.cat([head_page(pool, *p, page_size) for p in places]) for pool in (self.keys, self.values))
+
+    def held_tokens(self, prompt: Prompt, layer_idx: int, kv_head: int) -> list[int]:
+        """Prompt tokens that one head holds, told from the key rows themselves; values must be those of the keys."""
+        keys, values = self.held_rows(prompt, layer_idx, kv_head)
+        covered = prompt.reservation.geometry.covered
+        exact = prompt.keys[layer_idx, kv_head, :covered]
+        same = (keys[:, None] == exact[None]).all(-1)
+        assert same.sum(1).eq(1).all(), f"layer {layer_idx} head {kv_head} holds rows that are not the prompt's"
+        tokens = same.int().argmax(1)
+        assert torch.equal(values, prompt.values[layer_idx, kv_head, tokens]), "values do not belong to the keys"
+        return tokens.tolist()
+
+    def mapped_chunks(self, prompt: Prompt, layer_idx: int, kv_head: int) -> list[int]:
+        """What the residency map says of one dynamic head's buffer."""
+        heads, pages_per_layer = self.layout.num_kv_heads, self.layout.pages_per_layer
+        places = self.head_pages_of(prompt, layer_idx, kv_head)
+        rows = [(layer * pages_per_layer + page) * heads + head for page, layer, head in places]
+        return self.views.chunk_of_head_page[torch.tensor(rows, dtype=torch.int64)].tolist()
+
+    def is_dynamic(self, prompt: Prompt, layer_idx: int, kv_head: int) -> bool:
+        return bool(self.table.is_dynamic[prompt.row, layer_idx, kv_head])

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hybridkv.compressors import HybridKV, PromptObservation, compressor_names, get_compressor
+from sglang_hybridkv.config import CompressorConfig
+from tests.builders import LAWS
+
+
+@st.composite
+def observed(draw):
+    """A compressor, an observation, and a legal budget in head pages."""
+    config = CompressorConfig(
+        theta=draw(st.sampled_from([0.0, 0.5, 0.9, 1.01])),
+        dynamic_share=draw(st.floats(0.0, 1.0)),
+        min_head_pages=draw(st.integers(1, 4)),
+        static_weight=draw(st.sampled_from(["sparsity", "density", "uniform"])),
+    )
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    num_heads, num_pages = shape[0] * shape[1], draw(st.integers(1, 12))
+    values = st.floats(0.0, 1.0, width=32) | st.sampled_from([0.0, 0.5, 1.0])
+    statistic = torch.tensor(draw(st.lists(values, min_size=num_heads, max_size=num_heads))).view(shape)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    salience = torch.rand(*shape, num_pages * 16, generator=generator)
+    is_text = torch.rand(num_pages * 16, generator=generator) < 0.5
+    floor = min(config.min_head_pages, num_pages)
+    total = draw(st.integers(num_heads * floor, num_heads * num_pages))
+    return HybridKV(config), PromptObservation(statistic, salience, is_text, num_pages), total
+
+
+@LAWS
+@given(observed())
+def test_static_exactly_when_the_statistic_reaches_theta(case):
+    compressor, observation, total = case
+    plan = compressor.plan(observation, total, retrieval=True)
+    theta = torch.tensor(compressor.config.theta)
+    assert torch.equal(plan.is_dynamic, ~(observation.statistic >= theta))
+
+
+@LAWS
+@given(observed(), st.booleans())
+def test_pages_are_the_budget_whatever_the_types(case, retrieval):
+    compressor, observation, total = case
+    plan = compressor.plan(observation, total, retrieval=retrieval)
+    pages = plan.num_head_pages
+    assert pages.shape == plan.is_dynamic.shape == observation.statistic.shape
+    assert int(pages.sum()) == total
+    assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_pages)
+    assert int(pages.max()) <= observation.num_pages
+    assert retrieval or not plan.is_dynamic.any()
+    if plan.is_dynamic.any():
+        dynamic = pages[plan.is_dynamic]
+        assert int(dynamic.max() - dynamic.min()) <= 1
+
+
+@LAWS
+@given(observed(), st.data())
+def test_a_larger_budget_takes_nothing_from_any_head(case, data):
+    compressor, observation, total = case
+    more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_pages))
+    small, large = (compressor.plan(observation, t, retrieval=True) for t in (total, more))
+    assert (large.num_head_pages >= small.num_head_pages).all()
+    assert torch.equal(large.is_dynamic, small.is_dynamic)
+
+
+@LAWS
+@given(observed())
+def test_the_whole_budget_keeps_everything(case):
+    compressor, observation, _ = case
+    everything = observation.statistic.numel() * observation.num_pages
+    plan = compressor.plan(observation, everything, retrieval=True)
+    assert (plan.num_head_pages == observation.num_pages).all()
+
+
+@LAWS
+@given(observed())
+def test_each_head_ranks_every_token_once(case):
+    compressor, observation, total = case
+    order = compressor.rank_tokens(observation, compressor.plan(observation, total, retrieval=True))
+    everything = torch.arange(observation.salience.shape[-1]).expand_as(observation.salience)
+    assert torch.equal(order.sort(dim=-1).values, everything)
+
+
+@pytest.mark.parametrize(("theta", "dynamic"), [(0.0, 0), (1.01, 4)])
+def test_theta_beyond_the_statistic_makes_all_heads_one_type(theta, dynamic):
+    compressor = HybridKV(CompressorConfig(theta=theta))
+    observation = PromptObservation(torch.tensor([[0.0, 1.0], [0.5, 0.9]]), torch.rand(2, 2, 64), torch.ones(64), 4)
+    assert int(compressor.plan(observation, 8, retrieval=True).is_dynamic.sum()) == dynamic
+
+
+def test_a_budget_below_the_floor_is_refused():
+    compressor = HybridKV(CompressorConfig(min_head_pages=2))
+    observation = PromptObservation(torch.rand(2, 2), torch.rand(2, 2, 64), torch.ones(64), 4)
+    with pytest.raises(ValueError, match=r"total: expected 8\.\.16 seats, got 7"):
+        compressor.plan(observation, 7, retrieval=True)
+
+
+def test_registry():
+    assert compressor_names() == ["hybridkv"]
+    assert get_compressor("hybridkv") is HybridKV
+    with pytest.raises(ValueError, match="'h2o' is unknown; legal values: none, hybridkv"):
+        get_compressor("h2o")

@@ -1,0 +1,273 @@
+"""compress_prompt, seen through the pool's plain layout and through attention.
+
+A prompt's own slots are NaN once it is compressed, as is all that belongs to nobody, so a result without NaN was
+read from the compressed copy.
+"""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_hybridkv.compaction import read_summaries
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.spans import VisualSpan
+from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
+
+P = 16
+CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale"]
+THETA = {"static": 0.0, "dynamic": 1.01, "mixed": 0.5}
+
+
+def pool_of(generator, *, heads="mixed", pool=None, **config):
+    values = {"min_prompt_tokens": 1, "min_head_pages": 1, "theta": THETA[heads]} | config
+    return TinyPool(generator, CompressorConfig(**values), **pool or {})
+
+
+def mixed_statistic(pool):
+    """Both types in each layer, in an order that differs from layer to layer."""
+    shape = (pool.layout.num_layers, pool.layout.num_kv_heads)
+    flat = (torch.arange(shape[0] * shape[1]) + torch.arange(shape[0]).repeat_interleave(shape[1])) % 2
+    return flat.view(shape).float()
+
+
+def check_equals_full_attention(pool, prompts, steps=3, rtol=1e-4, atol=1e-5):
+    for _ in range(steps):
+        for prompt in prompts:
+            pool.append_token(prompt)
+        for layer in range(pool.layout.num_layers):
+            q = pool.queries(len(prompts))
+            out = pool.decode(prompts, layer, q)
+            for i, prompt in enumerate(prompts):
+                expected = full_attention(q[i], prompt.keys[layer], prompt.values[layer], pool.scaling)
+                torch.testing.assert_close(out[i].double(), expected, rtol=rtol, atol=atol)
+
+
+# Budget 1.0: nothing may be lost.
+
+
+@pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
+@pytest.mark.parametrize("heads", ["static", "dynamic", "mixed"])
+@pytest.mark.parametrize("prompt_len", [P, P + 1, 2 * P - 1, 2 * P, 5 * P + 7])
+def test_budget_one_equals_full_attention(prompt_len, heads, chunk_score):
+    pool = pool_of(fresh_generator(), heads=heads, budget=1.0, chunk_score=chunk_score)
+    prompt = pool.add_prompt(prompt_len)
+    pool.compress(prompt, mixed_statistic(pool) if heads == "mixed" else None)
+    static, dynamic = prompt.reservation.outcome.tolist()
+    assert (static > 0, dynamic > 0) == (heads != "dynamic", heads != "static")
+    check_equals_full_attention(pool, [prompt])
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+def test_budget_one_for_group_sizes_and_head_dims(group, head_dim):
+    pool = pool_of(fresh_generator(), budget=1.0, pool={"group_size": group, "head_dim": head_dim})
+    prompt = pool.add_prompt(3 * P + 5)
+    pool.compress(prompt, mixed_statistic(pool))
+    check_equals_full_attention(pool, [prompt], steps=1)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("chunk_score", ["mean_max", "quest"])
+def test_budget_one_in_half_precision(dtype, tolerance, chunk_score):
+    pool = pool_of(fresh_generator(), budget=1.0, chunk_score=chunk_score, pool={"dtype": dtype})
+    prompt = pool.add_prompt(4 * P + 3)
+    pool.compress(prompt, mixed_statistic(pool))
+    check_equals_full_attention(pool, [prompt], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("page_size", [8, 32, 64])
+def test_budget_one_for_page_sizes(page_size):
+    pool = pool_of(fresh_generator(), budget=1.0, page_size=page_size)
+    prompt = pool.add_prompt(3 * page_size + 1)
+    pool.compress(prompt, mixed_statistic(pool))
+    check_equals_full_attention(pool, [prompt], steps=1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (4, 3)])
+def test_budget_one_for_model_shapes(shape):
+    pool = pool_of(fresh_generator(), budget=1.0, pool={"num_layers": shape[0], "num_kv_heads": shape[1]})
+    prompt = pool.add_prompt(3 * P + 1)
+    pool.compress(prompt)
+    check_equals_full_attention(pool, [prompt], steps=1)
+
+
+def test_compressed_and_dense_requests_share_a_batch():
+    pool = pool_of(fresh_generator(), budget=1.0)
+    prompts = [pool.add_prompt(length) for length in (3 * P, 2 * P + 1, 5 * P - 1, 7, 2 * P)]
+    for i in (0, 2, 4):
+        pool.compress(prompts[i], mixed_statistic(pool), retrieval=i != 4)
+    assert prompts[4].reservation.outcome.tolist() == [4, 0], "without retrieval every head is static"
+    check_equals_full_attention(pool, prompts, steps=P + 2)  # far enough for the tails to open pages
+
+
+def test_summaries_longer_than_a_page_and_its_twin():
+    """2 vectors for each of 45 chunks are 90; a head page and its twin hold 16 at 8 tokens a page."""
+    pool = pool_of(
+        fresh_generator(), heads="dynamic", budget=1.0, chunk_score="quest", page_size=8, pool={"pages": 300}
+    )
+    prompt = pool.add_prompt(45 * 8)
+    pool.compress(prompt)
+    assert prompt.reservation.geometry.summary_pages_per_head == 6
+    check_equals_full_attention(pool, [prompt], steps=1)
+
+
+# Below 1.0: what is kept, told from the rows that the pages really hold.
+
+budgets = st.sampled_from([0.1, 0.25, 0.5, 0.8])
+
+
+@st.composite
+def compressed(draw):
+    """A compressed prompt with images, and everything it was compressed with."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    config = {
+        "budget": draw(budgets),
+        "pool_kernel": draw(st.sampled_from([1, 5])),
+        "num_sink_tokens": draw(st.sampled_from([0, 4, 20])),
+        "recent_window": draw(st.sampled_from([0, 16, 40])),
+        "text_share": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "dynamic_share": draw(st.sampled_from([0.0, 0.32, 1.0])),
+        "chunk_score": draw(st.sampled_from(CHUNK_SCORES)),
+        "page_size": 8,
+    }
+    pool = pool_of(generator, pool={"head_dim": 8}, **config)
+    chunks = draw(st.integers(int(1 / config["budget"]) + 1, 24))
+    prompt = pool.add_prompt(chunks * 8 + draw(st.integers(0, 7)))
+    statistic, salience = pool.rand(2, 2), pool.rand(2, 2, prompt.seq_len)
+    borders = sorted(draw(st.sets(st.integers(0, prompt.seq_len), max_size=6)))
+    spans = [VisualSpan(a, b, "image") for a, b in zip(borders[::2], borders[1::2], strict=False)]
+    pool.compress(prompt, statistic, salience, spans=spans)
+    return pool, prompt, statistic, salience, spans
+
+
+def plain_pooled(salience, kernel):
+    half = kernel // 2
+    n = salience.shape[-1]
+    return torch.stack([salience[..., max(i - half, 0) : i + half + 1].mean(-1) for i in range(n)], -1)
+
+
+def plain_kept(pool, salience, is_text, count):
+    """Tokens that one static head keeps: the tiers of METHOD 3, one after the other."""
+    config, n = pool.config, len(is_text)
+    best_first = sorted(range(n), key=lambda t: (-float(salience[t]), t))
+    forced = [t for t in range(n) if t < config.num_sink_tokens or t >= n - config.recent_window]
+    text = [t for t in best_first if is_text[t]]
+    preferred = {t for rank, t in enumerate(text) if rank < config.text_share * count}
+    order = [t for t in best_first if t in forced and t in preferred]
+    order += [t for t in best_first if t in forced and t not in preferred]
+    order += [t for t in best_first if t in preferred and t not in forced]
+    order += [t for t in best_first if t not in forced and t not in preferred]
+    return order[:count]
+
+
+@LAWS
+@given(compressed())
+def test_static_heads_hold_exactly_the_text_first_rows(case):
+    pool, prompt, statistic, salience, spans = case
+    covered = prompt.reservation.geometry.covered
+    is_text = [not any(s.start <= t < s.end for s in spans) for t in range(covered)]
+    pooled = plain_pooled(salience[..., :covered], pool.config.pool_kernel)
+    for layer, head in itertools.product(range(2), range(2)):
+        assert pool.is_dynamic(prompt, layer, head) == bool(statistic[layer, head] < 0.5)
+        held = pool.held_tokens(prompt, layer, head)
+        assert len(set(held)) == len(held), "no row twice"
+        if pool.is_dynamic(prompt, layer, head):
+            continue
+        assert held == sorted(held), "rows lie in prompt order"
+        expected = plain_kept(pool, pooled[layer, head], is_text, len(held))
+        differing = set(held) ^ set(expected)  # only where two saliences are equal but for rounding
+        values = pooled[layer, head, sorted(differing)]
+        assert len(differing) == 0 or values.max() - values.min() < 1e-5
+
+
+@LAWS
+@given(compressed())
+def test_rows_on_the_device_are_the_budget(case):
+    pool, prompt, *_ = case
+    geometry = prompt.reservation.geometry
+    rows = [len(pool.held_tokens(prompt, layer, head)) for layer, head in itertools.product(range(2), range(2))]
+    assert sum(rows) == geometry.total_head_pages * 8 <= pool.config.budget * geometry.covered * 4 + 1e-6
+    assert min(rows) >= 8
+
+
+@LAWS
+@given(compressed())
+def test_dynamic_heads_start_with_whole_chunks_that_the_map_names(case):
+    pool, prompt, _, salience, _ = case
+    covered = prompt.reservation.geometry.covered
+    pooled = plain_pooled(salience[..., :covered], pool.config.pool_kernel)
+    for layer, head in itertools.product(range(2), range(2)):
+        if not pool.is_dynamic(prompt, layer, head):
+            continue
+        held, mapped = pool.held_tokens(prompt, layer, head), pool.mapped_chunks(prompt, layer, head)
+        assert held == [chunk * 8 + i for chunk in mapped for i in range(8)]
+        sums = pooled[layer, head].view(-1, 8).sum(-1)
+        num_chunks, sinks, recent = covered // 8, -(-pool.config.num_sink_tokens // 8), pool.config.recent_window // 8
+        free = [c for c in range(num_chunks) if sinks <= c < num_chunks - recent]
+        inside, outside = [c for c in free if c in mapped], [c for c in free if c not in mapped]
+        if inside and outside:
+            assert sums[inside].min() >= sums[outside].max() - 1e-5, "the most salient chunks"
+
+
+@LAWS
+@given(compressed())
+def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
+    pool, prompt, *_ = case
+    geometry, per_page = prompt.reservation.geometry, pool.layout.head_pages_per_page
+    dynamic = [i for i in itertools.product(range(2), range(2)) if pool.is_dynamic(prompt, *i)]
+    rows = [page * per_page + i for page in prompt.reservation.host_pages.tolist() for i in range(per_page)]
+    for rank, (layer, head) in enumerate(dynamic):
+        mine = rows[rank * geometry.num_chunks : (rank + 1) * geometry.num_chunks]
+        for store, exact in ((pool.store.k_pages, prompt.keys), (pool.store.v_pages, prompt.values)):
+            assert torch.equal(store[mine].flatten(0, 1), exact[layer, head, : geometry.covered])
+    written = set(rows[: len(dynamic) * geometry.num_chunks])
+    foreign = [row for row in range(len(pool.store.k_pages)) if row not in written]
+    assert pool.store.k_pages[foreign].isnan().all()
+    assert pool.store.v_pages[foreign].isnan().all()
+
+
+@LAWS
+@given(compressed())
+def test_summaries_survive_their_way_through_head_pages(case):
+    pool, prompt, *_ = case
+    geometry = prompt.reservation.geometry
+    vectors = pool.config.summary_vectors_per_chunk()
+    for layer in range(2):
+        heads = pool.table.is_dynamic[prompt.row, layer].nonzero().squeeze(1)
+        if len(heads) == 0:
+            continue
+        read = read_summaries(pool.views, pool.table, prompt.row, layer, heads, geometry.num_chunks, vectors)
+        chunks = prompt.keys[layer, heads, : geometry.covered].unflatten(1, (-1, 8))
+        plain = [chunks.mean(2)] if vectors == 1 else [chunks.amin(2), chunks.amax(2)]
+        torch.testing.assert_close(read, torch.stack(plain, 2))
+
+
+@LAWS
+@given(compressed())
+def test_nothing_but_the_reserved_pages_is_written(case):
+    """Exact tail and NaN elsewhere; the pages of one request never spill into another's."""
+    pool, prompt, *_ = case
+    own = torch.zeros(pool.layout.pages_per_layer, dtype=torch.bool)
+    own[prompt.reservation.pages] = True
+    tail = torch.tensor(
+        [prompt.pages[t // 8] * 8 + t % 8 for t in range(prompt.reservation.geometry.covered, prompt.seq_len)]
+    )
+    own_slots = own.repeat_interleave(8)
+    own_slots[tail.long()] = True
+    assert pool.keys[:, ~own_slots].isnan().all()
+    assert pool.values[:, ~own_slots].isnan().all()
+
+
+def test_two_prompts_do_not_disturb_each_other():
+    pool = pool_of(fresh_generator(), budget=0.4, page_size=8)
+    first, second = pool.add_prompt(100), pool.add_prompt(130)
+    pool.compress(first, mixed_statistic(pool))
+    before = [pool.held_tokens(first, layer, head) for layer in range(2) for head in range(2)]
+    pool.compress(second, mixed_statistic(pool).flip(1))
+    assert before == [pool.held_tokens(first, layer, head) for layer in range(2) for head in range(2)]
+    for layer in range(2):
+        for head in range(2):
+            assert pool.held_tokens(second, layer, head)

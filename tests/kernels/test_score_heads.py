@@ -1,0 +1,218 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridkv_kernels.score_heads import STATISTICS, score_heads
+from tests.builders import LAWS, fresh_generator
+
+
+@st.composite
+def prompts(draw):
+    """Queries [W, H * G, D] and keys [N, H, D]."""
+    num_tokens = draw(st.integers(1, 70))
+    rows, heads = draw(st.integers(1, min(num_tokens, 12))), draw(st.integers(1, 3))
+    group, dim = draw(st.sampled_from([1, 2, 7])), 8
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    sharpness = draw(st.sampled_from([0.1, 1.0, 6.0]))
+    q = torch.randn(rows, heads * group, dim, generator=generator) * sharpness
+    return q, torch.randn(num_tokens, heads, dim, generator=generator)
+
+
+def plain_probabilities(q, k, scaling):
+    """[H][W][N] in Python floats: causal softmax, mean over the group."""
+    num_rows, num_tokens, num_heads = len(q), len(k), k.shape[1]
+    group = q.shape[1] // num_heads
+    probs = [[[0.0] * num_tokens for _ in range(num_rows)] for _ in range(num_heads)]
+    dots = torch.einsum("wad,nhd->wahn", q.double(), k.double()) * scaling
+    for row in range(num_rows):
+        last = num_tokens - num_rows + row
+        for head in range(num_heads):
+            for member in range(group):
+                logits = dots[row, head * group + member, head, : last + 1].tolist()
+                top = max(logits)
+                weights = [math.exp(logit - top) for logit in logits]
+                for token, weight in enumerate(weights):
+                    probs[head][row][token] += weight / sum(weights) / group
+    return probs
+
+
+def plain_sparsity(rows, fraction):
+    below = pairs = 0
+    for i, row in enumerate(rows):
+        causal = row[: len(row) - len(rows) + i + 1]
+        pairs += len(causal)
+        below += sum(p < fraction * max(causal) for p in causal)
+    return below / pairs
+
+
+def plain_top_mass(rows, mass):
+    shares = []
+    for i, row in enumerate(rows):
+        causal = sorted(row[: len(row) - len(rows) + i + 1], reverse=True)
+        held = needed = 0
+        while held < mass and needed < len(causal):
+            held += causal[needed]
+            needed += 1
+        shares.append(1 - needed / len(causal))
+    return sum(shares) / len(shares)
+
+
+def plain_hit_cv(rows, chunk_size):
+    num_tokens = len(rows[0])
+    counts = [0] * -(-num_tokens // chunk_size)
+    for i, row in enumerate(rows):
+        ordered = sorted(row)
+        low, high = (ordered[round(f * (num_tokens - 1))] for f in (0.005, 0.995))
+        last = num_tokens - len(rows) + i
+        hit = {t // chunk_size for t in range(last + 1) if row[t] >= low + 0.6 * (high - low) and row[t] > 0}
+        for chunk in hit:
+            counts[chunk] += 1
+    mean = sum(counts) / len(counts)
+    cv = math.sqrt(sum((c - mean) ** 2 for c in counts) / len(counts)) / mean
+    return cv / (1 + cv)
+
+
+@LAWS
+@given(prompts(), st.sampled_from(STATISTICS), st.sampled_from([0.01, 0.3]), st.sampled_from([0.5, 0.9]))
+def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
+    q, k = prompt
+    value, salience = score_heads(
+        q, k, scaling=0.4, statistic=statistic, sparsity_fraction=fraction, mass_fraction=mass, chunk_size=8
+    )
+    probs = plain_probabilities(q, k, 0.4)
+    expected = [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in probs]
+    torch.testing.assert_close(salience, torch.tensor(expected))
+    plain = {
+        "sparsity": lambda rows: plain_sparsity(rows, fraction),
+        "top_mass": lambda rows: plain_top_mass(rows, mass),
+        "hit_cv": lambda rows: plain_hit_cv(rows, 8),
+    }[statistic]
+    # A probability may sit on a threshold: at most one key per head may fall on the other side.
+    one_key = {"sparsity": 1 / len(k), "top_mass": 1 / (len(k) - len(q) + 1), "hit_cv": 0.2}[statistic]
+    difference = (value - torch.tensor([plain(rows) for rows in probs])).abs()
+    assert difference.max() <= one_key + 1e-5
+    assert difference.median() <= 1e-5 or len(difference) == 1
+
+
+@LAWS
+@given(prompts(), st.sampled_from(STATISTICS))
+def test_statistics_lie_in_the_unit_interval_and_salience_sums_to_one(prompt, statistic):
+    value, salience = score_heads(*prompt, scaling=0.4, statistic=statistic, chunk_size=8)
+    assert value.dtype == salience.dtype == torch.float32
+    assert value.shape == (prompt[1].shape[1],)
+    assert (value >= 0).all()
+    assert (value <= 1).all()
+    torch.testing.assert_close(salience.sum(-1), torch.ones(len(value)))
+
+
+@LAWS
+@given(prompts(), st.data())
+def test_a_row_sees_no_later_key(prompt, data):
+    """Whatever stands after a row's own position, its share of the salience does not change."""
+    q, k = prompt
+    row = data.draw(st.integers(0, len(q) - 1))
+    position = len(k) - len(q) + row
+    _, alone = score_heads(q[: row + 1], k[: position + 1], scaling=0.4)
+    changed = k.clone()
+    changed[position + 1 :] = 50.0
+    _, full = score_heads(q, changed, scaling=0.4)
+    assert (full[:, position + 1 :].sum(-1) <= (len(q) - row - 1) / len(q) + 1e-5).all()
+    _, others = score_heads(q[row + 1 :], changed, scaling=0.4) if row + 1 < len(q) else (None, 0.0)
+    torch.testing.assert_close(
+        full[:, : position + 1] * len(q),
+        alone * (row + 1) + (others[:, : position + 1] * (len(q) - row - 1) if row + 1 < len(q) else 0.0),
+    )
+
+
+@LAWS
+@given(prompts(), st.sampled_from(STATISTICS))
+def test_heads_do_not_see_each_other(prompt, statistic):
+    q, k = prompt
+    heads = k.shape[1]
+    value, salience = score_heads(q, k, scaling=0.4, statistic=statistic, chunk_size=8)
+    grouped = q.view(len(q), heads, -1, q.shape[-1])
+    for head in range(heads):
+        one, alone = score_heads(
+            grouped[:, head].contiguous(), k[:, head : head + 1], scaling=0.4, statistic=statistic, chunk_size=8
+        )
+        torch.testing.assert_close(salience[head], alone[0])
+        assert (value[head] - one[0]).abs() <= 0.2
+
+
+@LAWS
+@given(prompts())
+def test_query_heads_of_a_group_commute_and_a_shift_of_all_keys_changes_nothing(prompt):
+    q, k = prompt
+    heads = k.shape[1]
+    _, salience = score_heads(q, k, scaling=0.4)
+    flipped = q.view(len(q), heads, -1, q.shape[-1]).flip(2).reshape(q.shape)
+    torch.testing.assert_close(score_heads(flipped, k, scaling=0.4)[1], salience)
+    torch.testing.assert_close(score_heads(q, k + 0.5, scaling=0.4)[1], salience, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score_heads(q * 2, k, scaling=0.2)[1], salience)
+
+
+@pytest.mark.parametrize("statistic", ["sparsity", "top_mass"])
+def test_a_peaked_head_scores_higher_than_a_uniform_one(statistic):
+    generator = fresh_generator()
+    direction = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
+    q = (direction + torch.randn(8, 1, 16, generator=generator) * 0.05).repeat_interleave(2, dim=1)
+    k = torch.randn(100, 2, 16, generator=generator) * 0.01
+    k[10, 0] = direction * 200
+    peaked, uniform = score_heads(q, k, scaling=1.0, statistic=statistic)[0].tolist()
+    assert peaked > 0.9
+    assert uniform < 0.2
+
+
+def test_rows_that_hit_the_same_chunk_vary_more_than_rows_that_spread():
+    """hit_cv: chunk 0 hit by all rows against each row with a chunk of its own."""
+    k = torch.zeros(72, 2, 16)
+    q = torch.zeros(8, 2, 16)
+    k[3, 0, 0] = 20.0
+    q[:, 0, 0] = 1.0
+    for row in range(8):
+        k[row * 8, 1, row] = 20.0
+        q[row, 1, row] = 1.0
+    same, spread = score_heads(q, k, scaling=1.0, statistic="hit_cv", chunk_size=8)[0].tolist()
+    assert same > 0.7 > 0.4 > spread
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_fp32(dtype):
+    generator = fresh_generator()
+    q, k = torch.randn(6, 4, 32, generator=generator).to(dtype), torch.randn(50, 2, 32, generator=generator).to(dtype)
+    value, salience = score_heads(q, k, scaling=0.2)
+    expected_value, expected = score_heads(q.float(), k.float(), scaling=0.2)
+    torch.testing.assert_close(salience, expected)
+    torch.testing.assert_close(value, expected_value)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("q", torch.zeros(3, 4, 4)),
+        ("q", torch.zeros(3, 3, 8)),
+        ("q", torch.zeros(0, 4, 8)),
+        ("q", torch.zeros(11, 4, 8)),
+        ("q", torch.zeros(3, 4, 8, dtype=torch.bfloat16)),
+        ("q", torch.zeros(3, 4, 8, device="meta")),
+        ("q", torch.zeros(4, 8)),
+        ("k", torch.zeros(10, 8)),
+        ("k", torch.zeros(10, 2, 8, dtype=torch.int64)),
+        ("statistic", "entropy"),
+    ],
+)
+def test_bad_arguments_are_named(name, bad):
+    arguments = {"q": torch.zeros(3, 4, 8), "k": torch.zeros(10, 2, 8), "scaling": 1.0}
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+        score_heads(**arguments | {name: bad})
+
+
+def test_strided_queries_are_legal():
+    """The backend hands over a slice of a fused projection."""
+    generator = fresh_generator()
+    fused, k = torch.randn(5, 12, 16, generator=generator), torch.randn(20, 2, 16, generator=generator)
+    q = fused[:, 2:10:2]
+    torch.testing.assert_close(score_heads(q, k, scaling=0.3)[1], score_heads(q.contiguous(), k, scaling=0.3)[1])

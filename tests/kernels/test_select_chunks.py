@@ -1,0 +1,153 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridkv_kernels.select_chunks import CHUNK_SCORES, forced_chunks, select_chunks, summarize_chunks, top_chunks
+from tests.builders import LAWS, fresh_generator, plain_forced, plain_scores
+
+scores_of = st.sampled_from(CHUNK_SCORES)
+
+
+@st.composite
+def buffers(draw):
+    """Keys [E, C, P, D], queries [E, G, D], chunks to choose, and the numbers of forced chunks."""
+    heads, chunks, group = draw(st.integers(1, 4)), draw(st.integers(1, 20)), draw(st.sampled_from([1, 2, 4, 7, 8]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    keys = torch.randn(heads, chunks, 8, 16, generator=generator)
+    q = torch.randn(heads, group, 16, generator=generator)
+    counts = draw(st.lists(st.integers(1, chunks), min_size=heads, max_size=heads))
+    return keys, q, torch.tensor(counts), draw(st.integers(0, 5)), draw(st.integers(0, 5))
+
+
+@LAWS
+@given(buffers(), scores_of)
+def test_the_best_chunks_by_brute_force_over_the_exact_keys(buffer, chunk_score):
+    keys, q, counts, num_sinks, num_recent = buffer
+    selected = select_chunks(
+        q,
+        summarize_chunks(keys, chunk_score),
+        counts,
+        num_sink_chunks=num_sinks,
+        num_recent_chunks=num_recent,
+        chunk_score=chunk_score,
+    )
+    assert selected.sum(1).tolist() == counts.tolist()
+    for head, count in enumerate(counts.tolist()):
+        chosen = set(selected[head].nonzero().flatten().tolist())
+        forced = plain_forced(keys.shape[1], count, num_sinks, num_recent)
+        assert forced <= chosen
+        scores = plain_scores(keys[head], q[head], chunk_score)
+        by_score, dropped = chosen - forced, set(range(keys.shape[1])) - chosen
+        if by_score and dropped:
+            assert min(scores[c] for c in by_score) >= max(scores[c] for c in dropped) - 1e-4
+
+
+@LAWS
+@given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 9), st.integers(0, 9))
+def test_forced_chunks_leave_one_place_to_the_score(num_chunks, counts, num_sinks, num_recent):
+    counts = [min(count, num_chunks) for count in counts]
+    forced = forced_chunks(num_chunks, torch.tensor(counts), num_sinks, num_recent)
+    for row, count in zip(forced, counts, strict=True):
+        # Windows larger than the prompt overlap; nothing is counted twice then.
+        if num_sinks + num_recent <= num_chunks:
+            assert set(row.nonzero().flatten().tolist()) == plain_forced(num_chunks, count, num_sinks, num_recent)
+        assert int(row.sum()) <= max(count - 1, 1)
+
+
+@LAWS
+@given(buffers())
+def test_quest_bounds_every_key_of_a_chunk(buffer):
+    keys, _q, *_ = buffer
+    summaries = summarize_chunks(keys, "quest")
+    low, high = summaries.unbind(2)
+    assert (low[:, :, None] <= keys).all()
+    assert (high[:, :, None] >= keys).all()
+
+
+@LAWS
+@given(buffers())
+def test_means_are_the_chunks_means(buffer):
+    keys = buffer[0]
+    for chunk_score in ("mean_max", "mean_mean"):
+        torch.testing.assert_close(summarize_chunks(keys, chunk_score)[:, :, 0], keys.sum(2) / 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
+def test_summaries_keep_the_dtype(dtype, chunk_score):
+    """fp16 chunks whose sum overflows must still have a finite mean."""
+    keys = torch.full((1, 2, 64, 8), 3000.0, dtype=dtype)
+    summaries = summarize_chunks(keys, chunk_score)
+    assert summaries.dtype == dtype
+    torch.testing.assert_close(summaries, keys[:, :, : summaries.shape[2]])
+
+
+@LAWS
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=20), st.data())
+def test_ties_go_to_the_earlier_chunk(scores, data):
+    count = data.draw(st.integers(1, len(scores)))
+    chosen = top_chunks(torch.tensor([scores]), torch.tensor([count]))[0].nonzero().flatten().tolist()
+    assert chosen == sorted(sorted(range(len(scores)), key=lambda c: (-scores[c], c))[:count])
+
+
+def test_ties_go_to_the_earlier_chunk_in_long_rows_too():
+    """Short rows are sorted stably by chance."""
+    chosen = top_chunks(torch.zeros(2, 5000), torch.tensor([700, 1]))
+    assert chosen[0, :700].all()
+    assert chosen.sum(1).tolist() == [700, 1]
+    assert chosen[1, 0]
+
+
+def test_all_chunks_when_all_fit():
+    generator = fresh_generator()
+    keys, q = torch.randn(2, 6, 8, 16, generator=generator), torch.randn(2, 3, 16, generator=generator)
+    selected = select_chunks(
+        q,
+        summarize_chunks(keys, "quest"),
+        torch.tensor([6, 6]),
+        num_sink_chunks=1,
+        num_recent_chunks=1,
+        chunk_score="quest",
+    )
+    assert selected.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("q", torch.zeros(2, 8)),
+        ("q", torch.zeros(2, 3, 8, dtype=torch.int32)),
+        ("summaries", torch.zeros(2, 5, 2, 8)),
+        ("summaries", torch.zeros(3, 5, 1, 8)),
+        ("summaries", torch.zeros(2, 5, 1, 4)),
+        ("summaries", torch.zeros(2, 5, 1, 8, dtype=torch.float16)),
+        ("summaries", torch.zeros(2, 5, 1, 8, device="meta")),
+        ("num_selected", torch.ones(3, dtype=torch.int64)),
+        ("chunk_score", "best"),
+    ],
+)
+def test_bad_arguments_are_named(name, bad):
+    arguments = {
+        "q": torch.zeros(2, 3, 8),
+        "summaries": torch.zeros(2, 5, 1, 8),
+        "num_selected": torch.ones(2, dtype=torch.int64),
+        "num_sink_chunks": 1,
+        "num_recent_chunks": 1,
+        "chunk_score": "mean_max",
+    }
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+        select_chunks(**arguments | {name: bad})
+
+
+@pytest.mark.parametrize(
+    ("k", "chunk_score", "name"),
+    [
+        (torch.zeros(2, 5, 8), "mean_max", "k"),
+        (torch.zeros(2, 5, 8, 4, dtype=torch.int8), "mean_max", "k"),
+        (torch.zeros(2, 5, 8, 4), "worst", "chunk_score"),
+    ],
+)
+def test_bad_chunks_are_named(k, chunk_score, name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+        summarize_chunks(k, chunk_score)

@@ -1,0 +1,310 @@
+"""Life of requests in `Compression`, with a real pool and allocator, and the tree's part played by the test."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+pytest.importorskip("sglang")
+
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.srt.allocator import HybridAllocator
+from sglang_hybridkv.srt.compression import Compression, visual_spans
+from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+from sglang_hybridkv.srt.settings import Settings
+from tests.builders import LAWS
+
+P, LAYERS, HEADS = 8, 2, 2
+NUM_HEADS = LAYERS * HEADS
+
+
+def make_compression(num_pages=60, host_pages=40, **config):
+    pool = HybridTokenToKVPool(
+        size=num_pages * P,
+        page_size=P,
+        dtype=torch.float32,
+        head_num=HEADS,
+        head_dim=8,
+        layer_num=LAYERS,
+        device="cpu",
+        enable_memory_saver=False,
+        enable_alt_stream=False,
+    )
+    allocator = HybridAllocator(num_pages * P, P, torch.float32, "cpu", pool, False)
+    values = {"budget": 0.4, "page_size": P, "min_prompt_tokens": 2 * P, "min_head_pages": 1}
+    values["host_store_bytes"] = host_pages * pool.page_bytes
+    settings = Settings("hybridkv", CompressorConfig(**values | config))
+    return Compression(settings, pool, allocator, num_rows=7, max_context=400)
+
+
+def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None):
+    """A request whose prompt has just been given its own pages."""
+    pages = compression.allocator.alloc_pages(-(-prompt_len // P))
+    if pages is None:
+        return None
+    tokens = list(range(prompt_len))
+    return SimpleNamespace(
+        rid=rid,
+        kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
+        output_ids=[],
+        origin_input_ids=tokens,
+        full_untruncated_fill_ids=tokens,
+        extend_range=SimpleNamespace(end=prompt_len if chunk_end is None else chunk_end),
+        multimodal_inputs=None,
+        row_pages=pages,
+    )
+
+
+def commit(compression, req, num_dynamic):
+    """What the forward and the tree do around a commit; the exact prompt is evicted at once."""
+    reservation = compression.ledger.get(req.kv.req_pool_idx)
+    reservation.outcome.copy_(torch.tensor([NUM_HEADS - num_dynamic, num_dynamic]))
+    chunks = reservation.geometry.num_chunks
+    compression.allocator.free_page_ids(req.row_pages[:chunks])
+    compression.commit(req)
+    req.row_pages = torch.cat((reservation.pages[: reservation.num_in_row], req.row_pages[chunks:]))
+
+
+def finish(compression, req):
+    compression.allocator.free_page_ids(req.row_pages)
+    compression.release(req)
+
+
+class CompressionAgainstModel(RuleBasedStateMachine):
+    """Requests that are prefilled, committed, decoded, aborted and finished in any order."""
+
+    @initialize(
+        budget=st.sampled_from([0.3, 0.6, 1.0]),
+        host_pages=st.sampled_from([0, 12, 60, 60]),
+        when_full=st.sampled_from(["dense", "static"]),
+        num_pages=st.sampled_from([24, 80, 80]),
+    )
+    def build(self, budget, host_pages, when_full, num_pages):
+        self.compression = make_compression(num_pages, host_pages, budget=budget, on_host_store_full=when_full)
+        self.num_pages, self.requests, self.finished = num_pages, {}, []
+
+    @precondition(lambda self: len(self.requests) < 6)
+    @rule(data=st.data(), prompt_len=st.integers(2 * P, 15 * P) | st.just(P), left=st.sampled_from([1, 8, 8, 8]))
+    def prefill(self, data, prompt_len, left):
+        row = data.draw(st.sampled_from([row for row in range(1, 7) if row not in self.requests]))
+        req = make_request(self.compression, row, prompt_len, max_new_tokens=left)
+        if req is not None:
+            self.compression.prepare(req, None)
+            self.requests[row] = req
+
+    @precondition(lambda self: self.uncommitted())
+    @rule(data=st.data(), num_dynamic=st.integers(0, NUM_HEADS))
+    def commit(self, data, num_dynamic):
+        self.commit_row(data.draw(st.sampled_from(self.uncommitted())), num_dynamic)
+
+    @precondition(lambda self: len(self.uncommitted()) > 1)
+    @rule(num_dynamic=st.integers(0, NUM_HEADS))
+    def commit_all(self, num_dynamic):
+        for row in self.uncommitted():
+            self.commit_row(row, num_dynamic)
+
+    def commit_row(self, row, num_dynamic):
+        retrieval = self.compression.ledger.get(row).retrieval
+        commit(self.compression, self.requests[row], num_dynamic if retrieval else 0)
+        info = self.compression.request_info(self.requests[row])
+        assert info["compressed"]
+        assert info["static_heads"] + info["dynamic_heads"] == NUM_HEADS
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def finish_or_abort(self, data):
+        req = self.requests.pop(data.draw(st.sampled_from(sorted(self.requests))))
+        finish(self.compression, req)
+        self.finished.append(req)
+
+    @precondition(lambda self: len(self.requests) == 5)
+    @rule()
+    def flush(self):
+        self.compression.allocator.clear()
+        self.requests.clear()
+
+    def uncommitted(self):
+        return sorted(row for row, r in self.compression.ledger.by_row.items() if not r.committed)
+
+    @invariant()
+    def everything_is_accounted_for(self):
+        if not hasattr(self, "compression"):
+            return
+        compression = self.compression
+        compression.check_integrity()
+        in_rows = sum(len(req.row_pages) for req in self.requests.values()) * P
+        free = compression.allocator.available_size()
+        assert free + in_rows + compression.ledger.unlisted_tokens() == self.num_pages * P
+        pages = compression.allocator.get_all_free_pages().tolist()
+        pages += [page for req in self.requests.values() for page in req.row_pages.tolist()]
+        pages += [page for r in compression.ledger.by_row.values() for page in r.unlisted_pages.tolist()]
+        assert sorted(pages) == list(range(1, self.num_pages + 1))
+        info = compression.server_info()
+        assert info["host_kv_bytes"] <= compression.store.used_bytes()
+        records = [compression.request_info(req) for req in [*self.requests.values(), *self.finished]]
+        assert all(record["compressed"] == (record["reason"] is None) for record in records)
+
+    def teardown(self):
+        if not hasattr(self, "compression"):
+            return
+        for req in self.requests.values():
+            finish(self.compression, req)
+        assert self.compression.allocator.available_size() == self.num_pages * P
+        assert self.compression.store.used_bytes() == 0
+        assert not self.compression.table.num_pages.any()
+
+
+CompressionAgainstModel.TestCase.settings = hypothesis_settings(LAWS, max_examples=40, stateful_step_count=25)
+test_compression_against_model = CompressionAgainstModel.TestCase
+
+
+def prepared(compression, **kwargs):
+    req = make_request(compression, 1, **{"prompt_len": 10 * P} | kwargs)
+    compression.prepare(req, None)
+    return req
+
+
+def test_the_record_counts_every_page_of_the_request():
+    compression = make_compression(budget=0.4)
+    req = prepared(compression, prompt_len=10 * P + 3)
+    commit(compression, req, num_dynamic=4)
+    # 4 pages of rows and 1 of summaries, and the dense tail's page, of 11 in stock SGLang.
+    info = compression.request_info(req)
+    assert info["resident_ratio"] == pytest.approx(6 / 11)
+    assert info["host_bytes"] == 10 * compression.pool.page_bytes
+    assert (info["prompt_tokens"], info["budget"], info["reason"]) == (10 * P + 3, 0.4, None)
+    held = compression.held()
+    assert (held.device, held.stock) == (6 * compression.pool.page_bytes, 11 * compression.pool.page_bytes)
+    assert compression.server_info()["compressed_requests"] == 1
+
+
+def test_pages_that_turn_out_unused_are_free_at_once():
+    compression = make_compression(budget=0.4)
+    req = prepared(compression)
+    before = compression.allocator.available_size()
+    commit(compression, req, num_dynamic=0)
+    assert compression.allocator.available_size() == before + (10 + 1) * P, "the exact prompt and the summaries' page"
+    assert compression.store.used_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "request_", "reason"),
+    [
+        ({}, {"prompt_len": 2 * P - 1}, "prompt_too_short"),
+        ({}, {"max_new_tokens": 1}, "no_decode"),
+        ({"min_head_pages": 5}, {}, "budget_below_floor"),
+        ({"budget": 0.9}, {}, "saves_nothing"),
+        ({"num_pages": 14}, {}, "pool_too_small"),
+        ({"host_pages": 9}, {}, "host_store_full"),
+    ],
+)
+def test_dense_requests_say_why_and_hold_nothing(config, request_, reason):
+    compression = make_compression(**config)
+    req = prepared(compression, **request_)
+    info = compression.request_info(req)
+    assert (info["compressed"], info["reason"], info["resident_ratio"]) == (False, reason, 1.0)
+    assert compression.server_info()["dense_requests"] == {reason: 1}
+    assert not compression.ledger.by_row
+    assert not compression.observer.is_interested(1)
+    finish(compression, req)
+    assert compression.allocator.available_size() == compression.allocator.size
+    assert compression.store.used_bytes() == 0
+
+
+def test_no_free_pages_gives_the_host_pages_back():
+    compression = make_compression(num_pages=40)
+    taken = compression.allocator.alloc_pages(27)
+    req = prepared(compression)
+    assert compression.request_info(req)["reason"] == "no_free_pages"
+    assert compression.store.used_bytes() == 0
+    compression.allocator.free_page_ids(taken)
+    finish(compression, req)
+    assert compression.allocator.available_size() == 40 * P
+
+
+def test_a_full_host_store_can_make_all_heads_static():
+    compression = make_compression(host_pages=9, on_host_store_full="static")
+    req = prepared(compression)
+    assert not compression.ledger.get(1).retrieval
+    commit(compression, req, num_dynamic=0)
+    assert compression.request_info(req)["compressed"]
+
+
+def test_an_earlier_chunk_is_watched_and_reserves_nothing():
+    compression = make_compression()
+    before = compression.allocator.size
+    prepared(compression, chunk_end=3 * P)
+    assert compression.observer.is_interested(1)
+    assert not compression.observer.is_final(1)
+    assert not compression.ledger.by_row
+    assert compression.allocator.available_size() == before - 10 * P
+
+
+def test_health_checks_are_not_counted():
+    compression = make_compression()
+    prepared(compression, prompt_len=1, rid="HEALTH_CHECK_1")
+    assert compression.server_info()["dense_requests"] == {}
+
+
+def test_a_request_that_never_ran_has_a_record():
+    compression = make_compression()
+    info = compression.request_info(SimpleNamespace(origin_input_ids=[1, 2, 3]))
+    assert (info["compressed"], info["reason"], info["prompt_tokens"]) == (False, "not_prefilled", 3)
+
+
+def test_planned_pages_are_what_the_reservation_takes():
+    compression = make_compression()
+    req = make_request(compression, 1, 10 * P)
+    planned = compression.planned_pages(req)
+    compression.prepare(req, None)
+    assert len(compression.ledger.get(1).pages) == planned > 0
+    short = make_request(compression, 2, P)
+    assert compression.planned_pages(short) == 0
+
+
+def test_a_commit_before_the_compression_is_an_error():
+    compression = make_compression()
+    req = prepared(compression)
+    with pytest.raises(AssertionError, match="committed before it was compressed"):
+        compression.commit(req)
+
+
+def test_integrity_finds_a_row_without_a_reservation():
+    compression = make_compression()
+    prepared(compression)
+    compression.check_integrity()
+    compression.ledger.close(1)
+    with pytest.raises(AssertionError):
+        compression.check_integrity()
+
+
+def item(modality, offsets):
+    return MultimodalDataItem(modality=modality, offsets=offsets)
+
+
+def test_spans_of_images_and_videos_are_half_open_and_in_order():
+    inputs = MultimodalInputs(
+        mm_items=[
+            item(Modality.VIDEO, [(50, 59)]),
+            item(Modality.IMAGE, [(30, 39), (5, 5)]),
+            item(Modality.AUDIO, [(70, 79)]),
+            item(Modality.IMAGE, None),
+        ]
+    )
+    assert visual_spans(inputs) == (
+        VisualSpan(5, 6, "image"),
+        VisualSpan(30, 40, "image"),
+        VisualSpan(50, 60, "video"),
+    )
+
+
+def test_text_has_no_spans():
+    assert visual_spans(None) == ()
+    assert visual_spans(MultimodalInputs(mm_items=[])) == ()

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+from tests.builders import head_page
+
+
+def make_pool(**changes):
+    arguments = {
+        "size": 128,
+        "page_size": 16,
+        "dtype": torch.bfloat16,
+        "head_num": 2,
+        "head_dim": 32,
+        "layer_num": 3,
+        "device": "cpu",
+        "enable_memory_saver": False,
+        "enable_alt_stream": False,
+    }
+    return HybridTokenToKVPool(**arguments | changes)
+
+
+@pytest.fixture
+def pool():
+    return make_pool()
+
+
+def test_layers_look_as_in_stock_sglang(pool):
+    for buffers in (pool.k_buffer, pool.v_buffer):
+        assert len(buffers) == 3
+        for layer in buffers:
+            assert layer.shape == (128 + 16, 2, 32)
+            assert layer.is_contiguous()
+            assert layer.dtype == torch.bfloat16
+            assert not layer.any(), "padding must not be NaN"
+    assert pool.get_key_buffer(1).data_ptr() == pool.k_buffer[1].data_ptr()
+    assert pool.get_value_buffer(2).data_ptr() == pool.v_buffer[2].data_ptr()
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_all_views_share_one_memory(pool, which):
+    layers = pool.k_buffer if which == "k" else pool.v_buffer
+    flat, pages = getattr(pool.views, f"{which}_flat"), getattr(pool.views, f"{which}_pages")
+    assert flat.data_ptr() == pages.data_ptr() == layers[0].data_ptr()
+    assert flat.numel() == pages.numel() == sum(layer.numel() for layer in layers)
+    pages.copy_(torch.arange(len(pages), dtype=torch.float32)[:, None, None].expand_as(pages))
+    stacked = torch.stack(layers)
+    layout = pool.views.layout
+    for layer in range(3):
+        for page in range(9):
+            for head in range(2):
+                expected = (layer * 9 + page) * 2 + head
+                assert (head_page(stacked, page, layer, head, 16) == expected).all()
+    slot, head = 37, 1
+    row = pool.views.token_rows(torch.tensor(2), torch.tensor(slot), torch.tensor(head))
+    layers[2][slot, head] = -5
+    assert (flat[row] == -5).all()
+    assert (layout.num_layers, layout.num_kv_heads, layout.pages_per_layer, layout.page_size) == (3, 2, 9, 16)
+
+
+def test_keys_and_values_are_two_memories(pool):
+    pool.k_buffer[0].fill_(1)
+    assert not pool.v_buffer[0].any()
+
+
+def test_the_residency_map_has_an_entry_for_each_head_page(pool):
+    assert pool.views.chunk_of_head_page.shape == (len(pool.views.k_pages),) == (3 * 9 * 2,)
+    assert pool.views.chunk_of_head_page.dtype == torch.int32
+
+
+def test_page_bytes_are_those_of_one_page_of_all_layers(pool):
+    total = sum(t.numel() * t.element_size() for t in (*pool.k_buffer, *pool.v_buffer))
+    assert pool.page_bytes * pool.views.layout.pages_per_layer == total
+
+
+@pytest.mark.parametrize("changes", [{"v_head_dim": 16}, {"size": 120}, {"kv_cache_layout": "hnd"}])
+def test_what_head_pages_cannot_hold_is_refused(changes):
+    with pytest.raises(ValueError, match="head pages need the NHD layout, whole pages and equal head sizes"):
+        make_pool(**changes)
