@@ -135,13 +135,13 @@ class Compression:
         )
         self.allocator.free_page_ids(unused)
         self.store.free(unused_host)
-        if not hasattr(req, _RECORD):
+        if not was_compressed(req):
             self.stats.count_compressed()
         held = self._held_by(row)
         record = RequestRecord(
             compressed=True,
             reason=None,
-            prompt_tokens=reservation.prefilled,
+            prompt_tokens=len(req.origin_input_ids),
             budget=self.config.budget,
             resident_ratio=held.device / held.stock,
             host_bytes=held.host,
@@ -162,7 +162,8 @@ class Compression:
         self.table.clear(row)
         self.allocator.free_page_ids(reservation.unlisted_pages)
         self.store.free(reservation.host_pages)
-        if not reservation.committed:
+        # A retraction before the commit is not an answer: the request comes back.
+        if not reservation.committed and req.finished():
             self._record_dense(req, DenseReason.NO_DECODE)
 
     def held(self) -> HeldBytes:
@@ -206,9 +207,12 @@ class Compression:
         )
 
     def _record_dense(self, req, reason: DenseReason) -> None:
+        if was_compressed(req):
+            return  # retracted and prefilled again: part of its answer was computed over compressed context
+        prompt_tokens = len(req.origin_input_ids)
         if not hasattr(req, _RECORD) and not req.rid.startswith(_HEALTH_CHECK_PREFIX):
-            self.stats.count_dense(reason, len(req.full_untruncated_fill_ids))
-        setattr(req, _RECORD, RequestRecord(False, reason, len(req.full_untruncated_fill_ids), self.config.budget))
+            self.stats.count_dense(reason, prompt_tokens)
+        setattr(req, _RECORD, RequestRecord(False, reason, prompt_tokens, self.config.budget))
 
     def _host_store(self) -> HostStore:
         layout, pool = self.pool.views.layout, self.pool
@@ -224,6 +228,12 @@ class Compression:
             dtype=pool.store_dtype,
             pin=torch.device(pool.device).type == "cuda",
         )
+
+
+def was_compressed(req) -> bool:
+    """Whether any part of the request's answer was computed over compressed context."""
+    record = getattr(req, _RECORD, None)
+    return record is not None and record.compressed
 
 
 def visual_spans(multimodal_inputs) -> tuple[VisualSpan, ...]:

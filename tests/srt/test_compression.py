@@ -58,6 +58,7 @@ def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chu
         full_untruncated_fill_ids=tokens,
         extend_range=SimpleNamespace(end=prompt_len if chunk_end is None else chunk_end),
         multimodal_inputs=None,
+        finished=lambda: True,
         row_pages=pages,
     )
 
@@ -182,6 +183,18 @@ def test_the_record_counts_every_page_of_the_request():
     assert (info["prompt_tokens"], info["budget"], info["reason"]) == (10 * P + 3, 0.4, None)
     held = compression.held()
     assert (held.device, held.stock) == (6 * compression.pool.page_bytes, 11 * compression.pool.page_bytes)
+    assert compression.server_info()["compressed_requests"] == 1
+
+
+def test_a_retraction_before_the_commit_is_not_an_answer():
+    compression = make_compression(budget=0.4)
+    req = prepared(compression)
+    req.finished = lambda: False
+    compression.release(req)
+    assert compression.server_info()["dense_requests"] == {}
+    compression.prepare(req, None)
+    commit(compression, req, num_dynamic=4)
+    assert compression.request_info(req)["compressed"]
     assert compression.server_info()["compressed_requests"] == 1
 
 

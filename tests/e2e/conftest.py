@@ -1,0 +1,78 @@
+"""Real servers for the tests of this folder: few, shared, strict about lost memory, fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness import Server, compression_flags, engine_flags, parallel
+from benchmarks.models.make_models import make_model
+from tests.e2e.checks import Reference, assert_healthy
+from tests.e2e.prompts import Vision
+
+VL = "tiny-qwen2_5_vl"
+POOL_TOKENS = 10000
+CHUNK_TOKENS = 512
+# Half of the heads of the tiny models are static and half dynamic at this threshold.
+CONFIG = {"min_prompt_tokens": 64, "theta": 0.6}
+STRICT_ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+
+
+def make_server(
+    model: str,
+    budget: float | None = None,
+    config: dict[str, Any] | None = None,
+    *flags: str,
+    pool_tokens: int = POOL_TOKENS,
+    chunk_tokens: int = CHUNK_TOKENS,
+    env: dict[str, str] | None = None,
+    name: str = "stock",
+) -> Server:
+    """A server that is not started yet; stock without a budget."""
+    recipe = engine_flags("cpu", max_total_tokens=pool_tokens, chunked_prefill_size=chunk_tokens, dtype="float32")
+    compression = compression_flags(budget, {**CONFIG, **(config or {})})
+    env = {**recipe.env, **STRICT_ENV, **(env or {})}
+    return Server(make_model(model), [*recipe.flags, *compression, *flags], env, name=name)
+
+
+def run_servers(*servers: Server) -> Iterator[list[Server]]:
+    """Start servers at once, and in the end stop them at once."""
+    try:
+        parallel(lambda server: server.start(), servers)
+        yield list(servers)
+    finally:
+        parallel(lambda server: server.stop(), servers)
+
+
+@pytest.fixture(scope="session")
+def vl_model() -> Path:
+    return make_model(VL)
+
+
+@pytest.fixture(scope="session")
+def vision(vl_model: Path) -> Vision:
+    """Prompts with images for the model of `stock` and `tenth`."""
+    return Vision(vl_model)
+
+
+@pytest.fixture(scope="session")
+def session_servers() -> Iterator[list[Server]]:
+    """The two servers that several modules ask, alive until the end."""
+    yield from run_servers(make_server(VL, name="stock"), make_server(VL, 0.1, name="tenth"))
+
+
+@pytest.fixture(scope="session")
+def stock(session_servers: list[Server]) -> Iterator[Reference]:
+    """SGLang without the plugin's flags; what every answer is compared with."""
+    yield Reference(session_servers[0])
+    assert_healthy(session_servers[0])
+
+
+@pytest.fixture(scope="session")
+def tenth(session_servers: list[Server]) -> Iterator[Server]:
+    """Compression at budget 0.1, overlap scheduler on."""
+    yield session_servers[1]
+    assert_healthy(session_servers[1])

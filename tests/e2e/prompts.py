@@ -1,0 +1,87 @@
+"""Prompts for the tiny models: token ids, and images and videos as data URLs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+VOCABULARY = 256  # byte tokens, which every tiny tokenizer has
+IMAGE_SIDE = 224
+IMAGE_TOKENS = 64  # of such an image: 16 x 16 patches, merged 2 x 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids with one placeholder for each image or video."""
+
+    ids: tuple[int, ...]
+    images: tuple[str, ...] = ()
+    videos: tuple[str, ...] = ()
+
+    def __add__(self, other: Prompt) -> Prompt:
+        return Prompt(self.ids + other.ids, self.images + other.images, self.videos + other.videos)
+
+    def body(self) -> dict[str, Any]:
+        """Its part of a /generate request."""
+        body: dict[str, Any] = {"input_ids": list(self.ids)}
+        if self.images:
+            body["image_data"] = list(self.images)
+        if self.videos:
+            body["video_data"] = list(self.videos)
+        return body
+
+
+def text(seed: int, num_tokens: int) -> Prompt:
+    """Random tokens."""
+    return Prompt(tuple(np.random.default_rng(seed).integers(0, VOCABULARY, num_tokens).tolist()))
+
+
+def picture(seed: int, height: int = IMAGE_SIDE, width: int = IMAGE_SIDE) -> Image.Image:
+    """Random pixels."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def image_url(seed: int, height: int = IMAGE_SIDE, width: int = IMAGE_SIDE) -> str:
+    """PNG of random pixels as a data URL."""
+    return _data_url("image/png", picture(seed, height, width), format="PNG")
+
+
+def video_url(seed: int, num_frames: int, height: int = 112, width: int = 112) -> str:
+    """Animated GIF of random frames, four a second, as a data URL."""
+    first, *rest = [picture(1000 * seed + i, height, width) for i in range(num_frames)]
+    return _data_url("video/gif", first, format="GIF", save_all=True, append_images=rest, duration=250, loop=0)
+
+
+def _data_url(kind: str, image: Image.Image, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+class Vision:
+    """Prompts with images and videos for one Qwen2.5-VL checkpoint."""
+
+    def __init__(self, model: Path):
+        self.config = json.loads((model / "config.json").read_text())
+
+    def image(self, seed: int, height: int = IMAGE_SIDE, width: int = IMAGE_SIDE) -> Prompt:
+        """One image between its two marks: IMAGE_TOKENS + 2 tokens at the default size."""
+        return Prompt(self._marked("image"), images=(image_url(seed, height, width),))
+
+    def video(self, seed: int, num_frames: int) -> Prompt:
+        """One video between its two marks."""
+        return Prompt(self._marked("video"), videos=(video_url(seed, num_frames),))
+
+    def images(self, seed: int, count: int) -> Prompt:
+        """Several images in a row."""
+        return sum((self.image(seed + i) for i in range(count)), Prompt(()))
+
+    def _marked(self, kind: str) -> tuple[int, ...]:
+        return tuple(self.config[f"{name}_token_id"] for name in ("vision_start", kind, "vision_end"))

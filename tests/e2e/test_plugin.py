@@ -1,0 +1,88 @@
+"""The plugin in processes of their own: without its flags, and under sglang.Engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import engine_flags
+from tests.e2e.conftest import CONFIG, STRICT_ENV
+
+pytestmark = pytest.mark.server
+
+STOCK_SCRIPT = """
+import argparse, os
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from hybridkv_patches import server_hooks
+from hybridkv_patches.hook import missing
+from sglang.srt.server_args import ServerArgs
+parser = argparse.ArgumentParser()
+ServerArgs.add_cli_args(parser)
+for flags in ([], ["--kv-compressor", "none"]):
+    flags = ["--model-path", {model!r}, "--device", "cpu", *flags]
+    args = ServerArgs.from_cli_args(parser.parse_args(flags))
+    assert not hasattr(args, "_hybridkv")
+hooked = {{hook.target for hook in server_hooks()}} - set(missing(server_hooks()))
+assert not hooked, hooked
+"""
+
+ENGINE_SCRIPT = """
+import json
+from pathlib import Path
+
+import psutil
+import sglang
+
+if __name__ == "__main__":
+    engine = sglang.Engine(
+        model_path={model!r}, device="cpu", attention_backend="torch_native", dtype="float32", max_total_tokens=4000,
+        max_running_requests=4, chunked_prefill_size=512, sleep_on_idle=True,
+        kv_compressor="hybridkv", kv_compressor_budget=0.2, kv_compressor_config={config!r},
+    )
+    answers = engine.generate(
+        input_ids=[list(range(200)) * 2, list(range(20))],
+        sampling_params={{"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}},
+    )
+    info = engine.get_server_info()
+    children = psutil.Process().children(recursive=True)
+    engine.shutdown()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    result = {{"answers": answers, "state": info["internal_states"][0]["kv_compressor"], "alive": len(alive)}}
+    Path({out!r}).write_text(json.dumps(result))
+"""
+
+
+def run_script(path: Path, script: str) -> None:
+    path.write_text(script)
+    env = {**engine_flags("cpu").env, **STRICT_ENV}
+    done = subprocess.run(
+        [sys.executable, str(path)], env={**os.environ, **env}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+
+
+def test_without_a_compressor_no_hook_is_installed(tmp_path: Path, vl_model: Path) -> None:
+    run_script(tmp_path / "stock.py", STOCK_SCRIPT.format(model=str(vl_model)))
+
+
+def test_engine(tmp_path: Path, vl_model: Path) -> None:
+    out = tmp_path / "result.json"
+    run_script(tmp_path / "engine.py", ENGINE_SCRIPT.format(model=str(vl_model), config=CONFIG, out=str(out)))
+    result = json.loads(out.read_text())
+    long, short = (answer["meta_info"]["kv_compressor"] for answer in result["answers"])
+    assert long["compressed"]
+    assert long["static_heads"] > 0
+    assert long["dynamic_heads"] > 0
+    assert short["reason"] == "prompt_too_short"
+    assert all(len(answer["output_ids"]) == 8 for answer in result["answers"])
+    assert (result["state"]["budget"], result["state"]["compressed_requests"]) == (0.2, 1)
+    assert result["state"]["device_kv_bytes"] == 0
+    assert result["alive"] == 0, "processes outlive the engine"

@@ -1,0 +1,128 @@
+"""A user can see that compression is active, what it saved, and why a request was served dense."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.harness import Server
+from tests.e2e.checks import Reference, ask, assert_compressed, assert_dense, assert_nothing_lost, request_body
+from tests.e2e.prompts import text
+from tests.e2e.streams import stream
+
+pytestmark = pytest.mark.server
+
+SERVER_FIELDS = {
+    "name",
+    "budget",
+    "page_size",
+    "compressed_requests",
+    "dense_requests",
+    "device_kv_bytes",
+    "stock_kv_bytes",
+    "host_kv_bytes",
+    "chunk_fetch_hit_rate",
+}
+REQUEST_FIELDS = {
+    "compressed",
+    "reason",
+    "prompt_tokens",
+    "budget",
+    "resident_ratio",
+    "host_bytes",
+    "static_heads",
+    "dynamic_heads",
+}
+
+
+def test_log_says_what_is_active(tenth: Server) -> None:
+    [line] = [line for line in tenth.log_text().splitlines() if "KV compression is active" in line]
+    assert "hybridkv" in line
+    assert "0.1" in line
+
+
+def test_server_info(tenth: Server) -> None:
+    answer = ask(tenth, text(7000, 700), 30)
+    state = tenth.compressor_state()
+    assert state.keys() >= SERVER_FIELDS
+    assert (state["name"], state["budget"], state["page_size"]) == ("hybridkv", 0.1, 16)
+    assert 0.0 < state["chunk_fetch_hit_rate"] <= 1.0
+    assert state["peak_device_kv_bytes"] < state["peak_stock_kv_bytes"]
+    assert state["peak_host_kv_bytes"] >= answer.record["host_bytes"] > 0
+    assert tenth.server_info()["page_size"] == 16
+
+
+def test_bytes_are_reported_while_a_request_runs(tenth: Server) -> None:
+    assert_nothing_lost(tenth)
+    with stream(tenth, request_body(text(7001, 1600), 1000)) as answers:
+        next(answers)
+        state = tenth.compressor_state()
+    assert 0 < state["device_kv_bytes"] < 0.3 * state["stock_kv_bytes"]
+    assert state["host_kv_bytes"] > 0
+    assert_nothing_lost(tenth)
+
+
+def test_meta_info(tenth: Server) -> None:
+    answer = ask(tenth, text(7002, 807), 20)
+    assert_compressed(answer)
+    record = answer.record
+    assert record.keys() == REQUEST_FIELDS
+    assert (record["prompt_tokens"], record["budget"]) == (807, 0.1)
+    assert 0.1 <= record["resident_ratio"] < 0.2
+    assert record["static_heads"] + record["dynamic_heads"] == 16
+
+
+def test_meta_info_of_every_part_of_a_stream(tenth: Server) -> None:
+    with stream(tenth, request_body(text(7003, 500), 12)) as answers:
+        records = [answer["meta_info"]["kv_compressor"] for answer in answers]
+    assert len(records) > 1
+    for record in records:
+        assert record.keys() == REQUEST_FIELDS
+        assert record == records[-1]
+    assert records[-1]["compressed"]
+
+
+def test_meta_info_of_a_batch(tenth: Server) -> None:
+    prompts = [text(7004, 400), text(7005, 30), text(7006, 600)]
+    body = {**request_body(prompts[0], 8), "input_ids": [list(prompt.ids) for prompt in prompts]}
+    answers = tenth.client.post("/generate", json=body).raise_for_status().json()
+    records = [answer["meta_info"]["kv_compressor"] for answer in answers]
+    assert [record["prompt_tokens"] for record in records] == [400, 30, 600]
+    assert [record["reason"] for record in records] == [None, "prompt_too_short", None]
+
+
+@pytest.mark.parametrize(
+    "length, new_tokens, reason",
+    [(40, 8, "prompt_too_short"), (500, 1, "no_decode"), (200, 8, "budget_below_floor")],
+)
+def test_dense_requests_are_counted_by_reason(tenth: Server, length: int, new_tokens: int, reason: str) -> None:
+    before = tenth.compressor_state()
+    assert_dense(ask(tenth, text(7010 + length, length), new_tokens), reason)
+    after = tenth.compressor_state()
+    assert after["dense_requests"][reason] == before["dense_requests"].get(reason, 0) + 1
+    assert after["compressed_requests"] == before["compressed_requests"]
+
+
+def test_compressed_requests_are_counted(tenth: Server) -> None:
+    before = tenth.compressor_state()
+    ask(tenth, text(7020, 450), 8)
+    after = tenth.compressor_state()
+    assert after["compressed_requests"] == before["compressed_requests"] + 1
+    assert after["dense_requests"] == before["dense_requests"]
+
+
+def test_dense_requests_are_logged_but_do_not_flood_the_log(tenth: Server) -> None:
+    before = tenth.log_text().count("is served dense, prompt_too_short")
+    for seed in range(8):
+        ask(tenth, text(7030 + seed, 20), 1)
+    after = tenth.log_text().count("is served dense, prompt_too_short")
+    assert after >= 1
+    assert after - before <= 2  # once a minute
+
+
+def test_without_the_flag_the_server_is_stock(stock: Reference) -> None:
+    server = stock.server
+    info = server.server_info()
+    assert info["page_size"] == 1
+    assert server.compressor_state() is None
+    assert "kv_compressor" not in ask(server, text(7040, 600), 8).meta
+    assert "compression" not in server.log_text().lower()
