@@ -8,10 +8,10 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve models test test-fast lint format clean
+.PHONY: help setup demo serve models test test-fast test-sanitize lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with SGLang on the CPU engine (a few minutes; nothing to do the second time)
 	@$(BOOTSTRAP_PYTHON) tests/cpu_engine/setup_env.py
@@ -34,6 +34,22 @@ test: $(ENVIRONMENT) ## all tests: the fast ones first, then those that start SG
 
 test-fast: $(ENVIRONMENT) ## the tests that start no server and take less than ten seconds each
 	$(PYTHON) -m pytest -m "not server and not slow" $(ARGS)
+
+# The C++ kernels' tests against a library that AddressSanitizer and UBSan watch; both have to be there before Python
+# is. Leaks are those of the interpreter.
+KERNELS_CPP = kernels/hybridkv_kernels/cpu
+SANITIZED = build/sanitize/_cpu.so
+SANITIZED_TESTS = $(addprefix tests/kernels/test_,compact_kv.py decode_attn.py dispatch.py retrieve_chunks.py score_heads.py)
+
+$(SANITIZED): $(wildcard $(KERNELS_CPP)/*.* kernels/hybridkv_kernels/*/cpu.h)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -fopenmp -fPIC -shared -O1 -g -fno-omit-frame-pointer -fno-math-errno -fno-trapping-math \
+		-fsanitize=address,undefined -fno-sanitize-recover=undefined -o $@ \
+		$(foreach name,module isa_scalar isa_avx2 isa_avx512,$(KERNELS_CPP)/$(name).cpp)
+
+test-sanitize: $(ENVIRONMENT) $(SANITIZED) ## the C++ kernels' tests under AddressSanitizer and UBSan (minutes)
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(PYTHON) -m pytest --cpu-library=$(SANITIZED) $(SANITIZED_TESTS) $(ARGS)
 
 lint: $(ENVIRONMENT) ## ruff, mypy and the import rules
 	$(PYTHON) -m ruff check .

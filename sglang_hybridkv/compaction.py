@@ -130,19 +130,10 @@ def _offload_layer(
     rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])
     keys = views.k_flat[rows].unflatten(1, (num_chunks, page_size))
     values = views.v_flat[rows].unflatten(1, (num_chunks, page_size))
-    host_ids = host_chunk_ids(table, row, layer_idx, heads, num_chunks).to(store.k_pages.device)
+    host_ids = table.host_chunk_ids(row, layer_idx, heads, num_chunks).to(store.k_pages.device)
     store.k_pages[host_ids] = keys.to(store.k_pages.device)
     store.v_pages[host_ids] = values.to(store.v_pages.device)
     _write_summaries(views, table, row, layer_idx, heads, summarize_chunks(keys, config.chunk_score))
-
-
-def host_chunk_ids(
-    table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int
-) -> torch.Tensor:
-    """[E, C], int64: host head pages of all chunks of the dynamic `heads` [E] of one layer."""
-    chunks = torch.arange(num_chunks, device=heads.device)
-    linear = table.host_rank[row, layer_idx, heads].to(torch.int64)[:, None] * num_chunks + chunks
-    return table.layout.host_page_ids(table.host_pages[row], linear)
 
 
 def _write_summaries(
@@ -153,33 +144,8 @@ def _write_summaries(
     heads: torch.Tensor,
     summaries: torch.Tensor,
 ) -> None:
-    """Vector i of a head goes to half i // P of its summary pages: K page, V page, next K page, ..."""
     vectors = summaries.flatten(1, 2)
-    ids, half, place = _summary_places(table, row, layer_idx, heads, vectors.shape[1])
+    ids, half, place = table.summary_places(row, layer_idx, heads, vectors.shape[1])
     for which, pages in enumerate((views.k_pages, views.v_pages)):
         mine = half == which
         pages[ids[:, mine], place[mine]] = vectors[:, mine]
-
-
-def read_summaries(
-    views: HeadPageViews,
-    table: HeadPageTable,
-    row: int,
-    layer_idx: int,
-    heads: torch.Tensor,
-    num_chunks: int,
-    vectors: int,
-) -> torch.Tensor:
-    """[E, C, vectors, D]: chunk summaries of the dynamic `heads` [E] of one layer."""
-    ids, half, place = _summary_places(table, row, layer_idx, heads, num_chunks * vectors)
-    read = torch.where((half == 0)[:, None], views.k_pages[ids, place], views.v_pages[ids, place])
-    return read.unflatten(1, (num_chunks, vectors))
-
-
-def _summary_places(
-    table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, num_vectors: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    page_size = table.layout.page_size
-    vector = torch.arange(num_vectors, device=heads.device)
-    linear = table.first_summary_page[row, layer_idx, heads].to(torch.int64)[:, None] + vector // (2 * page_size)
-    return table.layout.head_page_ids(table.pages[row], linear), vector // page_size % 2, vector % page_size

@@ -4,27 +4,48 @@ Everything that nobody wrote is NaN: foreign pages, unused reserved pages, unuse
 prompt once it is compressed.
 """
 
+import contextlib
 import dataclasses
 import os
 import random
+import shutil
+from unittest import mock
 
 import torch
 from hypothesis import settings
 
+from hybridkv_kernels import cpu, dispatch
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from sglang_hybridkv.compaction import compress_prompt
+from hybridkv_kernels.retrieve_chunks import retrieve_chunks
+from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
 from sglang_hybridkv.compressors import HybridKV
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.retrieval import retrieve_chunks
 
 NAN = float("nan")
 
 # Laws are tried on fresh examples; with CI set, on the same ones in each run.
 LAWS = settings(max_examples=80, deadline=None, derandomize="CI" in os.environ)
+
+
+# Without the library the C++ kernels cannot be tested; where there is a compiler that is a failure, not an excuse.
+NO_CPU_KERNELS = cpu.obstacle("cpu", torch.float32, 32, 1) is not None and not any(map(shutil.which, ("c++", "g++")))
+
+
+@contextlib.contextmanager
+def forced_kernels(name):
+    """Run a kernel's implementation `name`, and no other."""
+    with mock.patch.dict(os.environ, {dispatch.ENVIRONMENT: name}):
+        yield
+
+
+def instruction_sets() -> range:
+    """Those of cpu.INSTRUCTION_SETS that this machine has, as the kernels' `isa`; without a library the first."""
+    has_library = cpu.obstacle("cpu", torch.float32, 32, 1) is None
+    return range(cpu.best_isa() + 1 if has_library else 1)
 
 
 def fresh_generator() -> torch.Generator:
@@ -232,22 +253,28 @@ class TinyPool:
         self.req_to_token[prompt.row, position] = slot
         prompt.keys, prompt.values = torch.cat((prompt.keys, key), 2), torch.cat((prompt.values, value), 2)
 
-    def retrieve(self, prompt: Prompt, layer_idx: int, q: torch.Tensor) -> None:
+    def retrieve(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> None:
+        num_sink_chunks, num_recent_chunks = forced_chunk_counts(self.config)
         retrieve_chunks(
-            self.views, self.table, self.store, self.config, prompt.row, layer_idx, q, self.counters
-        )  # fmt: skip
+            q,
+            self.views,
+            self.table,
+            self.store.k_pages,
+            self.store.v_pages,
+            self.counters,
+            layer_idx,
+            torch.tensor([p.row for p in prompts]),
+            num_sink_chunks=num_sink_chunks,
+            num_recent_chunks=num_recent_chunks,
+            chunk_score=self.config.chunk_score,
+        )
 
     def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
-        for prompt, query in zip(prompts, q, strict=True):
-            if prompt.reservation is not None:
-                self.retrieve(prompt, layer_idx, query)
+        self.retrieve(prompts, layer_idx, q)
         return decode_attn(
             q,
-            self.keys[layer_idx],
-            self.values[layer_idx],
-            self.views.k_pages,
-            self.views.v_pages,
+            self.views,
             self.table,
             layer_idx,
             torch.tensor([p.row for p in prompts]),

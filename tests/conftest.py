@@ -1,4 +1,32 @@
+from pathlib import Path
+
 import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu-library", help="C++ kernels to test in place of the installed ones (make test-sanitize)")
+
+
+def pytest_configure(config):
+    path = config.getoption("--cpu-library")
+    if path is not None:
+        from hybridkv_kernels import cpu
+
+        cpu._LIBRARY = Path(path).resolve(strict=True)
+
+
+@pytest.fixture(params=["naive", "cpu"], scope="class")
+def kernels(request):
+    """Runs the test once with each implementation of the kernels; the value is its name.
+
+    Class scope is that of one test function, too, and unlike function scope it goes with hypothesis.
+    """
+    from tests.builders import NO_CPU_KERNELS, forced_kernels
+
+    if request.param == "cpu" and NO_CPU_KERNELS:
+        pytest.skip("the C++ kernels were not compiled, and there is no compiler")
+    with forced_kernels(request.param):
+        yield request.param
 
 
 def pytest_collection_modifyitems(items):

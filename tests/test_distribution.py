@@ -1,6 +1,9 @@
+import ctypes
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -10,36 +13,91 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {"sglang_hybridkv": "", "hybridkv_kernels": "kernels", "hybridkv_patches": "patches"}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from a copy so that the build leaves nothing in the checkout."""
-    copy = tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", ".*")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".json"}
+LIBRARY = f"hybridkv_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def build_wheel(folder, **environment):
+    """The wheel, built from a copy so that the build leaves nothing in the checkout and uses nothing built there."""
+    copy = folder / "checkout"
+    copy.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "build", ".*")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("sglang_hybridkv", "kernels", "patches", "benchmarks", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignore)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheels", "."]
-    subprocess.run(command, cwd=copy, check=True)
+    subprocess.run(command, cwd=copy, check=True, env=os.environ | environment)
     (path,) = (copy / "wheels").glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_wheel(tmp_path_factory):
+    """Built where there is no compiler."""
+    nothing = "/nowhere/no-compiler"
+    with zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("plain"), CC=nothing, CXX=nothing)) as archive:
         yield archive
 
 
-def test_wheel_holds_the_three_packages_whole_and_nothing_else(wheel):
-    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    expected = {
+@pytest.fixture(scope="module")
+def wheel_path(tmp_path_factory):
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_path):
+    with zipfile.ZipFile(wheel_path) as archive:
+        yield archive
+
+
+def files_of(wheel):
+    return {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def package_sources():
+    return {
         str(file.relative_to(ROOT / source_root))
         for package, source_root in PACKAGES.items()
         for file in (ROOT / source_root / package).rglob("*")
-        if file.suffix in {".py", ".cpp", ".cu", ".cuh", ".h", ".json"}
+        if file.suffix in SOURCES
     }
-    assert names == expected
 
 
-def test_wheel_registers_the_plugin(wheel):
-    (entry_points,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
-    assert wheel.read(entry_points).decode().split() == [
+@pytest.mark.slow
+def test_wheel_holds_the_three_packages_whole_and_nothing_else(wheel):
+    library = {LIBRARY} if any(map(shutil.which, ("c++", "g++"))) else set()
+    assert files_of(wheel) == package_sources() | library
+
+
+@pytest.mark.slow
+def test_wheel_is_for_this_python_and_platform(wheel_path):
+    """Also without a library: the build does not know beforehand whether there is a compiler."""
+    python, abi, platform = wheel_path.stem.split("-")[-3:]
+    assert (python, abi) == (f"cp{sys.version_info[0]}{sys.version_info[1]}",) * 2
+    assert platform == sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+@pytest.mark.slow
+def test_the_library_in_the_wheel_loads_and_needs_neither_python_nor_torch(wheel, tmp_path):
+    if LIBRARY not in wheel.namelist():
+        pytest.skip("there is no compiler")
+    path = wheel.extract(LIBRARY, tmp_path)
+    library = ctypes.CDLL(path)
+    for function in ("hk_best_isa", "hk_decode", "hk_retrieve", "hk_score", "hk_compact"):
+        assert getattr(library, function)
+    linked = subprocess.run(["ldd", path], check=True, capture_output=True, text=True).stdout
+    assert "python" not in linked
+    assert "torch" not in linked
+
+
+def test_without_a_compiler_the_wheel_is_whole_but_for_the_library(plain_wheel):
+    assert files_of(plain_wheel) == package_sources()
+
+
+def test_wheel_registers_the_plugin(plain_wheel):
+    (entry_points,) = [name for name in plain_wheel.namelist() if name.endswith("entry_points.txt")]
+    assert plain_wheel.read(entry_points).decode().split() == [
         "[sglang.srt.plugins]",
         "hybridkv",
         "=",
@@ -47,9 +105,9 @@ def test_wheel_registers_the_plugin(wheel):
     ]
 
 
-def test_hard_dependencies_leave_sglang_out(wheel):
-    (metadata,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
-    lines = wheel.read(metadata).decode().splitlines()
+def test_hard_dependencies_leave_sglang_out(plain_wheel):
+    (metadata,) = [name for name in plain_wheel.namelist() if name.endswith("METADATA")]
+    lines = plain_wheel.read(metadata).decode().splitlines()
     hard = {
         line.split(":")[1].strip() for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line
     }

@@ -35,3 +35,11 @@ def check_same(name: str, tensor: torch.Tensor, reference_name: str, reference: 
             f"{name}: expected {reference.dtype} on {reference.device} like {reference_name}, "
             f"got {tensor.dtype} on {tensor.device}"
         )
+
+
+def check_group(name: str, q: torch.Tensor, num_kv_heads: int) -> None:
+    """ValueError unless q [B, heads, D] has requests, and a multiple of `num_kv_heads` query heads."""
+    if q.shape[0] == 0:
+        raise ValueError(f"{name}: expected at least one request, got an empty batch")
+    if q.shape[1] == 0 or q.shape[1] % num_kv_heads:
+        raise ValueError(f"{name}: expected a multiple of {num_kv_heads} query heads, got {q.shape[1]}")

@@ -11,6 +11,8 @@ import dataclasses
 
 import torch
 
+from hybridkv_kernels import checks
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadPageLayout:
@@ -69,6 +71,28 @@ class HeadPageViews:
     v_pages: torch.Tensor
     chunk_of_head_page: torch.Tensor
 
+    def check(self, q: torch.Tensor, layer_idx: int) -> None:
+        """ValueError unless all views are contiguous, of one shape, like `q` [B, heads, D], and have the layer."""
+        layout, head_dim = self.layout, q.shape[2]
+        num_head_pages = layout.head_pages_per_page * layout.pages_per_layer
+        for name in ("k_pages", "v_pages", "k_flat", "v_flat"):
+            view, label = getattr(self, name), f"views.{name}"
+            rows = (
+                (num_head_pages, layout.page_size) if name.endswith("pages") else (num_head_pages * layout.page_size,)
+            )
+            checks.check_shape(label, view, (*rows, head_dim))
+            checks.check_same(label, view, "q", q)
+            checks.check_contiguous(label, view)
+        checks.check_shape("views.chunk_of_head_page", self.chunk_of_head_page, (num_head_pages,))
+        checks.check_dtype("views.chunk_of_head_page", self.chunk_of_head_page, (torch.int32,))
+        if not 0 <= layer_idx < layout.num_layers:
+            raise ValueError(f"layer_idx: expected 0 to {layout.num_layers - 1}, got {layer_idx}")
+
+    def layer_rows(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [slots, H, D] of one layer's keys and values, by token slot."""
+        shape = (self.layout.num_layers, -1, self.layout.num_kv_heads, self.k_flat.shape[1])
+        return self.k_flat.view(shape)[layer_idx], self.v_flat.view(shape)[layer_idx]
+
     def token_rows(self, layer_idx: torch.Tensor, slots: torch.Tensor, kv_head: torch.Tensor) -> torch.Tensor:
         """Rows of k_flat for token `slots`; the three broadcast against each other."""
         slots_per_layer = self.layout.pages_per_layer * self.layout.page_size
@@ -118,6 +142,34 @@ class HeadPageTable:
         self.num_chunks[row] = 0
         self.num_head_pages[row] = 0
         self.is_dynamic[row] = False
+
+    def buffer_page_ids(self, row: int, layer_idx: int, heads: torch.Tensor, num_pages: torch.Tensor) -> torch.Tensor:
+        """[E, S], int64: kept or buffer head pages of `heads` [E]; columns beyond num_pages[e] repeat the first."""
+        places = torch.arange(int(num_pages.max()), device=heads.device)
+        first = self.first_head_page[row, layer_idx, heads].to(torch.int64)[:, None]
+        linear = torch.where(places < num_pages[:, None], first + places, first)
+        return self.layout.head_page_ids(self.pages[row], linear)
+
+    def host_chunk_ids(self, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int) -> torch.Tensor:
+        """[E, C], int64: host head pages of all chunks of the dynamic `heads` [E] of one layer."""
+        chunks = torch.arange(num_chunks, device=heads.device)
+        linear = self.host_rank[row, layer_idx, heads].to(torch.int64)[:, None] * num_chunks + chunks
+        return self.layout.host_page_ids(self.host_pages[row], linear)
+
+    def summary_places(
+        self, row: int, layer_idx: int, heads: torch.Tensor, num_vectors: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where summary vector i of a dynamic head lies: half i // P of its summary pages, K page, V page, next K page.
+
+        Returns
+        -------
+        Head page [E, num_vectors], half [num_vectors] (0 in K, 1 in V) and row in the page [num_vectors], int64.
+        """
+        page_size = self.layout.page_size
+        vector = torch.arange(num_vectors, device=heads.device)
+        first = self.first_summary_page[row, layer_idx, heads].to(torch.int64)[:, None]
+        ids = self.layout.head_page_ids(self.pages[row], first + vector // (2 * page_size))
+        return ids, vector // page_size % 2, vector % page_size
 
     def clear_all(self) -> None:
         """Make every row dense."""

@@ -22,7 +22,7 @@ def check_scheduler(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> 
         return
     from hybridkv_patches import hooks_fault
 
-    fault = hooks_fault() or parts_fault(scheduler)
+    fault = hooks_fault() or parts_fault(scheduler) or kernels_fault(scheduler)
     if fault is not None:
         logger.error(fault)
         raise RuntimeError(fault)
@@ -53,6 +53,19 @@ def parts_fault(scheduler: Any) -> str | None:
     return None
 
 
+def kernels_fault(scheduler: Any) -> str | None:
+    """Sentence when the kernels that the user forced cannot serve this model; else their choice is recorded."""
+    from hybridkv_kernels import dispatch
+
+    pool, model = scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.tp_worker.model_runner.model_config
+    group_size = model.num_attention_heads // model.get_total_num_kv_heads()
+    try:
+        pool.compression.kernels = dispatch.describe(pool.device, pool.dtype, pool.head_dim, group_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def report(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | None:
     """AFTER Scheduler.get_init_info: tell the launcher that this scheduler compresses."""
     settings = settings_module.active()
@@ -64,11 +77,12 @@ def report(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | No
 
 def _summary(scheduler: Any, settings: Settings) -> str:
     config = settings.config
-    store = scheduler.token_to_kv_pool_allocator.get_kvcache().compression.store
+    compression = scheduler.token_to_kv_pool_allocator.get_kvcache().compression
+    store = compression.store
     return (
         f"KV compression is active: {settings.name}, budget {config.budget}, page size {config.page_size} tokens, "
         f"attention backend {type(scheduler.tp_worker.model_runner.attn_backend).__name__}, "
-        f"host store {store.num_pages * store.page_bytes} bytes"
+        f"host store {store.num_pages * store.page_bytes} bytes, kernels {compression.kernels}"
     )
 
 

@@ -63,6 +63,7 @@ class Compression:
         self.counters = torch.zeros(2, dtype=torch.int64, device=pool.device)
         self.observer = PromptObserver(config, layout.num_layers)
         self._kv_by_row: dict[int, Any] = {}
+        self.kernels: str | None = None  # set by the handshake, which knows the model
         pool.compression = allocator.compression = self
 
     def clear(self) -> None:
@@ -185,6 +186,7 @@ class Compression:
             "name": self.settings.name,
             "budget": self.config.budget,
             "page_size": self.shape.page_size,
+            "kernels": self.kernels,
             "host_store_bytes": self.store.num_pages * self.store.page_bytes,
             **self.stats.as_dict(self.held(), chosen, hit),
         }

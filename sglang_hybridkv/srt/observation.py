@@ -81,19 +81,21 @@ class PromptObserver:
             self._tails[row, layer_idx] = (start + len(q), tail.clone())
         return tail
 
-    def score(self, row: int, tail: torch.Tensor, keys: torch.Tensor, scaling: float) -> bool:
+    def score(self, row: int, tail: torch.Tensor, k_rows: torch.Tensor, slots: torch.Tensor, scaling: float) -> bool:
         """Score one layer of a prompt; True when it was the last.
 
         Parameters
         ----------
         tail : [<= W, H * G, D]. From `keep_tail`.
-        keys : [N, H, D]. The whole prompt's.
+        k_rows : [slots, H, D]. The layer's keys in the pool.
+        slots : [N], int64. Token slots of the whole prompt.
         """
         prompt, config = self._prompts[row], self.config
-        rows = num_observation_rows(prompt.reservation.spans, len(keys), config.observation_rows)
+        rows = num_observation_rows(prompt.reservation.spans, len(slots), config.observation_rows)
         statistic, salience = score_heads(
             tail[-rows:].contiguous(),
-            keys,
+            k_rows,
+            slots,
             scaling=scaling,
             statistic=config.statistic,
             sparsity_fraction=config.sparsity_fraction,

@@ -26,6 +26,7 @@ LOG = VENV / "setup.log"
 ENGINE_LOCK = HERE / "requirements.lock"
 DEV_LOCK = HERE / "requirements-dev.lock"
 COMPAT = HERE / "compat"
+KERNELS = ROOT / "kernels" / "hybridkv_kernels"
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12))
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -89,6 +90,11 @@ def fingerprint(paths):
                 digest.update(f"{file.relative_to(ROOT)}\0".encode())
                 digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def native_sources():
+    """What the compiled kernels are made of; an editable install follows changes of Python files by itself."""
+    return sorted(file for suffix in ("cpp", "h", "inc") for file in KERNELS.rglob("*." + suffix))
 
 
 def torch_requirement(lock_text):
@@ -171,7 +177,11 @@ STEPS = (
     ("SGLang and what it needs (2 GB, a minute or two)", [ENGINE_LOCK], lambda: pip_install("-r", str(ENGINE_LOCK))),
     ("development tools", [DEV_LOCK], lambda: pip_install("-r", str(DEV_LOCK))),
     ("CPU engine shims", [COMPAT], install_compat),
-    ("this project, editable", [ROOT / "pyproject.toml"], lambda: pip_install("--no-build-isolation", "-e", str(ROOT))),
+    (
+        "this project, editable, with its C++ kernels",
+        [ROOT / "pyproject.toml", ROOT / "setup.py", *native_sources()],
+        lambda: pip_install("--no-build-isolation", "-e", str(ROOT)),
+    ),
 )
 
 

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,17 @@ def test_fingerprint_follows_names_and_contents_only(checkout):
     second = setup_env.fingerprint([folder])
     (folder / "a.py").rename(folder / "b.py")
     assert len({first, second, setup_env.fingerprint([folder])}) == 3
+
+
+def test_the_editable_step_reads_whatever_the_compiled_kernels_are_made_of():
+    *_, (title, paths, _) = setup_env.STEPS
+    assert "editable" in title
+    read = {str(path.relative_to(setup_env.ROOT)) for path in paths}
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=setup_env.ROOT, capture_output=True)
+    files = [Path(name) for name in tracked.stdout.decode().splitlines()]
+    native = {str(f) for f in files if f.parts[0] == "kernels" and f.suffix not in {".py", ".typed", ".json"}}
+    assert {"kernels/hybridkv_kernels/cpu/module.cpp", "kernels/hybridkv_kernels/decode_attn/cpu.h"} <= native
+    assert read == {"pyproject.toml", "setup.py"} | native
 
 
 def test_only_changed_steps_run_again(checkout, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.compaction import read_summaries
+from hybridkv_kernels.retrieve_chunks.naive import read_summaries
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
@@ -48,6 +48,7 @@ def check_equals_full_attention(pool, prompts, steps=3, rtol=1e-4, atol=1e-5):
 # Budget 1.0: nothing may be lost.
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
 @pytest.mark.parametrize("heads", ["static", "dynamic", "mixed"])
 @pytest.mark.parametrize("prompt_len", [P, P + 1, 2 * P - 1, 2 * P, 5 * P + 7])
@@ -60,6 +61,7 @@ def test_budget_one_equals_full_attention(prompt_len, heads, chunk_score):
     check_equals_full_attention(pool, [prompt])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
 def test_budget_one_for_group_sizes_and_head_dims(group, head_dim):
@@ -69,6 +71,7 @@ def test_budget_one_for_group_sizes_and_head_dims(group, head_dim):
     check_equals_full_attention(pool, [prompt], steps=1)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("chunk_score", ["mean_max", "quest"])
 def test_budget_one_in_half_precision(dtype, tolerance, chunk_score):
@@ -78,6 +81,7 @@ def test_budget_one_in_half_precision(dtype, tolerance, chunk_score):
     check_equals_full_attention(pool, [prompt], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("page_size", [8, 32, 64])
 def test_budget_one_for_page_sizes(page_size):
     pool = pool_of(fresh_generator(), budget=1.0, page_size=page_size)
@@ -86,6 +90,7 @@ def test_budget_one_for_page_sizes(page_size):
     check_equals_full_attention(pool, [prompt], steps=1)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (4, 3)])
 def test_budget_one_for_model_shapes(shape):
     pool = pool_of(fresh_generator(), budget=1.0, pool={"num_layers": shape[0], "num_kv_heads": shape[1]})
@@ -94,6 +99,7 @@ def test_budget_one_for_model_shapes(shape):
     check_equals_full_attention(pool, [prompt], steps=1)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_compressed_and_dense_requests_share_a_batch():
     pool = pool_of(fresh_generator(), budget=1.0)
     prompts = [pool.add_prompt(length) for length in (3 * P, 2 * P + 1, 5 * P - 1, 7, 2 * P)]
@@ -103,6 +109,7 @@ def test_compressed_and_dense_requests_share_a_batch():
     check_equals_full_attention(pool, prompts, steps=P + 2)  # far enough for the tails to open pages
 
 
+@pytest.mark.usefixtures("kernels")
 def test_summaries_longer_than_a_page_and_its_twin():
     """2 vectors for each of 45 chunks are 90; a head page and its twin hold 16 at 8 tokens a page."""
     pool = pool_of(
@@ -163,6 +170,7 @@ def plain_kept(pool, salience, is_text, count):
     return order[:count]
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(compressed())
 def test_static_heads_hold_exactly_the_text_first_rows(case):
@@ -183,6 +191,7 @@ def test_static_heads_hold_exactly_the_text_first_rows(case):
         assert len(differing) == 0 or values.max() - values.min() < 1e-5
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(compressed())
 def test_rows_on_the_device_are_the_budget(case):
@@ -193,6 +202,7 @@ def test_rows_on_the_device_are_the_budget(case):
     assert min(rows) >= 8
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(compressed())
 def test_dynamic_heads_start_with_whole_chunks_that_the_map_names(case):
@@ -212,6 +222,7 @@ def test_dynamic_heads_start_with_whole_chunks_that_the_map_names(case):
             assert sums[inside].min() >= sums[outside].max() - 1e-5, "the most salient chunks"
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(compressed())
 def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
@@ -229,6 +240,7 @@ def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
     assert pool.store.v_pages[foreign].isnan().all()
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(compressed())
 def test_summaries_survive_their_way_through_head_pages(case):
@@ -245,6 +257,7 @@ def test_summaries_survive_their_way_through_head_pages(case):
         torch.testing.assert_close(read, torch.stack(plain, 2))
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(compressed())
 def test_nothing_but_the_reserved_pages_is_written(case):
@@ -261,6 +274,7 @@ def test_nothing_but_the_reserved_pages_is_written(case):
     assert pool.values[:, ~own_slots].isnan().all()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_two_prompts_do_not_disturb_each_other():
     pool = pool_of(fresh_generator(), budget=0.4, page_size=8)
     first, second = pool.add_prompt(100), pool.add_prompt(130)

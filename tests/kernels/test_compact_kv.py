@@ -5,6 +5,7 @@ from hybridkv_kernels.compact_kv import compact_kv
 from tests.builders import fresh_generator
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 20])
 def test_moves_the_rows_and_nothing_else(dtype, count):
@@ -23,6 +24,7 @@ def test_moves_the_rows_and_nothing_else(dtype, count):
         assert torch.equal(after[untouched], before[untouched]), "sources stay intact"
 
 
+@pytest.mark.usefixtures("kernels")
 def test_keys_and_values_are_not_mixed_up():
     k, v = torch.zeros(4, 8), torch.ones(4, 8)
     compact_kv(k, v, torch.tensor([0]), torch.tensor([1]))
@@ -30,12 +32,14 @@ def test_keys_and_values_are_not_mixed_up():
     assert v.all()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_source_may_be_copied_twice():
     k, v = torch.randn(4, 8, generator=fresh_generator()), torch.zeros(4, 8)
     compact_kv(k, v, torch.tensor([0, 0]), torch.tensor([1, 3]))
     assert torch.equal(k[[1, 3]], k[[0, 0]])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
@@ -64,7 +68,36 @@ def test_bad_arguments_are_named(name, bad):
         compact_kv(**arguments | {name: bad})
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("bad", [torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(4, 16)])
 def test_keys_and_values_must_be_alike(bad):
     with pytest.raises(ValueError, match="^v: expected "):
         compact_kv(torch.zeros(4, 8), bad, torch.tensor([0]), torch.tensor([1]))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("head_dim", [1, 3, 80, 128])
+def test_many_rows_shared_out_over_threads(head_dim, threads):
+    generator, before = fresh_generator(), torch.get_num_threads()
+    k, v = (torch.randn(4000, head_dim, generator=generator).bfloat16() for _ in range(2))
+    order = torch.randperm(4000, generator=generator)
+    src, dst = order[:1900], order[1900:3800]
+    expected = k.clone(), v.clone()
+    for rows in expected:
+        rows[dst] = rows[src]
+    torch.set_num_threads(threads)
+    try:
+        compact_kv(k, v, src, dst)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(k, expected[0])
+    assert torch.equal(v, expected[1])
+
+
+@pytest.mark.usefixtures("kernels")
+def test_row_numbers_may_be_strided():
+    k, v, rows = torch.arange(8.0).view(8, 1), -torch.arange(8.0).view(8, 1), torch.tensor([[0, 4], [1, 5]])
+    compact_kv(k, v, rows[:, 0], rows[:, 1])
+    assert k.flatten().tolist() == [0, 1, 2, 3, 0, 1, 6, 7]
+    assert v.flatten().tolist() == [-0.0, -1, -2, -3, 0, -1, -6, -7]

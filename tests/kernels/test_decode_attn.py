@@ -1,11 +1,27 @@
+import dataclasses
+import itertools
+
 import pytest
 import torch
 
-from hybridkv_kernels.decode_attn import decode_attn
+from hybridkv_kernels.decode_attn import cpu, decode_attn, naive
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
-from tests.builders import NAN, fresh_generator, full_attention, head_page, make_views
+from tests.builders import (
+    NAN,
+    NO_CPU_KERNELS,
+    fresh_generator,
+    full_attention,
+    head_page,
+    instruction_sets,
+    make_views,
+)
 
 PAGE = 8
+NOWHERE = 2**30  # a page or slot far outside the pool: whoever reads it fails
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+each_implementation = pytest.mark.usefixtures("kernels")
+needs_library = pytest.mark.skipif(NO_CPU_KERNELS, reason="the C++ kernels were not compiled; there is no compiler")
 
 
 class Batch:
@@ -14,15 +30,17 @@ class Batch:
     `requests` : per request (covered pages, head pages of each [L][H] head or None when dense, tail tokens).
     """
 
-    def __init__(self, requests, *, layers=2, heads=2, group=2, head_dim=32, dtype=torch.float32):
+    def __init__(self, requests, *, layers=2, heads=2, group=2, head_dim=32, dtype=torch.float32, pages=64):
         generator = fresh_generator()
-        layout = HeadPageLayout(layers, heads, 64, PAGE)
+        layout = HeadPageLayout(layers, heads, pages, PAGE)
         self.keys, self.values, self.views = make_views(layout, head_dim, dtype)
-        self.table = HeadPageTable(len(requests) + 2, 32, 0, layout, "cpu")
-        self.req_to_token = torch.zeros(len(requests) + 2, 256, dtype=torch.int32)
+        self.table = HeadPageTable(len(requests) + 2, pages, 0, layout, "cpu")
+        self.table.pages.fill_(NOWHERE)
+        longest = max(chunks * PAGE + tail for chunks, _, tail in requests)
+        self.req_to_token = torch.full((len(requests) + 2, longest + 1), NOWHERE, dtype=torch.int32)
         self.rows = (torch.randperm(len(requests), generator=generator) + 1).tolist()
         self.seq_lens, self.expected = [], {}
-        free = torch.randperm(64, generator=generator).tolist()
+        free = torch.randperm(pages, generator=generator).tolist()
         self.q = torch.randn(len(requests), heads * group, head_dim, generator=generator).to(dtype)
         self.scaling = 0.2
         for i, (row, (chunks, counts, tail)) in enumerate(zip(self.rows, requests, strict=True)):
@@ -68,10 +86,7 @@ class Batch:
     def arguments(self, layer):
         return {
             "q": self.q,
-            "k_rows": self.keys[layer],
-            "v_rows": self.values[layer],
-            "k_head_pages": self.views.k_pages,
-            "v_head_pages": self.views.v_pages,
+            "views": self.views,
             "table": self.table,
             "layer_idx": layer,
             "req_rows": torch.tensor(self.rows),
@@ -80,9 +95,9 @@ class Batch:
             "scaling": self.scaling,
         }
 
-    def check(self, rtol=1e-4, atol=1e-5):
+    def check(self, rtol=1e-4, atol=1e-5, attend=decode_attn, **options):
         for layer in range(self.table.layout.num_layers):
-            out = decode_attn(**self.arguments(layer))
+            out = attend(**self.arguments(layer), **options)
             assert out.dtype == self.q.dtype
             for i in range(len(self.rows)):
                 torch.testing.assert_close(out[i].double(), self.expected[i, layer], rtol=rtol, atol=atol)
@@ -97,35 +112,41 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+@each_implementation
+@pytest.mark.parametrize("group", [1, 2, 4, 7, 8, 16])
 def test_one_softmax_over_head_pages_and_tail(group):
     Batch(MIXED, group=group).check()
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@each_implementation
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_head_dims_and_dtypes(head_dim, dtype, tolerance):
     Batch(MIXED, head_dim=head_dim, dtype=dtype).check(rtol=tolerance, atol=tolerance)
 
 
+@each_implementation
 def test_one_kv_head_and_one_request():
     Batch([(4, [[2], [1], [4]], 5)], layers=3, heads=1, group=7).check()
 
 
+@each_implementation
 def test_a_dense_batch_equals_full_attention():
     Batch([(1, None, 1), (1, None, PAGE), (1, None, 3 * PAGE + 1)]).check()
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rows_and_lengths_of_either_integer_type(dtype):
     batch = Batch(MIXED)
     arguments = batch.arguments(0)
     expected = decode_attn(**arguments)
-    for name in ("req_rows", "seq_lens", "req_to_token"):
+    for name in ("req_rows", "seq_lens"):
         arguments[name] = arguments[name].to(dtype)
     assert torch.equal(decode_attn(**arguments), expected)
 
 
+@each_implementation
 def test_the_order_of_a_head_s_pages_does_not_matter():
     batch = Batch([(4, [[3, 2], [2, 2]], 3)])
     before = decode_attn(**batch.arguments(0))
@@ -136,6 +157,7 @@ def test_the_order_of_a_head_s_pages_does_not_matter():
     torch.testing.assert_close(decode_attn(**batch.arguments(0)), before)
 
 
+@each_implementation
 def test_inputs_are_only_read():
     batch = Batch(MIXED)
     before = batch.keys.clone(), batch.values.clone(), batch.q.clone()
@@ -144,6 +166,7 @@ def test_inputs_are_only_read():
         assert torch.equal(tensor.nan_to_num(9.0), copy.nan_to_num(9.0))
 
 
+@each_implementation
 def test_an_empty_batch_is_refused():
     arguments = Batch(MIXED).arguments(0)
     arguments["q"] = arguments["q"][:0]
@@ -151,31 +174,57 @@ def test_an_empty_batch_is_refused():
         decode_attn(**arguments)
 
 
+def changed(name, change):
+    """Arguments of which one, or one view of the pool, is changed."""
+    arguments = Batch(MIXED).arguments(0)
+    owner, _, view = name.partition(".")
+    if view:
+        arguments[owner] = dataclasses.replace(arguments[owner], **{view: change(getattr(arguments[owner], view))})
+    else:
+        arguments[name] = change(arguments[name])
+    return arguments
+
+
+def strided(tensor):
+    """The same values, not contiguous."""
+    return torch.stack((tensor, tensor), -1)[..., 0]
+
+
+@each_implementation
 @pytest.mark.parametrize(
     ("name", "change"),
     [
         ("q", lambda t: t[0]),
         ("q", lambda t: t.int()),
+        ("q", lambda t: t.double()),
         ("q", lambda t: t[:, :3]),
-        ("k_rows", lambda t: t[:, :1]),
-        ("k_rows", lambda t: t[..., :16]),
-        ("k_rows", lambda t: t.half()),
-        ("v_rows", lambda t: t.to("meta")),
-        ("v_rows", lambda t: t[0]),
-        ("k_head_pages", lambda t: t[:, :4]),
-        ("k_head_pages", lambda t: t.half()),
-        ("v_head_pages", lambda t: t[..., :16]),
-        ("v_head_pages", lambda t: t.to("meta")),
+        ("q", lambda t: t[:, :0]),
+        *itertools.product(
+            ("views.k_pages", "views.v_pages"),
+            (lambda t: t[:, :4], lambda t: t[..., :16], lambda t: t[1:], torch.Tensor.half, lambda t: t.to("meta")),
+        ),
+        *itertools.product(
+            ("views.k_flat", "views.v_flat"),
+            (lambda t: t[1:], lambda t: t[..., :16], torch.Tensor.half, lambda t: t.to("meta")),
+        ),
+        *itertools.product(("views.k_pages", "views.v_pages", "views.k_flat", "views.v_flat"), (strided,)),
+        ("views.chunk_of_head_page", lambda t: t[1:]),
+        ("views.chunk_of_head_page", lambda t: t.long()),
         ("req_rows", lambda t: t[1:]),
         ("seq_lens", lambda t: t[:, None]),
+        ("req_to_token", lambda t: t[0]),
+        ("req_to_token", lambda t: t.long()),
+        ("req_to_token", lambda t: t.t()),
+        ("layer_idx", lambda layer: 2),
+        ("layer_idx", lambda layer: -1),
     ],
 )
 def test_bad_arguments_are_named(name, change):
-    arguments = Batch(MIXED).arguments(0)
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
-        decode_attn(**arguments | {name: change(arguments[name])})
+        decode_attn(**changed(name, change))
 
 
+@each_implementation
 def test_poison_is_seen_when_it_is_read():
     """The tests above can fail: a head page that belongs to the request reaches its output."""
     batch = Batch([(4, [[3, 2], [2, 2]], 3)])
@@ -184,3 +233,170 @@ def test_poison_is_seen_when_it_is_read():
     batch.views.k_pages[last_of_layer_0] = NAN
     assert decode_attn(**batch.arguments(0))[0].isnan().any()
     assert not decode_attn(**batch.arguments(1))[0].isnan().any()
+
+
+# The C++ twin: every instruction set, split and thread count; what it does not write is NaN.
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, NAN))
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# Half precision rounds once, at the end: half a unit in the last place, and fp32 noise where numbers cancel.
+TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2**-8, 2e-5), torch.float16: (2**-10, 2e-5)}
+
+# Kept pages 0 to many beside each other, tails of 1, P - 1, P and P + 1 tokens and long ones, budgets of every size.
+RAGGED = [
+    (6, [[1, 6], [0, 3]], 1),
+    (9, [[0, 0], [0, 9]], PAGE - 1),
+    (5, [[5, 5], [5, 5]], PAGE),
+    (1, None, PAGE + 1),
+    (40, [[40, 1], [3, 17]], PAGE + 1),
+    (1, None, 300),
+    (1, None, 1),
+    (2, [[1, 0], [1, 0]], 33),
+    (2, [[1, 0], [1, 0]], 150),
+]
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+def test_cpp_equals_exact_attention(head_dim, dtype, isa):
+    rtol, atol = TOLERANCE[dtype]
+    for group in (*range(1, 9), 16):
+        batch = Batch(MIXED, group=group, head_dim=head_dim, dtype=dtype)
+        batch.check(rtol, atol, cpu.decode_attn, isa=isa)
+        batch.check(rtol, atol, cpu.decode_attn, isa=isa, split_rows=5)
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("split_rows", [1, 7, PAGE, 32, 100, cpu.SPLIT_ROWS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpp_equals_naive_over_ragged_batches(dtype, split_rows, threads):
+    rtol, atol = TOLERANCE[dtype]
+    batch = Batch(RAGGED, group=3, dtype=dtype, pages=256)
+    batch.check(*((2e-2, 2e-2) if dtype != torch.float32 else (rtol, atol)), naive.decode_attn)
+    for isa in instruction_sets():
+        batch.check(rtol, atol, cpu.decode_attn, isa=isa, split_rows=split_rows)
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_cpp_equals_naive_over_more_rows_than_a_split(isa, threads):
+    requests = [(300, [[300, 2]], 3 * PAGE), (1, None, 2 * cpu.SPLIT_ROWS + 1), (1, None, cpu.SPLIT_ROWS)]
+    Batch(requests, layers=1, pages=800).check(attend=cpu.decode_attn, isa=isa)
+
+
+@needs_library
+def test_cpp_does_not_depend_on_the_number_of_threads():
+    batch, outputs = Batch(RAGGED, pages=256), []
+    before = torch.get_num_threads()
+    for num_threads in (1, 2, 4):
+        torch.set_num_threads(num_threads)
+        outputs.append(cpu.decode_attn(**batch.arguments(0), split_rows=16))
+    torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 7), (1, 5, 2), (4, 3, 16)])
+def test_cpp_for_model_shapes(shape, isa):
+    layers, heads, group = shape
+    counts = [[1 + (layer + head) % 4 for head in range(heads)] for layer in range(layers)]
+    requests = [(4, counts, 5), (1, None, 20)]
+    Batch(requests, layers=layers, heads=heads, group=group).check(attend=cpu.decode_attn, isa=isa)
+
+
+def attend_to_values(values_TD, isa):
+    """The plain mean of each request's values [B, T, D] of one head: all its keys are zero."""
+    num_requests, num_tokens, head_dim = values_TD.shape
+    layout = HeadPageLayout(1, 1, num_requests * num_tokens, 1)
+    keys, values, views = make_views(layout, head_dim, values_TD.dtype)
+    keys.zero_()
+    values.copy_(values_TD.reshape(values.shape))
+    return cpu.decode_attn(
+        q=torch.zeros(num_requests, 1, head_dim, dtype=values_TD.dtype),
+        views=views,
+        table=HeadPageTable(num_requests, 1, 0, layout, "cpu"),
+        layer_idx=0,
+        req_rows=torch.arange(num_requests),
+        req_to_token=torch.arange(num_requests * num_tokens, dtype=torch.int32).view(num_requests, num_tokens),
+        seq_lens=torch.full((num_requests,), num_tokens),
+        scaling=1.0,
+        isa=isa,
+    )
+
+
+def every_half(dtype):
+    """[65536]: all bit patterns of a 16-bit type: subnormals, infinities, NaNs, both zeros."""
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_number_survives_load_and_store(dtype, isa):
+    numbers = every_half(dtype)
+    out = attend_to_values(numbers.view(-1, 1, 128), isa).flatten()
+    assert torch.equal(out.isnan(), numbers.isnan())
+    assert torch.equal(out[~out.isnan()], numbers[~out.isnan()])
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("partner", ["neighbour", "random"])
+def test_stores_round_like_torch(partner, dtype, isa):
+    """Means of two numbers: of neighbours every one is a tie, of random ones hardly any is."""
+    numbers = every_half(dtype)
+    other = numbers.roll(1) if partner == "neighbour" else numbers[torch.randperm(2**16, generator=fresh_generator())]
+    expected = ((numbers.float() + other.float()) / 2).to(dtype)
+    out = attend_to_values(torch.stack((numbers, other), 1).view(-1, 128, 2).transpose(1, 2), isa).flatten()
+    torch.testing.assert_close(out, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormal_queries_and_keys_count(dtype, isa):
+    """The smallest numbers of a type are not flushed to zero: they decide this softmax."""
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    layout = HeadPageLayout(1, 1, 2, 1)
+    keys, values, views = make_views(layout, 32, dtype)
+    keys[0, 0], keys[0, 1] = 0.0, tiny
+    values[0, 0], values[0, 1] = 0.0, 1.0
+    q = torch.full((1, 1, 32), 1.0, dtype=dtype)
+    table, req_to_token = HeadPageTable(1, 1, 0, layout, "cpu"), torch.tensor([[0, 1]], dtype=torch.int32)
+    scaling = min(1 / (32 * float(tiny)), 3e38)  # a score of 1, or what fp32 can make of it
+    out = cpu.decode_attn(q, views, table, 0, torch.tensor([0]), req_to_token, torch.tensor([2]), scaling, isa=isa)
+    expected = torch.sigmoid(torch.tensor(32 * float(tiny) * scaling, dtype=torch.float64))
+    torch.testing.assert_close(out.double(), expected.expand(1, 1, 32), rtol=2**-8, atol=0.0)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("special", [float("inf"), NAN])
+def test_a_broken_key_breaks_its_own_head_only(special, isa):
+    batch = Batch([(1, None, 9), (1, None, 9)])
+    slot = int(batch.req_to_token[batch.rows[0], 4])
+    batch.keys[0, slot, 1] = special
+    out = cpu.decode_attn(**batch.arguments(0), isa=isa)
+    assert out[0, 2:].isnan().all()
+    torch.testing.assert_close(out[0, :2].double(), batch.expected[0, 0][:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[1].double(), batch.expected[1, 0], rtol=1e-4, atol=1e-5)

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.score_heads import STATISTICS, score_heads
-from tests.builders import LAWS, fresh_generator
+from hybridkv_kernels.score_heads import STATISTICS, cpu, naive, score_heads
+from tests.builders import LAWS, NAN, NO_CPU_KERNELS, fresh_generator, instruction_sets
+
+needs_library = pytest.mark.skipif(NO_CPU_KERNELS, reason="the C++ kernels were not compiled; there is no compiler")
 
 
 @st.composite
@@ -14,9 +16,9 @@ def prompts(draw):
     """Queries [W, H * G, D] and keys [N, H, D]."""
     num_tokens = draw(st.integers(1, 70))
     rows, heads = draw(st.integers(1, min(num_tokens, 12))), draw(st.integers(1, 3))
-    group, dim = draw(st.sampled_from([1, 2, 7])), 8
+    group, dim = draw(st.sampled_from([1, 2, 7])), 32
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
-    sharpness = draw(st.sampled_from([0.1, 1.0, 6.0]))
+    sharpness = draw(st.sampled_from([0.05, 0.5, 3.0]))
     q = torch.randn(rows, heads * group, dim, generator=generator) * sharpness
     return q, torch.randn(num_tokens, heads, dim, generator=generator)
 
@@ -75,6 +77,7 @@ def plain_hit_cv(rows, chunk_size):
     return cv / (1 + cv)
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(prompts(), st.sampled_from(STATISTICS), st.sampled_from([0.01, 0.3]), st.sampled_from([0.5, 0.9]))
 def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
@@ -97,6 +100,7 @@ def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
     assert difference.median() <= 1e-5 or len(difference) == 1
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(prompts(), st.sampled_from(STATISTICS))
 def test_statistics_lie_in_the_unit_interval_and_salience_sums_to_one(prompt, statistic):
@@ -108,6 +112,7 @@ def test_statistics_lie_in_the_unit_interval_and_salience_sums_to_one(prompt, st
     torch.testing.assert_close(salience.sum(-1), torch.ones(len(value)))
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(prompts(), st.data())
 def test_a_row_sees_no_later_key(prompt, data):
@@ -127,6 +132,7 @@ def test_a_row_sees_no_later_key(prompt, data):
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(prompts(), st.sampled_from(STATISTICS))
 def test_heads_do_not_see_each_other(prompt, statistic):
@@ -142,6 +148,7 @@ def test_heads_do_not_see_each_other(prompt, statistic):
         assert (value[head] - one[0]).abs() <= 0.2
 
 
+@pytest.mark.usefixtures("kernels")
 @LAWS
 @given(prompts())
 def test_query_heads_of_a_group_commute_and_a_shift_of_all_keys_changes_nothing(prompt):
@@ -154,22 +161,24 @@ def test_query_heads_of_a_group_commute_and_a_shift_of_all_keys_changes_nothing(
     torch.testing.assert_close(score_heads(q * 2, k, scaling=0.2)[1], salience)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("statistic", ["sparsity", "top_mass"])
 def test_a_peaked_head_scores_higher_than_a_uniform_one(statistic):
     generator = fresh_generator()
-    direction = torch.nn.functional.normalize(torch.randn(16, generator=generator), dim=0)
-    q = (direction + torch.randn(8, 1, 16, generator=generator) * 0.05).repeat_interleave(2, dim=1)
-    k = torch.randn(100, 2, 16, generator=generator) * 0.01
+    direction = torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0)
+    q = (direction + torch.randn(8, 1, 32, generator=generator) * 0.05).repeat_interleave(2, dim=1)
+    k = torch.randn(100, 2, 32, generator=generator) * 0.01
     k[10, 0] = direction * 200
     peaked, uniform = score_heads(q, k, scaling=1.0, statistic=statistic)[0].tolist()
     assert peaked > 0.9
     assert uniform < 0.2
 
 
+@pytest.mark.usefixtures("kernels")
 def test_rows_that_hit_the_same_chunk_vary_more_than_rows_that_spread():
     """hit_cv: chunk 0 hit by all rows against each row with a chunk of its own."""
-    k = torch.zeros(72, 2, 16)
-    q = torch.zeros(8, 2, 16)
+    k = torch.zeros(72, 2, 32)
+    q = torch.zeros(8, 2, 32)
     k[3, 0, 0] = 20.0
     q[:, 0, 0] = 1.0
     for row in range(8):
@@ -179,6 +188,7 @@ def test_rows_that_hit_the_same_chunk_vary_more_than_rows_that_spread():
     assert same > 0.7 > 0.4 > spread
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_fp32(dtype):
     generator = fresh_generator()
@@ -189,6 +199,7 @@ def test_half_precision_is_computed_in_fp32(dtype):
     torch.testing.assert_close(value, expected_value)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
@@ -201,6 +212,8 @@ def test_half_precision_is_computed_in_fp32(dtype):
         ("q", torch.zeros(4, 8)),
         ("k", torch.zeros(10, 8)),
         ("k", torch.zeros(10, 2, 8, dtype=torch.int64)),
+        ("slots", torch.zeros(10, dtype=torch.int32)),
+        ("slots", torch.zeros(10, 1, dtype=torch.int64)),
         ("statistic", "entropy"),
     ],
 )
@@ -210,9 +223,93 @@ def test_bad_arguments_are_named(name, bad):
         score_heads(**arguments | {name: bad})
 
 
+@pytest.mark.usefixtures("kernels")
 def test_strided_queries_are_legal():
     """The backend hands over a slice of a fused projection."""
     generator = fresh_generator()
-    fused, k = torch.randn(5, 12, 16, generator=generator), torch.randn(20, 2, 16, generator=generator)
+    fused, k = torch.randn(5, 12, 32, generator=generator), torch.randn(20, 2, 32, generator=generator)
     q = fused[:, 2:10:2]
     torch.testing.assert_close(score_heads(q, k, scaling=0.3)[1], score_heads(q.contiguous(), k, scaling=0.3)[1])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_keys_by_token_slot_equal_the_gathered_keys(statistic):
+    """Slots in any order, some of them shared by two tokens; the rest of the layer is NaN."""
+    generator = fresh_generator()
+    q, pool = torch.randn(6, 4, 32, generator=generator), torch.full((200, 2, 32), NAN)
+    slots = torch.randperm(200, generator=generator)[:77]
+    slots[3] = slots[50]
+    pool[slots] = torch.randn(77, 2, 32, generator=generator)
+    got = score_heads(q, pool, slots, scaling=0.3, statistic=statistic)
+    expected = score_heads(q, pool[slots], scaling=0.3, statistic=statistic)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("num_rows", [0, 6])
+def test_more_rows_than_slots_are_refused(num_rows):
+    q, pool = torch.zeros(num_rows, 4, 32), torch.zeros(200, 2, 32)
+    with pytest.raises(ValueError, match=r"^q: expected 1..5 rows of a multiple of 2 heads, got "):
+        score_heads(q, pool, torch.arange(5), scaling=1.0)
+
+
+# The C++ twin.
+
+
+def check_twins(q, pool, slots, statistic, isa):
+    arguments = (q, pool, slots, 0.2, statistic, 0.1, 0.9, 16)
+    value, salience = cpu.score_heads(*arguments, isa=isa)
+    expected_value, expected = naive.score_heads(*arguments)
+    torch.testing.assert_close(salience, expected, rtol=1e-4, atol=1e-7)
+    # A probability may sit on a threshold: two (row, key) pairs, keys of a row, or rows of a chunk.
+    slack = 2 / len(slots) if statistic != "hit_cv" else 0.02
+    assert (value - expected_value).abs().max() <= slack
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+def test_cpp_equals_naive(head_dim, dtype, isa):
+    generator = fresh_generator()
+    for group in (*range(1, 9), 16):
+        q = torch.randn(5, 3 * group, head_dim, generator=generator).to(dtype)
+        pool = torch.full((150, 3, head_dim), NAN, dtype=dtype)
+        slots = torch.randperm(150, generator=generator)[:130]
+        pool[slots] = torch.randn(130, 3, head_dim, generator=generator).to(dtype)
+        check_twins(q, pool, slots, STATISTICS[group % 3], isa)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 63, 64, 65, 128, 1000])
+def test_cpp_equals_naive_over_lengths_and_threads(num_tokens, statistic, isa):
+    generator, before = fresh_generator(), torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 4):
+            torch.set_num_threads(num_threads)
+            for num_rows in {1, min(num_tokens, 16), min(num_tokens, 33)}:
+                q = torch.randn(num_rows, 4, 32, generator=generator)
+                pool = torch.randn(num_tokens, 2, 32, generator=generator)
+                check_twins(q, pool, torch.arange(num_tokens), statistic, isa)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("broken", [NAN, float("inf"), -float("inf")])
+def test_broken_keys_break_no_other_head(broken, statistic, isa):
+    generator = fresh_generator()
+    q, k = torch.randn(16, 4, 32, generator=generator), torch.randn(300, 2, 32, generator=generator)
+    arguments = (None, 0.2, statistic, 0.1, 0.9, 16)
+    expected_value, expected = cpu.score_heads(q, k, *arguments, isa=isa)
+    k[50::40, 1, 3] = broken
+    value, salience = cpu.score_heads(q, k, *arguments, isa=isa)
+    assert torch.equal(salience[0], expected[0])
+    assert value[0] == expected_value[0]
+    assert 0.0 <= value[1] <= 1.0

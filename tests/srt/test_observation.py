@@ -118,10 +118,11 @@ def test_scores_are_those_of_the_text_after_the_last_image(spans, rows):
     q, keys = torch.randn(LAYERS, 64, 4, 16, generator=generator), torch.randn(LAYERS, 64, 2, 16, generator=generator)
     mine = reservation(spans=spans)
     observer.begin(4, mine)
-    last = []
+    last, slots = [], torch.randperm(100, generator=generator)[:64]
     for layer in range(LAYERS):
-        tail = observer.keep_tail(4, layer, q[layer], 0)
-        last.append(observer.score(4, tail, keys[layer], 0.25))
+        tail, k_rows = observer.keep_tail(4, layer, q[layer], 0), torch.full((100, 2, 16), float("nan"))
+        k_rows[slots] = keys[layer]
+        last.append(observer.score(4, tail, k_rows, slots, 0.25))
     assert last == [False, True]
     got, statistic, salience = observer.finish(4)
     assert got is mine

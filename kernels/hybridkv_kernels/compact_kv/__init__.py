@@ -2,8 +2,10 @@
 
 import torch
 
-from hybridkv_kernels import checks
-from hybridkv_kernels.compact_kv import naive
+from hybridkv_kernels import checks, dispatch
+from hybridkv_kernels.compact_kv import cpu, naive
+
+_IMPLEMENTATIONS = {"naive": naive.compact_kv, "cpu": cpu.compact_kv}
 
 
 def compact_kv(k: torch.Tensor, v: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
@@ -35,4 +37,4 @@ def compact_kv(k: torch.Tensor, v: torch.Tensor, src: torch.Tensor, dst: torch.T
         checks.check_dtype(name, rows, (torch.int64,))
         if rows.device != k.device:
             raise ValueError(f"{name}: expected device {k.device} like k, got {rows.device}")
-    naive.compact_kv(k, v, src, dst)
+    _IMPLEMENTATIONS[dispatch.choose_copy(k.device)](k, v, src, dst)

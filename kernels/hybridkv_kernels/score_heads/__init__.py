@@ -2,15 +2,17 @@
 
 import torch
 
-from hybridkv_kernels import checks
-from hybridkv_kernels.score_heads import naive
+from hybridkv_kernels import checks, dispatch
+from hybridkv_kernels.score_heads import cpu, naive
 
 STATISTICS = ("sparsity", "top_mass", "hit_cv")
+_IMPLEMENTATIONS = {"naive": naive.score_heads, "cpu": cpu.score_heads}
 
 
 def score_heads(
     q: torch.Tensor,
     k: torch.Tensor,
+    slots: torch.Tensor | None = None,
     *,
     scaling: float,
     statistic: str = "sparsity",
@@ -23,7 +25,9 @@ def score_heads(
     Parameters
     ----------
     q : [W, H * G, D], bf16 | fp16 | fp32. Queries after RoPE of the last W prompt tokens, in order.
-    k : [N, H, D], same dtype and device. Keys after RoPE of the whole prompt, W <= N.
+    k : [N, H, D], same dtype and device. Keys after RoPE of the whole prompt, W <= N; or one layer of the pool,
+        [slots, H, D], with
+    slots : [N], int64. Token slots of the prompt in that layer.
     scaling : factor of q . k before the softmax.
     statistic : "sparsity" | "top_mass" | "hit_cv". In [0, 1]; high means: few, stable tokens.
     sparsity_fraction, mass_fraction, chunk_size : parameters of the statistics; see `naive`.
@@ -44,7 +48,11 @@ def score_heads(
     sparsity is VL-Cache's, per head; "hit_cv" is CateKV's).
     """
     checks.check_shape("k", k, (None, None, None))
-    num_tokens, num_kv_heads, head_dim = k.shape
+    if slots is not None:
+        checks.check_shape("slots", slots, (None,))
+        checks.check_dtype("slots", slots, (torch.int64,))
+    num_kv_heads, head_dim = k.shape[1:]
+    num_tokens = len(k if slots is None else slots)
     checks.check_dtype("k", k, checks.FLOATS)
     checks.check_same("q", q, "k", k)
     checks.check_shape("q", q, (None, None, head_dim))
@@ -52,4 +60,5 @@ def score_heads(
         raise ValueError(f"q: expected 1..{num_tokens} rows of a multiple of {num_kv_heads} heads, got {list(q.shape)}")
     if statistic not in STATISTICS:
         raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}")
-    return naive.score_heads(q, k, scaling, statistic, sparsity_fraction, mass_fraction, chunk_size)
+    chosen = dispatch.choose(k.device, k.dtype, head_dim, q.shape[1] // num_kv_heads)
+    return _IMPLEMENTATIONS[chosen](q, k, slots, scaling, statistic, sparsity_fraction, mass_fraction, chunk_size)

@@ -2,13 +2,14 @@
 
 import torch
 
-_HIT_LEVEL = 0.6  # CateKV: a key is hit when it lies above vmin + 0.6 (vmax - vmin) of its row
+HIT_LEVEL = 0.6  # CateKV: a key is hit when it lies above vmin + 0.6 (vmax - vmin) of its row
 _HIT_QUANTILES = (0.005, 0.995)
 
 
 def score_heads(
     q: torch.Tensor,
     k: torch.Tensor,
+    slots: torch.Tensor | None,
     scaling: float,
     statistic: str,
     sparsity_fraction: float,
@@ -16,7 +17,7 @@ def score_heads(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistic [H] and salience [H, N]; arguments as the public function's."""
-    probs, causal = observed_attention(q, k, scaling)
+    probs, causal = observed_attention(q, k if slots is None else k[slots], scaling)
     if statistic == "sparsity":
         value = sparsity(probs, causal, sparsity_fraction)
     elif statistic == "top_mass":
@@ -56,8 +57,9 @@ def hit_cv(probs: torch.Tensor, causal: torch.Tensor, chunk_size: int) -> torch.
     A head whose rows all hit the same few chunks has a high variation: it is stable. The map to [0, 1) is ours.
     """
     num_kv_heads, num_rows, num_tokens = probs.shape
-    low, high = (_quantile(probs, fraction) for fraction in _HIT_QUANTILES)
-    hits = (probs >= low + _HIT_LEVEL * (high - low)) & causal & (probs > 0)
+    ordered = probs.sort(dim=-1).values
+    low, high = (ordered[..., rank : rank + 1] for rank in hit_ranks(num_tokens))
+    hits = (probs >= low + HIT_LEVEL * (high - low)) & causal & (probs > 0)
     pad = -num_tokens % chunk_size
     chunks = torch.nn.functional.pad(hits, (0, pad)).view(num_kv_heads, num_rows, -1, chunk_size)
     rows_per_chunk = chunks.any(dim=-1).sum(dim=1).float()
@@ -65,7 +67,7 @@ def hit_cv(probs: torch.Tensor, causal: torch.Tensor, chunk_size: int) -> torch.
     return cv / (1.0 + cv)
 
 
-def _quantile(probs: torch.Tensor, fraction: float) -> torch.Tensor:
-    """[H, W, 1]: nearest-rank quantile of each row (torch.quantile refuses long rows)."""
-    rank = min(max(round(fraction * (probs.shape[-1] - 1)), 0), probs.shape[-1] - 1)
-    return probs.sort(dim=-1).values[..., rank : rank + 1]
+def hit_ranks(num_tokens: int) -> tuple[int, int]:
+    """Nearest ranks of the two quantiles among `num_tokens` values (torch.quantile refuses long rows)."""
+    low, high = (round(fraction * (num_tokens - 1)) for fraction in _HIT_QUANTILES)
+    return low, high

@@ -1,0 +1,65 @@
+"""C++ kernels for the CPU, loaded with ctypes: they depend on neither Python's nor torch's binary interface.
+
+The library `_cpu` beside this package is compiled when the project is installed; without a compiler it is missing
+and `obstacle` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sysconfig
+from pathlib import Path
+
+import torch
+
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+HEAD_DIMS = (32, 64, 80, 96, 128)
+MAX_GROUP_SIZE = 16
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
+
+_LIBRARY = Path(__file__).parent.parent / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def obstacle(device: torch.device | str, dtype: torch.dtype, head_dim: int, group_size: int) -> str | None:
+    """Why the C++ kernels cannot serve these tensors; None when they can."""
+    if dtype not in ELEMENT_TYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in ELEMENT_TYPES)
+        return f"the C++ kernels have the types {names}, not {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS:
+        return f"the C++ kernels have head sizes {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    if not 1 <= group_size <= MAX_GROUP_SIZE:
+        return f"the C++ kernels have groups of 1 to {MAX_GROUP_SIZE} query heads, not {group_size}"
+    return copy_obstacle(device)
+
+
+def copy_obstacle(device: torch.device | str) -> str | None:
+    """The same for a kernel that only copies rows."""
+    if torch.device(device).type != "cpu":
+        return f"the C++ kernels run on the CPU, not on {torch.device(device).type}"
+    if not _LIBRARY.exists():
+        return "the C++ kernels were not compiled; install a C++ compiler and install the project again"
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels; OSError when `obstacle` would have named one."""
+    return ctypes.CDLL(str(_LIBRARY))
+
+
+@functools.cache
+def best_isa() -> int:
+    """Index into INSTRUCTION_SETS of the best one that this machine has."""
+    return library().hk_best_isa()
+
+
+def instruction_set() -> str:
+    """Name of the instruction set in use."""
+    return INSTRUCTION_SETS[best_isa()]
+
+
+def call(function: str, arguments: ctypes.Structure, isa: int | None = None) -> None:
+    """Run a kernel; `isa` forces an instruction set of INSTRUCTION_SETS that the machine must have."""
+    done = getattr(library(), function)(ctypes.byref(arguments), best_isa() if isa is None else isa)
+    assert done, f"{function} has no kernel for arguments that `obstacle` let pass"

@@ -1,0 +1,66 @@
+// Plain arguments of the kernels: what ctypes fills in. All pointers are owned by the caller.
+#pragma once
+#include <cstdint>
+
+constexpr int kMaxGroup = 16;
+
+extern "C" {
+
+enum HkType : int32_t { HK_FLOAT32 = 0, HK_BFLOAT16 = 1, HK_FLOAT16 = 2 };
+
+struct DecodeArgs {
+  const void* q;                  // [batch, num_q_heads, D]
+  void* out;                      // [batch, num_q_heads, D]
+  const void *k_flat, *v_flat;    // pool, [num_layers * pages_per_layer * page_size * num_kv_heads, D]
+  const int32_t* pages;           // [rows, max_pages]
+  const int32_t* num_pages;       // [rows]
+  const int32_t* covered;         // [rows]
+  const int32_t* first_head_page; // [rows, num_layers, num_kv_heads]
+  const int32_t* num_head_pages;  // [rows, num_layers, num_kv_heads]
+  const int32_t* req_to_token;    // [rows, max_context]
+  const int64_t* req_rows;        // [batch]
+  const int64_t* seq_lens;        // [batch]
+  int64_t max_pages, max_context, split_rows;
+  int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
+  int32_t type, num_threads;
+  float scaling;
+};
+
+enum HkChunkScore : int32_t { HK_MEAN_MAX = 0, HK_MEAN_MEAN = 1, HK_QUEST = 2, HK_ARKVALE = 3 };
+
+struct RetrieveArgs {
+  const void* q;                     // [batch, num_q_heads, D]
+  void *k_flat, *v_flat;             // pool, in place
+  const void *k_host, *v_host;       // host store, [host pages * num_layers * num_kv_heads, page_size, D]
+  int32_t* chunk_of_head_page;       // [head pages], in place
+  int64_t* counters;                 // [2], in place
+  const int32_t *pages, *host_pages; // [rows, max_pages], [rows, max_host_pages]
+  const int32_t *num_pages, *num_chunks;                                   // [rows]
+  const int32_t *first_head_page, *num_head_pages, *first_summary_page, *host_rank; // [rows, num_layers, num_kv_heads]
+  const uint8_t* is_dynamic;         // [rows, num_layers, num_kv_heads]
+  const int64_t* req_rows;           // [batch]
+  int64_t max_pages, max_host_pages;
+  int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
+  int32_t type, num_threads, chunk_score, num_sink_chunks, num_recent_chunks;
+};
+
+enum HkStatistic : int32_t { HK_SPARSITY = 0, HK_TOP_MASS = 1, HK_HIT_CV = 2 };
+
+struct ScoreArgs {
+  const void* q;            // [num_rows, num_q_heads, D]
+  const void* k;            // [tokens or slots, num_kv_heads, D]
+  const int64_t* slots;     // [num_tokens], or null: token i is row i of k
+  float* out_statistic;     // [num_kv_heads]
+  float* out_salience;      // [num_kv_heads, num_tokens]
+  int64_t num_tokens, low_rank, high_rank;
+  int32_t num_rows, num_q_heads, num_kv_heads, head_dim, type, num_threads, statistic, chunk_size;
+  float scaling, sparsity_fraction, mass_fraction, hit_level;
+};
+
+struct CompactArgs {
+  char *k, *v;              // pool rows, in place
+  const int64_t *src, *dst; // [num_rows]
+  int64_t num_rows, k_row_bytes, v_row_bytes;
+  int32_t num_threads;
+};
+}

@@ -1,0 +1,2 @@
+#define HK_NAMESPACE hk_scalar
+#include "isa.inc"

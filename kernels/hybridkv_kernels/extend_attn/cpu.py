@@ -1,0 +1,55 @@
+"""CPU twin of `extend_attn`: torch's flash attention over prefix and new tokens, merged by their log-sum-exp.
+
+The prefix needs no mask, so a group's queries share one pass over its keys; the new tokens are causal among themselves.
+"""
+
+import torch
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def extend_attn(
+    q: torch.Tensor,
+    k_rows: torch.Tensor,
+    v_rows: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_rows: torch.Tensor,
+    prefix_lens: list[int],
+    extend_lens: list[int],
+    scaling: float,
+) -> torch.Tensor:
+    """Arguments and result as the public function's."""
+    out, start = torch.empty_like(q), 0
+    for row, prefix_len, extend_len in zip(req_rows.tolist(), prefix_lens, extend_lens, strict=True):
+        if not extend_len:  # torch's flash attention divides by the number of queries
+            continue
+        queries = q[start : start + extend_len].transpose(0, 1)
+        slots = req_to_token[row, : prefix_len + extend_len]
+        keys, values = k_rows[slots].transpose(0, 1), v_rows[slots].transpose(0, 1)
+        attended, weight = _new_tokens(queries, keys[:, prefix_len:], values[:, prefix_len:], scaling)
+        if prefix_len:
+            cached = _prefix(queries, keys[:, :prefix_len], values[:, :prefix_len], scaling)
+            attended = _merge(attended, weight, *cached)
+        out[start : start + extend_len] = attended.transpose(0, 1)
+        start += extend_len
+    return out
+
+
+def _new_tokens(q, keys, values, scaling):
+    """Output [Hq, T, D] and log-sum-exp [Hq, T] of the new tokens over themselves."""
+    group = q.shape[0] // keys.shape[0]
+    keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
+    out, weight = _flash(q[None], keys[None], values[None], 0.0, True, scale=scaling)
+    return out[0], weight[0]
+
+
+def _prefix(q, keys, values, scaling):
+    """The same over the prefix: the G queries of a KV head and token are G rows of one long query."""
+    packed = q.reshape(keys.shape[0], -1, q.shape[-1])
+    out, weight = _flash(packed[None], keys[None], values[None], 0.0, False, scale=scaling)
+    return out[0].reshape(q.shape), weight[0].reshape(q.shape[:2])
+
+
+def _merge(out, weight, other_out, other_weight):
+    share = torch.sigmoid(weight - other_weight).unsqueeze(-1)
+    return (share * out.float() + (1.0 - share) * other_out.float()).to(out.dtype)

@@ -1,0 +1,75 @@
+"""Decode: bring the dynamic heads of one layer up to date with the new queries of a batch."""
+
+import torch
+
+from hybridkv_kernels import checks, dispatch
+from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.retrieve_chunks import cpu, naive
+from hybridkv_kernels.select_chunks import CHUNK_SCORES
+
+_IMPLEMENTATIONS = {"naive": naive.retrieve_chunks, "cpu": cpu.retrieve_chunks}
+
+
+def retrieve_chunks(
+    q: torch.Tensor,
+    views: HeadPageViews,
+    table: HeadPageTable,
+    k_host_pages: torch.Tensor,
+    v_host_pages: torch.Tensor,
+    counters: torch.Tensor,
+    layer_idx: int,
+    req_rows: torch.Tensor,
+    *,
+    num_sink_chunks: int,
+    num_recent_chunks: int,
+    chunk_score: str,
+) -> None:
+    """Score the chunk summaries of every dynamic head, choose its top chunks, and fetch the missing ones.
+
+    Parameters
+    ----------
+    q : [B, H * G, D], bf16 | fp16 | fp32. Queries of the new tokens, after RoPE.
+    views : chunk buffers and residency map are written in place.
+    table : dense requests and static heads are left alone.
+    k_host_pages, v_host_pages : [M_host, P, D], same dtype. The host store.
+    counters : [2], int64, in place. Chunks chosen by score, and those of them that were resident already.
+    layer_idx : layer within the pool, from 0.
+    req_rows : [B], integer. Rows of `table`.
+    num_sink_chunks, num_recent_chunks, chunk_score : as in `select_chunks`.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype, device or name is not as above, or the batch is empty.
+
+    Notes
+    -----
+    Cost: the summaries once, and 2 P D itemsize bytes a missing chunk over the host link. Source: METHOD 4.
+    """
+    checks.check_shape("q", q, (None, None, None))
+    checks.check_dtype("q", q, checks.FLOATS)
+    checks.check_group("q", q, table.layout.num_kv_heads)
+    views.check(q, layer_idx)
+    for name, pages in (("k_host_pages", k_host_pages), ("v_host_pages", v_host_pages)):
+        checks.check_shape(name, pages, (None, table.layout.page_size, q.shape[2]))
+        checks.check_dtype(name, pages, (q.dtype,))
+        checks.check_contiguous(name, pages)
+    checks.check_shape("counters", counters, (2,))
+    checks.check_dtype("counters", counters, (torch.int64,))
+    checks.check_shape("req_rows", req_rows, (q.shape[0],))
+    if chunk_score not in CHUNK_SCORES:
+        raise ValueError(f"chunk_score: expected one of {', '.join(CHUNK_SCORES)}, got {chunk_score!r}")
+    chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // table.layout.num_kv_heads)
+    _IMPLEMENTATIONS[chosen](
+        q,
+        views,
+        table,
+        k_host_pages,
+        v_host_pages,
+        counters,
+        layer_idx,
+        req_rows,
+        num_sink_chunks,
+        num_recent_chunks,
+        chunk_score,
+    )

@@ -1,0 +1,90 @@
+"""C++ twin of `retrieve_chunks`: all dynamic heads of all requests of a layer in one call."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from hybridkv_kernels import cpu
+from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.select_chunks import CHUNK_SCORES
+
+_POINTERS = (
+    "q k_flat v_flat k_host v_host chunk_of_head_page counters pages host_pages num_pages num_chunks first_head_page "
+    "num_head_pages first_summary_page host_rank is_dynamic req_rows"
+)
+_SIZES = (
+    "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
+    "chunk_score num_sink_chunks num_recent_chunks"
+)
+
+
+class RetrieveArgs(ctypes.Structure):
+    """Mirror of RetrieveArgs in cpu/args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *((name, ctypes.c_int64) for name in ("max_pages", "max_host_pages")),
+        *((name, ctypes.c_int32) for name in _SIZES.split()),
+    ]
+
+
+def retrieve_chunks(
+    q: torch.Tensor,
+    views: HeadPageViews,
+    table: HeadPageTable,
+    k_host_pages: torch.Tensor,
+    v_host_pages: torch.Tensor,
+    counters: torch.Tensor,
+    layer_idx: int,
+    req_rows: torch.Tensor,
+    num_sink_chunks: int,
+    num_recent_chunks: int,
+    chunk_score: str,
+    *,
+    isa: int | None = None,
+) -> None:
+    """Arguments as the public function's; `isa` is for tests."""
+    q, req_rows = q.contiguous(), req_rows.to(torch.int64)
+    layout = table.layout
+    arguments = RetrieveArgs(
+        *(
+            tensor.data_ptr()
+            for tensor in (
+                q,
+                views.k_flat,
+                views.v_flat,
+                k_host_pages,
+                v_host_pages,
+                views.chunk_of_head_page,
+                counters,
+                table.pages,
+                table.host_pages,
+                table.num_pages,
+                table.num_chunks,
+                table.first_head_page,
+                table.num_head_pages,
+                table.first_summary_page,
+                table.host_rank,
+                table.is_dynamic,
+                req_rows,
+            )
+        ),
+        table.pages.shape[1],
+        table.host_pages.shape[1],
+        q.shape[0],
+        q.shape[1],
+        layout.num_kv_heads,
+        layout.num_layers,
+        layout.pages_per_layer,
+        layout.page_size,
+        layer_idx,
+        q.shape[2],
+        cpu.ELEMENT_TYPES[q.dtype],
+        torch.get_num_threads(),
+        CHUNK_SCORES.index(chunk_score),
+        num_sink_chunks,
+        num_recent_chunks,
+    )
+    cpu.call("hk_retrieve", arguments, isa)

@@ -1,0 +1,130 @@
+// Observation of a prompt: attention of its last queries, per KV head, in one pass over the keys.
+#pragma once
+#include "../cpu/args.h"
+#include "../cpu/vec.h"
+
+namespace HK_NAMESPACE {
+
+constexpr int kKeyTile = 64;
+
+// Attention of one KV head: probs [W, N], averaged over the group.
+template <typename T, int D>
+static void observe_head(const ScoreArgs& a, int kv_head, float* probs) {
+  using Storage = typename T::Storage;
+  const int group = a.num_q_heads / a.num_kv_heads;
+  const int64_t num_tokens = a.num_tokens, num_queries = int64_t(a.num_rows) * group;
+  std::vector<float> q(size_t(num_queries) * D), logits(size_t(num_queries) * num_tokens), tile(kKeyTile * D);
+  for (int w = 0; w < a.num_rows; ++w)
+    for (int g = 0; g < group; ++g) {
+      const auto* src = static_cast<const Storage*>(a.q) + (int64_t(w) * a.num_q_heads + kv_head * group + g) * D;
+      float* dst = &q[(size_t(w) * group + g) * D];
+      for (int d = 0; d < D; ++d) dst[d] = T::load(src[d]) * a.scaling;
+    }
+  for (int64_t start = 0; start < num_tokens; start += kKeyTile) {
+    const int n = int(std::min<int64_t>(kKeyTile, num_tokens - start));
+    for (int i = 0; i < n; ++i) {
+      const int64_t slot = a.slots ? a.slots[start + i] : start + i;
+      load_row<T, D>(static_cast<const Storage*>(a.k) + (slot * a.num_kv_heads + kv_head) * D, &tile[size_t(i) * D]);
+    }
+    for (int64_t r = 0; r < num_queries; ++r)
+      for (int i = 0; i < n; ++i)
+        logits[size_t(r * num_tokens + start + i)] = dot<D>(&q[size_t(r) * D], &tile[size_t(i) * D]);
+  }
+  for (int w = 0; w < a.num_rows; ++w) {
+    const int64_t causal = num_tokens - a.num_rows + w + 1;
+    float* row = probs + int64_t(w) * num_tokens;
+    std::fill(row, row + num_tokens, 0.f);
+    for (int g = 0; g < group; ++g) {
+      float* x = &logits[size_t((int64_t(w) * group + g) * num_tokens)];
+      const float top = *std::max_element(x, x + causal);
+      float sum = 0.f;
+      for (int64_t j = 0; j < causal; ++j) sum += x[j] = std::exp(x[j] - top);
+      const float factor = 1.f / (sum * float(group));
+#pragma omp simd
+      for (int64_t j = 0; j < causal; ++j) row[j] += x[j] * factor;
+    }
+  }
+}
+
+// The probabilities of one row, to be sorted: std::sort needs an order, which NaN does not have.
+static void copy_ordered(const float* row, std::vector<float>& out) {
+  std::replace_copy_if(row, row + out.size(), out.begin(), [](float p) { return std::isnan(p); }, 0.f);
+}
+
+// Share of causal (row, key) pairs below a fraction of the row's largest probability.
+static double sparsity(const ScoreArgs& a, const float* probs) {
+  int64_t below = 0, pairs = 0;
+  for (int w = 0; w < a.num_rows; ++w) {
+    const int64_t causal = a.num_tokens - a.num_rows + w + 1;
+    const float* row = probs + int64_t(w) * a.num_tokens;
+    const float level = a.sparsity_fraction * *std::max_element(row, row + causal);
+    for (int64_t j = 0; j < causal; ++j) below += row[j] < level;
+    pairs += causal;
+  }
+  return double(below) / double(pairs);
+}
+
+// 1 - the share of keys that hold a mass of a row's probability, mean over rows.
+static double top_mass(const ScoreArgs& a, const float* probs) {
+  std::vector<float> ordered(static_cast<size_t>(a.num_tokens));
+  double total = 0.0;
+  for (int w = 0; w < a.num_rows; ++w) {
+    const int64_t causal = a.num_tokens - a.num_rows + w + 1;
+    const float* row = probs + int64_t(w) * a.num_tokens;
+    copy_ordered(row, ordered);
+    std::sort(ordered.begin(), ordered.end(), [](float x, float y) { return x > y; });
+    int64_t needed = 0;
+    float mass = 0.f;
+    while (needed < a.num_tokens && (mass += ordered[size_t(needed)]) < a.mass_fraction) ++needed;
+    total += 1.0 - std::min(1.0, double(needed + 1) / double(causal));
+  }
+  return total / a.num_rows;
+}
+
+// cv / (1 + cv) of the rows that hit a chunk, over chunks.
+static double hit_cv(const ScoreArgs& a, const float* probs) {
+  const int64_t num_chunks = (a.num_tokens + a.chunk_size - 1) / a.chunk_size;
+  std::vector<int32_t> hits(static_cast<size_t>(num_chunks), 0);
+  std::vector<float> ordered(static_cast<size_t>(a.num_tokens));
+  for (int w = 0; w < a.num_rows; ++w) {
+    const int64_t causal = a.num_tokens - a.num_rows + w + 1;
+    const float* row = probs + int64_t(w) * a.num_tokens;
+    copy_ordered(row, ordered);
+    std::sort(ordered.begin(), ordered.end());
+    const float low = ordered[size_t(a.low_rank)], high = ordered[size_t(a.high_rank)];
+    const float level = low + a.hit_level * (high - low);
+    int64_t last = -1;
+    for (int64_t j = 0; j < causal; ++j)
+      if (row[j] >= level && row[j] > 0.f && j / a.chunk_size != last) ++hits[size_t(last = j / a.chunk_size)];
+  }
+  double mean = 0.0, variance = 0.0;
+  for (int32_t n : hits) mean += n;
+  mean /= double(num_chunks);
+  for (int32_t n : hits) variance += (n - mean) * (n - mean);
+  const double cv = std::sqrt(variance / double(num_chunks)) / std::max(mean, 1e-9);
+  return cv / (1.0 + cv);
+}
+
+template <typename T, int D>
+void score_heads(const ScoreArgs& a) {
+#pragma omp parallel for schedule(dynamic) num_threads(a.num_threads)
+  for (int h = 0; h < a.num_kv_heads; ++h) {
+    std::vector<float> probs(size_t(a.num_rows) * a.num_tokens);
+    observe_head<T, D>(a, h, probs.data());
+    const double value = a.statistic == HK_SPARSITY ? sparsity(a, probs.data())
+                         : a.statistic == HK_TOP_MASS ? top_mass(a, probs.data())
+                                                      : hit_cv(a, probs.data());
+    a.out_statistic[h] = float(value);
+    float* salience = a.out_salience + int64_t(h) * a.num_tokens;
+    std::fill(salience, salience + a.num_tokens, 0.f);
+    for (int w = 0; w < a.num_rows; ++w) {
+      const float* row = &probs[size_t(w) * a.num_tokens];
+#pragma omp simd
+      for (int64_t j = 0; j < a.num_tokens; ++j) salience[j] += row[j];
+    }
+    const float share = 1.f / float(a.num_rows);
+    for (int64_t j = 0; j < a.num_tokens; ++j) salience[j] *= share;
+  }
+}
+
+}  // namespace HK_NAMESPACE
