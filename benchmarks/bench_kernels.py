@@ -1,7 +1,7 @@
 """Decode kernels on the CPU: one step of a compressed prompt beside our own full attention, layers rotated.
 
 ``python -m benchmarks.bench_kernels --json`` prints one JSON object a row and nothing else on stdout. Queries drift
-from step to step as in decoding, so that part of the chunks a dynamic head wants is in its buffer; the row says how much.
+from step to step as in decoding, so that part of the chunks a dynamic head wants is in its buffer; the row says which.
 """
 
 from __future__ import annotations
