@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+DEBUG_ENVIRONMENT = "HYBRIDKV_DEBUG"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,3 +46,14 @@ def check_group(name: str, q: torch.Tensor, num_kv_heads: int) -> None:
         raise ValueError(f"{name}: expected at least one request, got an empty batch")
     if q.shape[1] == 0 or q.shape[1] % num_kv_heads:
         raise ValueError(f"{name}: expected a multiple of {num_kv_heads} query heads, got {q.shape[1]}")
+
+
+def is_debug() -> bool:
+    """Whether kernels check the contents of index tensors, too; they do with HYBRIDKV_DEBUG=1, and then sync."""
+    return os.environ.get(DEBUG_ENVIRONMENT, "0") not in ("", "0")
+
+
+def check_range(name: str, values: torch.Tensor, limit: int) -> None:
+    """ValueError unless every entry of the integer tensor `values` is in [0, limit)."""
+    if values.numel() and not (int(values.min()) >= 0 and int(values.max()) < limit):
+        raise ValueError(f"{name}: expected 0 to {limit - 1}, got {int(values.min())} to {int(values.max())}")

@@ -171,6 +171,19 @@ class HeadPageTable:
         ids = self.layout.head_page_ids(self.pages[row], first + vector // (2 * page_size))
         return ids, vector // page_size % 2, vector % page_size
 
+    def check_rows(self, req_rows: torch.Tensor, layer_idx: int) -> None:
+        """ValueError when a page, or a place in the pages, of one of these requests is out of range; debug mode."""
+        checks.check_range("req_rows", req_rows, len(self.pages))
+        for row in req_rows.tolist():
+            num_pages = int(self.num_pages[row])
+            if num_pages == 0:
+                continue
+            checks.check_range(f"table.pages[{row}]", self.pages[row, :num_pages], self.layout.pages_per_layer)
+            ends = self.first_head_page[row, layer_idx] + self.num_head_pages[row, layer_idx]
+            limit = num_pages * self.layout.head_pages_per_page + 1
+            checks.check_range(f"table.first_head_page[{row}]", self.first_head_page[row, layer_idx], limit)
+            checks.check_range(f"table.num_head_pages[{row}]", ends, limit)
+
     def clear_all(self) -> None:
         """Make every row dense."""
         for tensor in (self.num_pages, self.covered, self.num_chunks, self.num_head_pages, self.is_dynamic):

@@ -225,6 +225,37 @@ def test_bad_arguments_are_named(name, change):
 
 
 @each_implementation
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("table.pages", lambda batch, row: batch.table.pages[row]),
+        ("table.first_head_page", lambda batch, row: batch.table.first_head_page[row, 0]),
+        ("table.num_head_pages", lambda batch, row: batch.table.num_head_pages[row, 0]),
+        ("req_to_token", lambda batch, row: batch.req_to_token[row, batch.table.covered[row] :]),
+    ],
+)
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_debug_mode_names_indices_out_of_range(monkeypatch, name, place, value):
+    """Without it they are not read: the forward must not sync."""
+    monkeypatch.setenv("HYBRIDKV_DEBUG", "1")
+    batch = Batch(MIXED)
+    batch.check()
+    row = batch.rows[0]
+    place(batch, row)[0] = value
+    with pytest.raises(ValueError, match=rf"^{name}\[{row}\]: expected 0 to \d+, got .*{value}"):
+        decode_attn(**batch.arguments(0))
+
+
+@each_implementation
+def test_debug_mode_names_rows_out_of_range(monkeypatch):
+    monkeypatch.setenv("HYBRIDKV_DEBUG", "1")
+    arguments = Batch(MIXED).arguments(0)
+    arguments["req_rows"] = arguments["req_rows"] + 100
+    with pytest.raises(ValueError, match="^req_rows: expected 0 to "):
+        decode_attn(**arguments)
+
+
+@each_implementation
 def test_poison_is_seen_when_it_is_read():
     """The tests above can fail: a head page that belongs to the request reaches its output."""
     batch = Batch([(4, [[3, 2], [2, 2]], 3)])

@@ -57,5 +57,10 @@ def decode_attn(
     checks.check_shape("req_to_token", req_to_token, (None, None))
     checks.check_dtype("req_to_token", req_to_token, (torch.int32,))
     checks.check_contiguous("req_to_token", req_to_token)
+    if checks.is_debug():
+        table.check_rows(req_rows, layer_idx)
+        slots_per_layer = layout.pages_per_layer * layout.page_size
+        for row, covered, seq_len in zip(req_rows, table.covered[req_rows.long()], seq_lens, strict=True):
+            checks.check_range(f"req_to_token[{int(row)}]", req_to_token[row, covered:seq_len], slots_per_layer)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // layout.num_kv_heads)
     return _IMPLEMENTATIONS[chosen](q, views, table, layer_idx, req_rows, req_to_token, seq_lens, scaling)

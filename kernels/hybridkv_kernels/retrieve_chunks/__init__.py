@@ -59,6 +59,8 @@ def retrieve_chunks(
     checks.check_shape("req_rows", req_rows, (q.shape[0],))
     if chunk_score not in CHUNK_SCORES:
         raise ValueError(f"chunk_score: expected one of {', '.join(CHUNK_SCORES)}, got {chunk_score!r}")
+    if checks.is_debug():
+        table.check_rows(req_rows, layer_idx)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // table.layout.num_kv_heads)
     _IMPLEMENTATIONS[chosen](
         q,
