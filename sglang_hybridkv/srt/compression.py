@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -23,8 +22,6 @@ from sglang_hybridkv.stats import CompressionStats, HeldBytes, RequestRecord
 if TYPE_CHECKING:
     from sglang_hybridkv.srt.allocator import HybridAllocator
     from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
-
-logger = logging.getLogger(__name__)
 
 _HOST_STORE_FACTOR = 8  # times the device pool: what it holds at a budget of 0.1, all heads dynamic, and some room
 _HOST_MEMORY_SHARE = 0.5
