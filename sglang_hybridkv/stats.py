@@ -13,6 +13,7 @@ from sglang_hybridkv.admission import EXPLANATIONS, DenseReason
 
 logger = logging.getLogger(__name__)
 
+META_INFO_KEY = "kv_compressor"  # of a request's record in meta_info
 _LOG_INTERVAL_S = 60.0
 
 

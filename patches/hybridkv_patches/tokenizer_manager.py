@@ -2,8 +2,7 @@
 
 from hybridkv_patches.hook import Hook
 from sglang_hybridkv.srt.settings import settings_of
-
-META_INFO_KEY = "kv_compressor"
+from sglang_hybridkv.stats import META_INFO_KEY
 
 
 def add_record(original, manager, meta_info, state, customized_info, index, finish_reason):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-META_INFO_KEY = "kv_compressor"
+from sglang_hybridkv.stats import META_INFO_KEY
 
 
 class HybridOutputStreamer(SchedulerOutputStreamer):

@@ -66,7 +66,7 @@ def test_retraction_at_a_tenth_leaves_an_exact_tree(servers: dict[float, Server]
         assert_same(later, stock.ask(longer, 1))
 
 
-# Whether a retraction falls before a commit or leaves one token depends on its moment, hence not strict.
+# Whether a retraction falls before a commit or leaves one token depends on its moment.
 def test_retracted_requests_count_once_and_say_that_they_were_compressed(servers: dict[float, Server]) -> None:
     """Also when retracted before the commit, or with one token left, which is then served dense."""
     server = servers[0.1]
