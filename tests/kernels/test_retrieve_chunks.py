@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridkv_kernels.retrieve_chunks import cpu, naive, retrieve_chunks
-from hybridkv_kernels.select_chunks import CHUNK_SCORES
+from hybridkv_kernels.select_chunks import CHUNK_SCORES, summary_vectors
 from hybridkv_kernels.select_chunks.naive import score_chunks
 from sglang_hybridkv.compaction import forced_chunk_counts
-from sglang_hybridkv.config import CompressorConfig
 from tests.builders import (
     LAWS,
     NAN,
@@ -24,8 +23,8 @@ from tests.builders import (
     full_attention,
     instruction_sets,
     plain_forced,
-    plain_scores,
 )
+from tests.kernels.finer import AnyScoreConfig, plain_scores
 
 P = 8
 
@@ -73,13 +72,13 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
     @initialize(
         seed=st.integers(0, 2**31 - 1),
         budget=st.sampled_from([0.15, 0.3, 0.6, 1.0]),
-        chunk_score=st.sampled_from(["mean_max", "mean_mean", "quest", "arkvale"]),
+        chunk_score=st.sampled_from(CHUNK_SCORES),
         theta=st.sampled_from([0.0, 0.5, 1.01]),
         windows=st.sampled_from([(0, 0), (4, 16), (20, 40)]),
         group_size=st.sampled_from([1, 7]),
     )
     def build(self, seed, budget, chunk_score, theta, windows, group_size):
-        config = CompressorConfig(
+        config = AnyScoreConfig(
             budget=budget,
             chunk_score=chunk_score,
             theta=theta,
@@ -162,7 +161,7 @@ test_cpp_decode_against_brute_force = needs_library(CppDecodeAgainstBruteForce.T
 
 def dynamic_pool(**config):
     values = {"theta": 1.01, "page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "budget": 0.3}
-    return TinyPool(fresh_generator(), CompressorConfig(**values | config))
+    return TinyPool(fresh_generator(), AnyScoreConfig(**values | config))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -331,7 +330,7 @@ def chunks_of(pool, prompts, layer):
 def check_only_ties_differ(pool, prompt, layer, head, q, chosen, expected):
     """Chunks that only one implementation chose have scores that are equal but for rounding."""
     score, num_chunks = pool.config.chunk_score, prompt.reservation.geometry.num_chunks
-    vectors, one = 1 if score.startswith("mean") else 2, torch.tensor([head])
+    vectors, one = summary_vectors(score), torch.tensor([head])
     summaries = naive.read_summaries(pool.views, pool.table, prompt.row, layer, one, num_chunks, vectors)
     grouped = q.view(pool.layout.num_kv_heads, -1, q.shape[-1])[head : head + 1]
     scores = score_chunks(grouped.double(), summaries.double(), score)[0]
@@ -369,7 +368,7 @@ def mixed_pool(dtype=torch.float32, **config):
     """Requests with static and dynamic heads and a dense one, which share one pool."""
     values = {"page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "theta": 0.7}
     shape = {"dtype": dtype, "group_size": 3, "pages": 220, "host_pages": 120}
-    pool = TinyPool(fresh_generator(), CompressorConfig(**values | config), **shape)
+    pool = TinyPool(fresh_generator(), AnyScoreConfig(**values | config), **shape)
     prompts = [pool.add_prompt(n) for n in (37 * P + 5, 3 * P, 18 * P, 25 * P + 1)]
     compressed = [prompts[0], prompts[2], prompts[3]]
     for prompt in compressed:
@@ -412,7 +411,7 @@ def test_cpp_equals_naive_at_any_budget_and_number_of_threads(threads, budget):
 @pytest.mark.parametrize("group_size", [*range(1, 9), 16])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 def test_cpp_equals_naive_for_model_shapes(head_dim, group_size, isa):
-    config = CompressorConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, theta=1.01, budget=0.3)
+    config = AnyScoreConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, theta=1.01, budget=0.3)
     pool = TinyPool(fresh_generator(), config, head_dim=head_dim, group_size=group_size, pages=60, host_pages=40)
     prompt = pool.add_prompt(21 * P)
     pool.compress(prompt)

@@ -1,4 +1,6 @@
+import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -77,13 +79,36 @@ def plain_hit_cv(rows, chunk_size):
     return cv / (1 + cv)
 
 
+def plain_stability(rows):
+    common = [sum(min(p, q) for p, q in zip(row, after, strict=True)) for row, after in itertools.pairwise(rows)]
+    return sum(common) / len(common) if common else 0.0
+
+
+def plain_capture(rows, fraction):
+    if len(rows) == 1:
+        return 0.0
+    num_kept, mass = math.ceil(fraction * len(rows[0])), 0.0
+    for i, row in enumerate(rows):
+        others = [sum(column) for column in zip(*rows[:i], *rows[i + 1 :], strict=True)]
+        ranked = sorted(range(len(row)), key=lambda token: (-others[token], token))
+        mass += sum(row[token] for token in ranked[:num_kept])
+    return mass / len(rows)
+
+
 @pytest.mark.usefixtures("kernels")
 @LAWS
 @given(prompts(), st.sampled_from(STATISTICS), st.sampled_from([0.01, 0.3]), st.sampled_from([0.5, 0.9]))
 def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
     q, k = prompt
     value, salience = score_heads(
-        q, k, scaling=0.4, statistic=statistic, sparsity_fraction=fraction, mass_fraction=mass, chunk_size=8
+        q,
+        k,
+        scaling=0.4,
+        statistic=statistic,
+        sparsity_fraction=fraction,
+        mass_fraction=mass,
+        chunk_size=8,
+        capture_fraction=fraction,
     )
     probs = plain_probabilities(q, k, 0.4)
     expected = [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in probs]
@@ -92,9 +117,17 @@ def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
         "sparsity": lambda rows: plain_sparsity(rows, fraction),
         "top_mass": lambda rows: plain_top_mass(rows, mass),
         "hit_cv": lambda rows: plain_hit_cv(rows, 8),
+        "stability": plain_stability,
+        "capture": lambda rows: plain_capture(rows, Fraction(str(fraction))),
     }[statistic]
     # A probability may sit on a threshold: at most one key per head may fall on the other side.
-    one_key = {"sparsity": 1 / len(k), "top_mass": 1 / (len(k) - len(q) + 1), "hit_cv": 0.2}[statistic]
+    one_key = {
+        "sparsity": 1 / len(k),
+        "top_mass": 1 / (len(k) - len(q) + 1),
+        "hit_cv": 0.2,
+        "stability": 0.0,
+        "capture": 0.2,
+    }[statistic]
     difference = (value - torch.tensor([plain(rows) for rows in probs])).abs()
     assert difference.max() <= one_key + 1e-5
     assert difference.median() <= 1e-5 or len(difference) == 1
@@ -188,6 +221,76 @@ def test_rows_that_hit_the_same_chunk_vary_more_than_rows_that_spread():
     assert same > 0.7 > 0.4 > spread
 
 
+def walking_heads(num_rows=8, num_tokens=400):
+    """Head 0 looks at one key in all rows, head 1 at another key in each row; both are equally sparse."""
+    q, k = torch.zeros(num_rows, 2, 32), torch.zeros(num_tokens, 2, 32)
+    k[33, 0, 0] = q[:, 0, 0] = 10.0
+    for row in range(num_rows):
+        k[300 - 16 * row, 1, row] = q[row, 1, row] = 10.0
+    return q, k
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("statistic", ["stability", "capture"])
+def test_a_sparse_head_that_moves_is_told_from_one_that_stays(statistic):
+    q, k = walking_heads()
+    sparse = score_heads(q, k, scaling=1.0, statistic="sparsity")[0]
+    torch.testing.assert_close(sparse[0], sparse[1])
+    assert sparse.min() > 0.99
+    # The seven other rows hold seven keys of head 1; the fraction asks for no eighth, which a tie would give away.
+    stays, moves = score_heads(q, k, scaling=1.0, statistic=statistic, capture_fraction=7 / 400)[0].tolist()
+    assert stays > 0.999
+    assert moves < 0.001
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("statistic", ["stability", "capture"])
+def test_one_row_says_nothing_of_drift(statistic):
+    q, k = walking_heads()
+    assert score_heads(q[:1], k, scaling=1.0, statistic=statistic)[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.usefixtures("kernels")
+@LAWS
+@given(prompts(), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_more_keys_capture_no_less(prompt, fraction, other):
+    few, many = (
+        score_heads(*prompt, scaling=0.4, statistic="capture", capture_fraction=f)[0] for f in sorted((fraction, other))
+    )
+    assert (few <= many + 1e-6).all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_all_keys_capture_all_of_it():
+    generator = fresh_generator()
+    q, k = torch.randn(6, 4, 32, generator=generator), torch.randn(40, 2, 32, generator=generator)
+    value, _ = score_heads(q, k, scaling=0.4, statistic="capture", capture_fraction=0.99)
+    torch.testing.assert_close(value, torch.ones(2))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_capture_gives_ties_to_the_earlier_key():
+    """Uniform rows: each kept key holds the same mass, but a key that only later rows see comes last."""
+    value, _ = score_heads(torch.zeros(3, 1, 32), torch.zeros(30, 1, 32), scaling=1.0, statistic="capture")
+    expected = sum(3 / causal for causal in (28, 29, 30)) / 3
+    torch.testing.assert_close(value, torch.tensor([expected]))
+    k = torch.zeros(30, 1, 32)
+    k[5:, 0, 0] = 1.0
+    q = torch.zeros(2, 1, 32)
+    q[:, 0, 0] = torch.tensor([0.0, 100.0])
+    # Row 0 spreads over 29 keys; row 1 over the last 25, of which the three earliest are kept for row 0 and, all keys
+    # of row 0 being equal, the first three of the prompt, which hold nothing, for row 1.
+    value, _ = score_heads(q, k, scaling=1.0, statistic="capture", capture_fraction=0.1)
+    torch.testing.assert_close(value, torch.tensor([3 / 29 / 2]))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "fraction", "expected"), [(30, 0.1, 3), (31, 0.1, 4), (1, 0.001, 1), (100, 0.29, 29), (7, 0.99, 7)]
+)
+def test_captured_keys_are_rounded_up_from_what_the_user_wrote(num_tokens, fraction, expected):
+    assert naive.num_captured(num_tokens, fraction) == expected
+
+
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_fp32(dtype):
@@ -215,6 +318,10 @@ def test_half_precision_is_computed_in_fp32(dtype):
         ("slots", torch.zeros(10, dtype=torch.int32)),
         ("slots", torch.zeros(10, 1, dtype=torch.int64)),
         ("statistic", "entropy"),
+        ("capture_fraction", 0.0),
+        ("capture_fraction", 1.0),
+        ("capture_fraction", -0.1),
+        ("capture_fraction", NAN),
     ],
 )
 def test_bad_arguments_are_named(name, bad):
@@ -259,12 +366,12 @@ def test_more_rows_than_slots_are_refused(num_rows):
 
 
 def check_twins(q, pool, slots, statistic, isa):
-    arguments = (q, pool, slots, 0.2, statistic, 0.1, 0.9, 16)
+    arguments = (q, pool, slots, 0.2, statistic, 0.1, 0.9, 16, 0.1)
     value, salience = cpu.score_heads(*arguments, isa=isa)
     expected_value, expected = naive.score_heads(*arguments)
     torch.testing.assert_close(salience, expected, rtol=1e-4, atol=1e-7)
     # A probability may sit on a threshold: two (row, key) pairs, keys of a row, or rows of a chunk.
-    slack = 2 / len(slots) if statistic != "hit_cv" else 0.02
+    slack = {"hit_cv": 0.02, "capture": 0.02, "stability": 1e-5}.get(statistic, 2 / len(slots))
     assert (value - expected_value).abs().max() <= slack
 
 
@@ -279,7 +386,7 @@ def test_cpp_equals_naive(head_dim, dtype, isa):
         pool = torch.full((150, 3, head_dim), NAN, dtype=dtype)
         slots = torch.randperm(150, generator=generator)[:130]
         pool[slots] = torch.randn(130, 3, head_dim, generator=generator).to(dtype)
-        check_twins(q, pool, slots, STATISTICS[group % 3], isa)
+        check_twins(q, pool, slots, STATISTICS[group % len(STATISTICS)], isa)
 
 
 @needs_library
@@ -306,7 +413,7 @@ def test_cpp_equals_naive_over_lengths_and_threads(num_tokens, statistic, isa):
 def test_broken_keys_break_no_other_head(broken, statistic, isa):
     generator = fresh_generator()
     q, k = torch.randn(16, 4, 32, generator=generator), torch.randn(300, 2, 32, generator=generator)
-    arguments = (None, 0.2, statistic, 0.1, 0.9, 16)
+    arguments = (None, 0.2, statistic, 0.1, 0.9, 16, 0.1)
     expected_value, expected = cpu.score_heads(q, k, *arguments, isa=isa)
     k[50::40, 1, 3] = broken
     value, salience = cpu.score_heads(q, k, *arguments, isa=isa)

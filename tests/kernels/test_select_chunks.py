@@ -1,10 +1,21 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.select_chunks import CHUNK_SCORES, forced_chunks, select_chunks, summarize_chunks, top_chunks
-from tests.builders import LAWS, fresh_generator, plain_forced, plain_scores
+from hybridkv_kernels.select_chunks import (
+    CHUNK_SCORES,
+    forced_chunks,
+    select_chunks,
+    summarize_chunks,
+    summary_vectors,
+    top_chunks,
+)
+from hybridkv_kernels.select_chunks.naive import score_chunks
+from tests.builders import LAWS, fresh_generator, plain_forced
+from tests.kernels.finer import plain_scores
 
 scores_of = st.sampled_from(CHUNK_SCORES)
 
@@ -71,6 +82,60 @@ def test_means_are_the_chunks_means(buffer):
     keys = buffer[0]
     for chunk_score in ("mean_max", "mean_mean"):
         torch.testing.assert_close(summarize_chunks(keys, chunk_score)[:, :, 0], keys.sum(2) / 8)
+
+
+@LAWS
+@given(buffers(), st.sampled_from(["mean2_max", "mean4_max"]))
+def test_finer_means_are_the_means_of_the_parts_in_their_order(buffer, chunk_score):
+    keys, vectors = buffer[0], summary_vectors(chunk_score)
+    summaries = summarize_chunks(keys, chunk_score)
+    assert summaries.shape[2] == vectors
+    for part, start in enumerate(range(0, 8, 8 // vectors)):
+        torch.testing.assert_close(summaries[:, :, part], keys[:, :, start : start + 8 // vectors].mean(2))
+    torch.testing.assert_close(summaries.mean(2), summarize_chunks(keys, "mean_max")[:, :, 0])
+
+
+@LAWS
+@given(buffers())
+def test_finer_scores_lie_between_the_mean_and_the_best_key(buffer):
+    keys, q, *_ = buffer
+    scores = [score_chunks(q, summarize_chunks(keys, name), name) for name in ("mean_max", "mean2_max", "mean4_max")]
+    scores.append((q[:, None] @ keys.transpose(2, 3)).flatten(2).amax(2))
+    for coarse, fine in itertools.pairwise(scores):
+        assert (coarse <= fine + 1e-4).all()
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64])
+def test_a_needle_alone_among_zero_keys_scores_higher_the_finer_the_parts(page_size):
+    generator = fresh_generator()
+    needle = torch.randn(16, generator=generator)
+    keys = torch.zeros(1, 5, page_size, 16)
+    keys[0, 3, int(torch.randint(page_size, (1,), generator=generator))] = needle
+    q = needle.expand(1, 2, 16)
+    coarse, half, quarter = (
+        score_chunks(q, summarize_chunks(keys, name), name)[0, 3] for name in ("mean_max", "mean2_max", "mean4_max")
+    )
+    assert coarse > 0
+    torch.testing.assert_close(half, 2 * coarse)
+    torch.testing.assert_close(quarter, 4 * coarse)
+
+
+def test_a_needle_that_its_neighbours_cancel_is_found_by_the_finer_score():
+    """QUALITY, lesson 2: one mean of a chunk whose tokens have nothing in common hides each of them."""
+    needle = torch.zeros(16)
+    needle[0] = 4.0
+    keys = torch.full((1, 10, 16, 16), 0.01)
+    keys[0, 6, 5], keys[0, 6, 12] = needle, -needle
+    for chunk_score, expected in (("mean_max", 0), ("mean2_max", 6), ("mean4_max", 6)):
+        selected = select_chunks(
+            needle.expand(1, 1, 16),
+            summarize_chunks(keys, chunk_score),
+            torch.tensor([1]),
+            num_sink_chunks=0,
+            num_recent_chunks=0,
+            chunk_score=chunk_score,
+        )
+        assert selected[0].nonzero().flatten().tolist() == [expected], chunk_score
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -146,8 +211,15 @@ def test_bad_arguments_are_named(name, bad):
         (torch.zeros(2, 5, 8), "mean_max", "k"),
         (torch.zeros(2, 5, 8, 4, dtype=torch.int8), "mean_max", "k"),
         (torch.zeros(2, 5, 8, 4), "worst", "chunk_score"),
+        (torch.zeros(2, 5, 6, 4), "mean4_max", "k"),
+        (torch.zeros(2, 5, 7, 4), "mean2_max", "k"),
     ],
 )
 def test_bad_chunks_are_named(k, chunk_score, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
         summarize_chunks(k, chunk_score)
+
+
+def test_a_score_without_summaries_is_named():
+    with pytest.raises(ValueError, match=r"^chunk_score: expected one of mean_max, .*, got 'mean3_max'"):
+        summary_vectors("mean3_max")

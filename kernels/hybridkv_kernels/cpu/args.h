@@ -26,7 +26,14 @@ struct DecodeArgs {
   float scaling;
 };
 
-enum HkChunkScore : int32_t { HK_MEAN_MAX = 0, HK_MEAN_MEAN = 1, HK_QUEST = 2, HK_ARKVALE = 3 };
+enum HkChunkScore : int32_t {
+  HK_MEAN_MAX = 0,
+  HK_MEAN_MEAN = 1,
+  HK_QUEST = 2,
+  HK_ARKVALE = 3,
+  HK_MEAN2_MAX = 4,
+  HK_MEAN4_MAX = 5
+};
 
 struct RetrieveArgs {
   const void* q;                     // [batch, num_q_heads, D]
@@ -41,10 +48,10 @@ struct RetrieveArgs {
   const int64_t* req_rows;           // [batch]
   int64_t max_pages, max_host_pages;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
-  int32_t type, num_threads, chunk_score, num_sink_chunks, num_recent_chunks;
+  int32_t type, num_threads, chunk_score, summary_vectors, num_sink_chunks, num_recent_chunks;
 };
 
-enum HkStatistic : int32_t { HK_SPARSITY = 0, HK_TOP_MASS = 1, HK_HIT_CV = 2 };
+enum HkStatistic : int32_t { HK_SPARSITY = 0, HK_TOP_MASS = 1, HK_HIT_CV = 2, HK_STABILITY = 3, HK_CAPTURE = 4 };
 
 struct ScoreArgs {
   const void* q;            // [num_rows, num_q_heads, D]
@@ -52,7 +59,7 @@ struct ScoreArgs {
   const int64_t* slots;     // [num_tokens], or null: token i is row i of k
   float* out_statistic;     // [num_kv_heads]
   float* out_salience;      // [num_kv_heads, num_tokens]
-  int64_t num_tokens, low_rank, high_rank;
+  int64_t num_tokens, low_rank, high_rank, num_captured;
   int32_t num_rows, num_q_heads, num_kv_heads, head_dim, type, num_threads, statistic, chunk_size;
   float scaling, sparsity_fraction, mass_fraction, hit_level;
 };

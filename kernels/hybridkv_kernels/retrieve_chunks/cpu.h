@@ -5,7 +5,8 @@
 
 namespace HK_NAMESPACE {
 
-// Score of one chunk for a query group; `low` is the mean, or the minimum with `high` the maximum of its keys.
+// Score of a chunk, or of a part of it, for a query group; `low` is the mean, or the minimum with `high` the maximum of
+// its keys.
 template <int D>
 static float chunk_score(const RetrieveArgs& a, const float* q, const float* q_norm, int group, const float* low,
                          const float* high) {
@@ -59,9 +60,12 @@ struct DynamicHead {
     for (int g = 0; g < group; ++g) q_norm[g] = std::sqrt(dot<D>(q + g * D, q + g * D));
     const bool is_box = a.chunk_score == HK_QUEST || a.chunk_score == HK_ARKVALE;
     for (int64_t c = 0; c < num_chunks; ++c) {
-      load_row<T, D>(summary(is_box ? 2 * c : c), low);
-      if (is_box) load_row<T, D>(summary(2 * c + 1), high);
-      const float score = chunk_score<D>(a, q, q_norm, group, low, high);
+      float score = -std::numeric_limits<float>::infinity();
+      for (int64_t v = c * a.summary_vectors; v < (c + 1) * a.summary_vectors; v += is_box ? 2 : 1) {
+        load_row<T, D>(summary(v), low);
+        if (is_box) load_row<T, D>(summary(v + 1), high);
+        score = std::max(score, chunk_score<D>(a, q, q_norm, group, low, high));
+      }
       // NaN has no order, and std::nth_element leaves the array without one.
       scores[size_t(c)] = std::isnan(score) ? -std::numeric_limits<float>::infinity() : score;
     }

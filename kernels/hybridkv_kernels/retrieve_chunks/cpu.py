@@ -8,7 +8,7 @@ import torch
 
 from hybridkv_kernels import cpu
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import CHUNK_SCORES
+from hybridkv_kernels.select_chunks import CHUNK_SCORES, summary_vectors
 
 _POINTERS = (
     "q k_flat v_flat k_host v_host chunk_of_head_page counters pages host_pages num_pages num_chunks first_head_page "
@@ -16,7 +16,7 @@ _POINTERS = (
 )
 _SIZES = (
     "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
-    "chunk_score num_sink_chunks num_recent_chunks"
+    "chunk_score summary_vectors num_sink_chunks num_recent_chunks"
 )
 
 
@@ -84,6 +84,7 @@ def retrieve_chunks(
         cpu.ELEMENT_TYPES[q.dtype],
         torch.get_num_threads(),
         CHUNK_SCORES.index(chunk_score),
+        summary_vectors(chunk_score),
         num_sink_chunks,
         num_recent_chunks,
     )

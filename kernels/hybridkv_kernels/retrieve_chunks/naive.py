@@ -4,7 +4,7 @@ import torch
 
 from hybridkv_kernels.fetch_chunks import fetch_chunks
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import forced_chunks, select_chunks
+from hybridkv_kernels.select_chunks import forced_chunks, select_chunks, summary_vectors
 
 
 def retrieve_chunks(
@@ -29,7 +29,7 @@ def retrieve_chunks(
         num_pages = table.num_head_pages[row, layer_idx, heads].to(torch.int64)
         selected = select_chunks(
             q[i].view(table.layout.num_kv_heads, -1, q.shape[-1])[heads],
-            read_summaries(views, table, row, layer_idx, heads, num_chunks, 1 if chunk_score.startswith("mean") else 2),
+            read_summaries(views, table, row, layer_idx, heads, num_chunks, summary_vectors(chunk_score)),
             num_pages,
             num_sink_chunks=num_sink_chunks,
             num_recent_chunks=num_recent_chunks,

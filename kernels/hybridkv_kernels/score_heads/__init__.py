@@ -5,7 +5,7 @@ import torch
 from hybridkv_kernels import checks, dispatch
 from hybridkv_kernels.score_heads import cpu, naive
 
-STATISTICS = ("sparsity", "top_mass", "hit_cv")
+STATISTICS = ("sparsity", "top_mass", "hit_cv", "stability", "capture")
 _IMPLEMENTATIONS = {"naive": naive.score_heads, "cpu": cpu.score_heads}
 
 
@@ -19,6 +19,7 @@ def score_heads(
     sparsity_fraction: float = 0.01,
     mass_fraction: float = 0.9,
     chunk_size: int = 16,
+    capture_fraction: float = 0.1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistic and salience of each KV head of one layer, from the last W queries of a prompt.
 
@@ -29,8 +30,10 @@ def score_heads(
         [slots, H, D], with
     slots : [N], int64. Token slots of the prompt in that layer.
     scaling : factor of q . k before the softmax.
-    statistic : "sparsity" | "top_mass" | "hit_cv". In [0, 1]; high means: few, stable tokens.
+    statistic : one of STATISTICS. In [0, 1]; high means that the head is safe to prune: few tokens ("sparsity",
+        "top_mass"), or tokens that stay while the query moves ("hit_cv", "stability", "capture").
     sparsity_fraction, mass_fraction, chunk_size : parameters of the statistics; see `naive`.
+    capture_fraction : share of the keys that "capture" keeps, in (0, 1).
 
     Returns
     -------
@@ -40,12 +43,14 @@ def score_heads(
     Raises
     ------
     ValueError
-        A shape, dtype, device or name is not as above.
+        A shape, dtype, device, name or range is not as above.
 
     Notes
     -----
     Cost: reads q and k once; W * H * G * N fp32 of scratch. Source: METHOD 1 (HybridKV, arXiv 2604.05887; the
-    sparsity is VL-Cache's, per head; "hit_cv" is CateKV's).
+    sparsity is VL-Cache's, per head; "hit_cv" is CateKV's). "stability" and "capture" are ours, after QUALITY, lesson 3
+    (heads that are sparse and move lose most); CateKV and HeteroCache also tell heads apart by drift. With one row
+    both are 0: what is not known to stay is dynamic.
     """
     checks.check_shape("k", k, (None, None, None))
     if slots is not None:
@@ -60,5 +65,9 @@ def score_heads(
         raise ValueError(f"q: expected 1..{num_tokens} rows of a multiple of {num_kv_heads} heads, got {list(q.shape)}")
     if statistic not in STATISTICS:
         raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}")
+    if not 0 < capture_fraction < 1:
+        raise ValueError(f"capture_fraction: expected a number above 0 and below 1, got {capture_fraction!r}")
     chosen = dispatch.choose(k.device, k.dtype, head_dim, q.shape[1] // num_kv_heads)
-    return _IMPLEMENTATIONS[chosen](q, k, slots, scaling, statistic, sparsity_fraction, mass_fraction, chunk_size)
+    return _IMPLEMENTATIONS[chosen](
+        q, k, slots, scaling, statistic, sparsity_fraction, mass_fraction, chunk_size, capture_fraction
+    )

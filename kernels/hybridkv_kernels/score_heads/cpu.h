@@ -105,16 +105,58 @@ static double hit_cv(const ScoreArgs& a, const float* probs) {
   return cv / (1.0 + cv);
 }
 
+// What two consecutive rows have in common, mean over pairs; NaN counts as 0.
+static double stability(const ScoreArgs& a, const float* probs) {
+  if (a.num_rows == 1) return 0.0;
+  double total = 0.0;
+  for (int w = 0; w + 1 < a.num_rows; ++w) {
+    const float *row = probs + int64_t(w) * a.num_tokens, *next = row + a.num_tokens;
+    for (int64_t j = 0; j < a.num_tokens; ++j) total += row[j] < next[j] ? row[j] : next[j] <= row[j] ? next[j] : 0.f;
+  }
+  return std::min(1.0, total / (a.num_rows - 1));
+}
+
+// A row's probability on the keys that the other rows want most, mean over rows; NaN counts as 0.
+static double capture(const ScoreArgs& a, const float* probs) {
+  if (a.num_rows == 1) return 0.0;
+  const size_t num_tokens = size_t(a.num_tokens);
+  std::vector<float> row(num_tokens);
+  std::vector<double> sum(num_tokens, 0.0), others(num_tokens), ordered(num_tokens);
+  for (int w = 0; w < a.num_rows; ++w) {
+    copy_ordered(probs + int64_t(w) * a.num_tokens, row);
+    for (size_t j = 0; j < num_tokens; ++j) sum[j] += double(row[j]);
+  }
+  double total = 0.0;
+  for (int w = 0; w < a.num_rows; ++w) {
+    copy_ordered(probs + int64_t(w) * a.num_tokens, row);
+    for (size_t j = 0; j < num_tokens; ++j) ordered[j] = others[j] = sum[j] - double(row[j]);
+    const auto last = ordered.begin() + (a.num_captured - 1);
+    std::nth_element(ordered.begin(), last, ordered.end(), [](double x, double y) { return x > y; });
+    const double level = *last;
+    int64_t ties = a.num_captured - std::count_if(ordered.begin(), last, [=](double x) { return x > level; });
+    for (size_t j = 0; j < num_tokens; ++j)
+      if (others[j] > level || (others[j] == level && ties-- > 0)) total += double(row[j]);
+  }
+  return std::min(1.0, total / a.num_rows);
+}
+
+static double statistic(const ScoreArgs& a, const float* probs) {
+  switch (a.statistic) {
+    case HK_SPARSITY: return sparsity(a, probs);
+    case HK_TOP_MASS: return top_mass(a, probs);
+    case HK_HIT_CV: return hit_cv(a, probs);
+    case HK_STABILITY: return stability(a, probs);
+    default: return capture(a, probs);
+  }
+}
+
 template <typename T, int D>
 void score_heads(const ScoreArgs& a) {
 #pragma omp parallel for schedule(dynamic) num_threads(a.num_threads)
   for (int h = 0; h < a.num_kv_heads; ++h) {
     std::vector<float> probs(size_t(a.num_rows) * a.num_tokens);
     observe_head<T, D>(a, h, probs.data());
-    const double value = a.statistic == HK_SPARSITY ? sparsity(a, probs.data())
-                         : a.statistic == HK_TOP_MASS ? top_mass(a, probs.data())
-                                                      : hit_cv(a, probs.data());
-    a.out_statistic[h] = float(value);
+    a.out_statistic[h] = float(statistic(a, probs.data()));
     float* salience = a.out_salience + int64_t(h) * a.num_tokens;
     std::fill(salience, salience + a.num_tokens, 0.f);
     for (int w = 0; w < a.num_rows; ++w) {

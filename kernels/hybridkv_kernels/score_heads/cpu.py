@@ -7,9 +7,9 @@ import ctypes
 import torch
 
 from hybridkv_kernels import cpu
-from hybridkv_kernels.score_heads.naive import HIT_LEVEL, hit_ranks
+from hybridkv_kernels.score_heads.naive import HIT_LEVEL, hit_ranks, num_captured
 
-_STATISTICS = {"sparsity": 0, "top_mass": 1, "hit_cv": 2}
+_STATISTICS = {"sparsity": 0, "top_mass": 1, "hit_cv": 2, "stability": 3, "capture": 4}
 _SIZES = "num_rows num_q_heads num_kv_heads head_dim type num_threads statistic chunk_size"
 
 
@@ -18,7 +18,7 @@ class ScoreArgs(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "slots", "out_statistic", "out_salience")),
-        *((name, ctypes.c_int64) for name in ("num_tokens", "low_rank", "high_rank")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "low_rank", "high_rank", "num_captured")),
         *((name, ctypes.c_int32) for name in _SIZES.split()),
         *((name, ctypes.c_float) for name in ("scaling", "sparsity_fraction", "mass_fraction", "hit_level")),
     ]
@@ -33,6 +33,7 @@ def score_heads(
     sparsity_fraction: float,
     mass_fraction: float,
     chunk_size: int,
+    capture_fraction: float,
     *,
     isa: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +50,7 @@ def score_heads(
         salience.data_ptr(),
         num_tokens,
         *hit_ranks(num_tokens),
+        num_captured(num_tokens, capture_fraction),
         q.shape[0],
         q.shape[1],
         num_kv_heads,

@@ -1,5 +1,8 @@
 """Readable reference of `score_heads`."""
 
+import math
+from fractions import Fraction
+
 import torch
 
 HIT_LEVEL = 0.6  # CateKV: a key is hit when it lies above vmin + 0.6 (vmax - vmin) of its row
@@ -15,6 +18,7 @@ def score_heads(
     sparsity_fraction: float,
     mass_fraction: float,
     chunk_size: int,
+    capture_fraction: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistic [H] and salience [H, N]; arguments as the public function's."""
     probs, causal = observed_attention(q, k if slots is None else k[slots], scaling)
@@ -22,8 +26,12 @@ def score_heads(
         value = sparsity(probs, causal, sparsity_fraction)
     elif statistic == "top_mass":
         value = top_mass(probs, causal, mass_fraction)
-    else:
+    elif statistic == "hit_cv":
         value = hit_cv(probs, causal, chunk_size)
+    elif statistic == "stability":
+        value = stability(probs)
+    else:
+        value = capture(probs, num_captured(probs.shape[-1], capture_fraction))
     return value, probs.mean(dim=1)
 
 
@@ -65,6 +73,34 @@ def hit_cv(probs: torch.Tensor, causal: torch.Tensor, chunk_size: int) -> torch.
     rows_per_chunk = chunks.any(dim=-1).sum(dim=1).float()
     cv = rows_per_chunk.std(dim=-1, correction=0) / rows_per_chunk.mean(dim=-1).clamp(min=1e-9)
     return cv / (1.0 + cv)
+
+
+def stability(probs: torch.Tensor) -> torch.Tensor:
+    """[H]: what two consecutive rows have in common, sum of min(p_i, p_i+1), mean over pairs; 0 with one row.
+
+    Histogram intersection: 1 when the attention stays where it is, 0 when it moves altogether.
+    """
+    if probs.shape[1] == 1:
+        return probs.new_zeros(len(probs))
+    return torch.minimum(probs[:, :-1], probs[:, 1:]).sum(dim=-1).mean(dim=-1).clamp(max=1.0)
+
+
+def capture(probs: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """[H]: a row's probability on the `num_kept` keys that the other rows want most, mean over rows; 0 with one row.
+
+    What a pruned head would keep of a query that it has not seen. Ties go to the earlier key.
+    """
+    if probs.shape[1] == 1:
+        return probs.new_zeros(len(probs))
+    # The sum of the other rows ranks as their mean does; in double, so that a row leaves no trace when it is taken out.
+    others = probs.double().sum(dim=1, keepdim=True) - probs.double()
+    kept = others.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+    return probs.gather(-1, kept).sum(dim=-1).mean(dim=-1).clamp(max=1.0)
+
+
+def num_captured(num_tokens: int, fraction: float) -> int:
+    """Keys that `capture` keeps, rounded up; 0.1 of 30 is 3."""
+    return math.ceil(Fraction(repr(fraction)) * num_tokens)
 
 
 def hit_ranks(num_tokens: int) -> tuple[int, int]:

@@ -5,7 +5,13 @@ import torch
 from hybridkv_kernels import checks
 from hybridkv_kernels.select_chunks import naive
 
-CHUNK_SCORES = ("mean_max", "mean_mean", "quest", "arkvale")
+CHUNK_SCORES = ("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max")
+
+
+def summary_vectors(chunk_score: str) -> int:
+    """Vectors of head_dim that stand for one chunk: one mean, a minimum and a maximum, or a mean of each part."""
+    _check_score(chunk_score)
+    return naive.summary_vectors(chunk_score)
 
 
 def summarize_chunks(k: torch.Tensor, chunk_score: str) -> torch.Tensor:
@@ -14,15 +20,23 @@ def summarize_chunks(k: torch.Tensor, chunk_score: str) -> torch.Tensor:
     Parameters
     ----------
     k : [E, C, P, D], bf16 | fp16 | fp32. Keys after RoPE, E heads, C chunks of P tokens.
-    chunk_score : "mean_max" | "mean_mean" (one vector: the mean) | "quest" | "arkvale" (minimum and maximum).
+    chunk_score : "mean_max" | "mean_mean" (one vector: the mean) | "quest" | "arkvale" (minimum and maximum) |
+        "mean2_max" | "mean4_max" (vector i: the mean of the i-th half or quarter of the tokens; P divides).
 
     Returns
     -------
-    [E, C, 1 or 2, D], dtype of k.
+    [E, C, V, D], dtype of k; V = `summary_vectors`.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype or name is not as above.
     """
     checks.check_shape("k", k, (None, None, None, None))
     checks.check_dtype("k", k, checks.FLOATS)
-    _check_score(chunk_score)
+    vectors = summary_vectors(chunk_score)
+    if k.shape[2] % vectors:
+        raise ValueError(f"k: expected a multiple of {vectors} tokens a chunk for {chunk_score}, got {k.shape[2]}")
     return naive.summarize_chunks(k, chunk_score)
 
 
@@ -40,11 +54,11 @@ def select_chunks(
     Parameters
     ----------
     q : [E, G, D], bf16 | fp16 | fp32. One query group per dynamic head, after RoPE.
-    summaries : [E, C, 1 or 2, D], same dtype. From `summarize_chunks` with the same `chunk_score`.
+    summaries : [E, C, V, D], same dtype. From `summarize_chunks` with the same `chunk_score`.
     num_selected : [E], integer, in [1, C].
     num_sink_chunks, num_recent_chunks : first and last chunks that win over every score, sinks before recent;
         at least one place is left to the score where num_selected allows.
-    chunk_score : "mean_max" | "mean_mean" | "quest" | "arkvale".
+    chunk_score : one of CHUNK_SCORES.
 
     Returns
     -------
@@ -58,12 +72,13 @@ def select_chunks(
     Notes
     -----
     Cost: reads q and the summaries once. Source: METHOD 4; Quest (arXiv 2406.10774), ArkVale (NeurIPS 2024).
+    "mean2_max" and "mean4_max" score finer than they move, after QUALITY, lesson 2: the mean of 16 neighbours that
+    have nothing in common says little of any of them.
     """
     checks.check_shape("q", q, (None, None, None))
     checks.check_dtype("q", q, checks.FLOATS)
     num_heads, _, head_dim = q.shape
-    _check_score(chunk_score)
-    checks.check_shape("summaries", summaries, (num_heads, None, 1 if chunk_score.startswith("mean") else 2, head_dim))
+    checks.check_shape("summaries", summaries, (num_heads, None, summary_vectors(chunk_score), head_dim))
     checks.check_same("summaries", summaries, "q", q)
     checks.check_shape("num_selected", num_selected, (num_heads,))
     return naive.select_chunks(q, summaries, num_selected, num_sink_chunks, num_recent_chunks, chunk_score)

@@ -2,12 +2,20 @@
 
 import torch
 
+_SUMMARY_VECTORS = {"mean_max": 1, "mean_mean": 1, "quest": 2, "arkvale": 2, "mean2_max": 2, "mean4_max": 4}
+_BOXES = ("quest", "arkvale")
+
+
+def summary_vectors(chunk_score: str) -> int:
+    """Vectors that stand for one chunk."""
+    return _SUMMARY_VECTORS[chunk_score]
+
 
 def summarize_chunks(k: torch.Tensor, chunk_score: str) -> torch.Tensor:
-    """Mean, or minimum and maximum, over the P tokens of each chunk."""
-    if chunk_score.startswith("mean"):
-        return k.float().mean(dim=2, keepdim=True).to(k.dtype)
-    return torch.stack((k.amin(dim=2), k.amax(dim=2)), dim=2)
+    """Minimum and maximum over the P tokens of each chunk, or the means of its equal parts."""
+    if chunk_score in _BOXES:
+        return torch.stack((k.amin(dim=2), k.amax(dim=2)), dim=2)
+    return k.float().unflatten(2, (summary_vectors(chunk_score), -1)).mean(dim=3).to(k.dtype)
 
 
 def select_chunks(
@@ -35,8 +43,8 @@ def score_chunks(q: torch.Tensor, summaries: torch.Tensor, chunk_score: str) -> 
         centre, extent = (high + low) / 2, (high - low).norm(dim=-1) / 2
         per_query = q @ centre.transpose(1, 2) + q.norm(dim=-1, keepdim=True) * extent.unsqueeze(1) / 2
         return per_query.amax(dim=1)
-    per_query = q @ summaries.squeeze(2).transpose(1, 2)
-    return per_query.amax(dim=1) if chunk_score == "mean_max" else per_query.mean(dim=1)
+    per_query = (q @ summaries.flatten(1, 2).transpose(1, 2)).unflatten(2, summaries.shape[1:3]).amax(dim=3)
+    return per_query.mean(dim=1) if chunk_score == "mean_mean" else per_query.amax(dim=1)
 
 
 def forced_chunks(
