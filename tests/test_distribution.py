@@ -95,13 +95,13 @@ def test_without_a_compiler_the_wheel_is_whole_but_for_the_library(plain_wheel):
     assert files_of(plain_wheel) == package_sources()
 
 
-def test_wheel_registers_the_plugin(plain_wheel):
+def test_wheel_registers_the_plugin_and_the_command(plain_wheel):
     (entry_points,) = [name for name in plain_wheel.namelist() if name.endswith("entry_points.txt")]
-    assert plain_wheel.read(entry_points).decode().split() == [
+    assert [line for line in plain_wheel.read(entry_points).decode().splitlines() if line] == [
+        "[console_scripts]",
+        "hybridkv = sglang_hybridkv.cli.main:main",
         "[sglang.srt.plugins]",
-        "hybridkv",
-        "=",
-        "hybridkv_patches:register",
+        "hybridkv = hybridkv_patches:register",
     ]
 
 

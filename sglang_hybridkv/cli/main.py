@@ -1,0 +1,101 @@
+"""Command line of ``hybridkv``. Exit status: 0 done, 2 bad input, 130 interrupted (finished work is kept)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang_hybridkv.cli.samples import SampleSource
+
+DEFAULT_PAGES = 100
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hybridkv", description="Tools of the SGLang plugin sglang-hybridkv.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="compute a model's visual-head scores for --kv-compressor sparsemm",
+        description="Compute the visual-head scores of a Qwen2-VL or Qwen2.5-VL checkpoint, as SparseMM does.",
+    )
+    calibrate.add_argument("--model-path", type=Path, required=True, metavar="DIR", help="local checkpoint")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    calibrate.add_argument(
+        "--samples", type=int, metavar="N", help=f"pictures to read ({DEFAULT_PAGES}; with --samples-from: all)"
+    )
+    calibrate.add_argument("--seed", type=int, default=0, help="of the pages that are drawn (0)")
+    calibrate.add_argument(
+        "--samples-from", type=Path, metavar="FOLDER", help="read samples.jsonl and its pictures instead of drawing"
+    )
+    calibrate.add_argument(
+        "--top-of",
+        choices=("visual", "all"),
+        default="visual",
+        help="the key that must lie in a word's box: the top one of the visual tokens, or of all keys (visual)",
+    )
+    calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    calibrate.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    return parser
+
+
+def _choose_samples(args: argparse.Namespace) -> SampleSource:
+    if args.samples is not None and args.samples < 1:
+        raise ValueError(f"--samples = {args.samples}: expected at least 1")
+    if args.samples_from is not None:
+        from sglang_hybridkv.cli.samples import FolderSamples
+
+        return FolderSamples(args.samples_from, args.samples)
+    from sglang_hybridkv.cli.pages import RenderedPages
+
+    return RenderedPages(DEFAULT_PAGES if args.samples is None else args.samples, args.seed)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        samples = _choose_samples(args)
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing; pip install sglang-hybridkv[quality]") from None
+
+    from sglang_hybridkv.cli.calibrate import calibrate
+    from sglang_hybridkv.cli.vision_model import VisionModel, read_facts
+
+    columns = (TextColumn("pictures read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(samples))
+        result = calibrate(
+            lambda: VisionModel(args.model_path, args.device, args.top_of),
+            read_facts(args.model_path),
+            samples,
+            args.out,
+            top_of=args.top_of,
+            resume=args.resume,
+            on_progress=lambda num_done: progress.update(task, completed=num_done),
+        )
+    num_scored = sum(score > 0 for layer in result["scores"] for score in layer)
+    num_heads = sum(map(len, result["scores"]))
+    print(f"{args.out}: {num_scored} of {num_heads} KV heads looked at a word they wrote")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, by default that of the process, and return the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        _calibrate(args)
+    except ValueError as error:
+        print(f"hybridkv {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hybridkv {args.command}: interrupted; go on with the same command and --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
