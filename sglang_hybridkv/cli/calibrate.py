@@ -74,7 +74,8 @@ def calibrate(
     Raises
     ------
     ValueError
-        `out` cannot be written; there is unfinished work and `resume` is off, or it is that of another run.
+        `out` cannot be written; there is unfinished work and `resume` is off, or it is that of another run; all
+        scores are 0.
 
     Notes
     -----
@@ -93,6 +94,11 @@ def calibrate(
             sums += _score_sample(model, samples[sample_idx])
             _keep(out, settings, sums, sample_idx + 1)
             on_progress(sample_idx + 1)
+    if not sums.any():
+        partial_path(out).unlink()
+        raise ValueError(
+            f"no head looked at a word of the {len(samples)} samples, so there is nothing to write to {out}"
+        )
     result = {
         "format": FORMAT,
         "kind": KIND,

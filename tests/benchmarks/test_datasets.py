@@ -3,12 +3,18 @@
 import base64
 import csv
 import json
+import re
+import sys
+import types
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from benchmarks.datasets import Case, Example, chat_message, dataset_names, load, load_cases, score_cases
+from benchmarks.metrics import METRICS
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "real-models.md"
 COLOURS = ("red", "lime", "blue")
 
 
@@ -312,3 +318,30 @@ class TestBadInput:
         case = Case("k", Example("k", (), None, "q", ("a",), "t", "exact_match"))
         with pytest.raises(ValueError, match="expected one for each of the 1 cases, got 2"):
             score_cases([case], ["a", "b"])
+
+
+def test_the_documented_script_runs(tmp_path, monkeypatch, capsys):
+    """That of docs/real-models.md, with an endpoint that always says the same."""
+
+    class Endpoint:
+        def __init__(self, base_url, api_key):
+            self.chat = types.SimpleNamespace(completions=self)
+
+        def create(self, model, messages, max_tokens, temperature):
+            assert [part["type"] for part in messages[0]["content"]].count("image_url") == len(COLOURS)
+            return types.SimpleNamespace(
+                choices=[types.SimpleNamespace(message=types.SimpleNamespace(content="the first"))]
+            )
+
+    records = [mile_bench_record(sample_id=0), mile_bench_record(sample_id=1, response="neither")]
+    make_mile_bench(tmp_path / "MileBench", "Spot-the-Diff", records)
+    (script,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.setitem(sys.modules, "openai", types.SimpleNamespace(OpenAI=Endpoint))
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    assert capsys.readouterr().out == "{'milebench/Spot-the-Diff': 0.5}\n"
+
+
+def test_the_document_names_every_data_set_and_metric():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert [name for name in [*METRICS, *dataset_names()] if name.removeprefix("milebench/") not in text] == []

@@ -242,6 +242,16 @@ class TestRun:
         with pytest.raises(ValueError, match="corrupt; delete it and start again"):
             self.run(out, resume=True)
 
+    def test_scores_that_are_all_zero_are_not_written(self, tmp_path):
+        class Blind(RandomLooks):
+            def observe(self, sample):
+                seen = super().observe(sample)
+                return Observation(torch.full_like(seen.top_LHT, -1), seen.words, seen.grid)
+
+        with pytest.raises(ValueError, match="no head looked at a word of the 6 samples"):
+            calibrate(Blind, FACTS, ShortPages(6), tmp_path / "scores.json")
+        assert list(tmp_path.iterdir()) == []
+
     def test_the_model_is_not_loaded_when_nothing_could_be_written(self, tmp_path):
         def load():
             raise AssertionError("loaded")
