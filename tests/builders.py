@@ -19,7 +19,7 @@ from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
-from sglang_hybridkv.compressors import HybridKV
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
@@ -160,6 +160,7 @@ class TinyPool:
         generator,
         config=None,
         *,
+        compressor=None,
         num_layers=2,
         num_kv_heads=2,
         group_size=2,
@@ -169,7 +170,10 @@ class TinyPool:
         dtype=torch.float32,
     ):
         self.generator, self.dtype, self.head_dim, self.group_size = generator, dtype, head_dim, group_size
-        self.config = config or CompressorConfig(min_prompt_tokens=1, min_head_pages=1)
+        config = config or HybridKVConfig(preset="paper", min_prompt_tokens=1, min_head_pages=1)
+        self.compressor = compressor or HybridKV(config)
+        self.compressor.bind(num_layers, num_kv_heads)
+        self.config = self.compressor.config
         page_size = self.config.page_size
         self.layout = HeadPageLayout(num_layers, num_kv_heads, pages, page_size)
         self.keys, self.values, self.views = make_views(self.layout, head_dim, dtype)
@@ -220,7 +224,7 @@ class TinyPool:
             self.views,
             self.table,
             self.store,
-            HybridKV(self.config),
+            self.compressor,
             reservation,
             prompt.row,
             slots,
