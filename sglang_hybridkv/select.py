@@ -66,7 +66,7 @@ def text_first_order(
     -------
     [L, H, N], int64. Token positions, the ones to keep first. Source: METHOD 3.
     """
-    text_rank = rank(salience.masked_fill(~is_text, -1.0))
+    text_rank = _rank(salience.masked_fill(~is_text, -1.0))
     preferred = is_text & (text_rank < (text_share * num_kept).unsqueeze(-1))
     return tiered_order(
         salience, preferred.to(torch.int64), num_sink_tokens=num_sink_tokens, recent_window=recent_window
@@ -78,8 +78,7 @@ def chunk_salience(salience: torch.Tensor, page_size: int) -> torch.Tensor:
     return salience.unflatten(-1, (-1, page_size)).sum(dim=-1)
 
 
-def rank(score: torch.Tensor) -> torch.Tensor:
-    """[..., N], int64: place of each entry in descending order; ties go to the earlier one."""
+def _rank(score: torch.Tensor) -> torch.Tensor:
     order = score.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)

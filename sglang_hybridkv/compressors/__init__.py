@@ -8,14 +8,39 @@ from __future__ import annotations
 
 import importlib.metadata
 
+from sglang_hybridkv.compressors.adakv import AdaKV
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.expected_attention import ExpectedAttention
+from sglang_hybridkv.compressors.full import Full
 from sglang_hybridkv.compressors.hybridkv import HybridKV
+from sglang_hybridkv.compressors.look_m import LookM
+from sglang_hybridkv.compressors.madakv import MadaKV
+from sglang_hybridkv.compressors.pyramidkv import PyramidKV
+from sglang_hybridkv.compressors.quest import Quest
+from sglang_hybridkv.compressors.random import Random
+from sglang_hybridkv.compressors.snapkv import SnapKV
+from sglang_hybridkv.compressors.sparsemm import SparseMM
+from sglang_hybridkv.compressors.tgv_kv import TGVKV
 from sglang_hybridkv.config import CompressorConfig
 
 NONE = "none"
 ENTRY_POINT_GROUP = "sglang_hybridkv.compressors"
 
-BUILT_IN: dict[str, type[Compressor]] = {compressor.name: compressor for compressor in (HybridKV,)}
+_CLASSES = (
+    HybridKV,
+    SnapKV,
+    LookM,
+    MadaKV,
+    SparseMM,
+    Quest,
+    TGVKV,
+    AdaKV,
+    PyramidKV,
+    ExpectedAttention,
+    Random,
+    Full,
+)
+BUILT_IN: dict[str, type[Compressor]] = {compressor.name: compressor for compressor in _CLASSES}
 
 
 def compressor_names() -> list[str]:
