@@ -63,7 +63,13 @@ def make_calibration(path, num_layers, num_kv_heads, scores=None, **changes):
     """Write a calibration file of a model of this shape and return its path."""
     model = {"name": "m", "num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": 32, "fingerprint": None}
     made_up = [[1.0 + layer + head for head in range(num_kv_heads)] for layer in range(num_layers)]
-    values = {"format": 1, "kind": "visual_head_scores", "model": model, "scores": scores or made_up, "num_samples": 3}
+    values = {
+        "format": 1,
+        "kind": "visual_head_scores",
+        "model": model,
+        "scores": made_up if scores is None else scores,
+        "num_samples": 3,
+    }
     path.write_text(json.dumps(values | changes))
     return path
 

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.compressors import HybridKV, PromptObservation, compressor_names, get_compressor
-from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.compressors import PromptObservation
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from tests.builders import LAWS
 
 
@@ -94,10 +94,3 @@ def test_a_budget_below_the_floor_is_refused():
     observation = PromptObservation(torch.rand(2, 2), torch.rand(2, 2, 64), torch.ones(64), 4)
     with pytest.raises(ValueError, match=r"total: expected 8\.\.16 seats, got 7"):
         compressor.plan(observation, 7, retrieval=True)
-
-
-def test_registry():
-    assert compressor_names() == ["hybridkv"]
-    assert get_compressor("hybridkv") is HybridKV
-    with pytest.raises(ValueError, match="'h2o' is unknown; legal values: none, hybridkv"):
-        get_compressor("h2o")
