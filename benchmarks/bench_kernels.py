@@ -25,8 +25,7 @@ from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
-from sglang_hybridkv.compressors.hybridkv import HybridKV
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.geometry import prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
@@ -45,7 +44,7 @@ class Case:
     views: HeadPageViews
     table: HeadPageTable
     store: HostStore
-    config: CompressorConfig
+    config: HybridKVConfig
     req_to_token: torch.Tensor
     context: int
     queries: torch.Tensor
@@ -87,7 +86,7 @@ def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, sim
     num_layers, num_dynamic = LAYERS.get(context, 8), DYNAMIC_HEADS[variant]
     heads = num_layers * NUM_KV_HEADS
     share = num_dynamic / NUM_KV_HEADS
-    config = CompressorConfig(budget=budget, theta=0.5, dynamic_share=share, static_weight="uniform")
+    config = HybridKVConfig(budget=budget, theta=0.5, dynamic_share=share, static_weight="uniform")
     geometry = prompt_geometry(context, budget, page_size=PAGE_SIZE, head_pages_per_page=heads, vectors_per_chunk=1)
     num_pages = context // PAGE_SIZE
     pages_per_layer = 2 + num_pages + geometry.num_pages

@@ -11,40 +11,40 @@ from benchmarks.traced_model import Trace
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
-from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
 from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
 from sglang_hybridkv.compressors import Compressor, get_compressor
-from sglang_hybridkv.config import parse_config
+from sglang_hybridkv.config import RetrievalConfig, parse_config
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.spans import num_observation_rows
+from sglang_hybridkv.spans import num_observation_rows, text_mask
 
 ROW = 1
 
 
 def make_compressor(name: str, config: str | None, budget: float) -> Compressor:
     """Build a compressor from the values of SGLang's flags."""
-    return get_compressor(name)(parse_config(config, budget=budget))
+    compressor = get_compressor(name)
+    return compressor(parse_config(config, compressor.config_class, budget=budget))
 
 
 def observe(
     trace: Trace, compressor: Compressor, views: HeadPageViews, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the compressor sees of the prompt, as the engine shows it: statistic [L, H] and salience [L, H, N]."""
-    config, end = compressor.config, trace.prompt_len
-    rows = num_observation_rows(trace.spans, end, config.observation_rows)
+    end = trace.prompt_len
+    rows = compressor.config.observation_rows
+    if compressor.observed_rows == "text":
+        rows = num_observation_rows(trace.spans, end, rows)
     scores = [
-        score_heads(
-            trace.q[layer_idx, end - rows : end],
-            views.layer_rows(layer_idx)[0],
+        compressor.score_layer(
+            trace.q[layer_idx, max(0, end - rows) : end].contiguous(),
+            *views.layer_rows(layer_idx),
             slots,
             scaling=trace.scaling,
-            statistic=config.statistic,
-            sparsity_fraction=config.sparsity_fraction,
-            mass_fraction=config.mass_fraction,
-            chunk_size=config.page_size,
+            is_text=text_mask(trace.spans, end),
+            layer_idx=layer_idx,
         )
         for layer_idx in range(len(trace.q))
     ]
@@ -65,6 +65,7 @@ class CompressedPrompt:
             raise ValueError(f"a prompt of {trace.prompt_len} tokens is served dense: {EXPLANATIONS[geometry]}")
         num_dense = -(-length // page_size)
         # Page 0 is padding; the request's own pages come last.
+        compressor.bind(num_layers, num_kv_heads)
         layout = HeadPageLayout(num_layers, num_kv_heads, 1 + num_dense + geometry.num_pages, page_size)
         self.views = _make_views(layout, head_dim, trace.k.dtype)
         slots = page_size + torch.arange(length)
@@ -96,7 +97,7 @@ class CompressedPrompt:
             host_pages=host_pages,
             prefilled=trace.prompt_len,
             spans=trace.spans,
-            retrieval=True,
+            retrieval=compressor.retrieves,
             outcome=torch.zeros(2, dtype=torch.int64),
         )
         self.table.bind(ROW, reservation.pages, host_pages, geometry.covered)
@@ -125,22 +126,22 @@ class CompressedPrompt:
 
     def decode(self, layer_idx: int, position: int) -> torch.Tensor:
         """[H * G, D]: retrieval and attention of the query at `position`, as the engine runs them."""
-        q, rows = self.trace.q[layer_idx, position][None], torch.tensor([ROW])
-        sinks, recent = forced_chunk_counts(self.compressor.config)
-        retrieve_chunks(
-            q,
-            self.views,
-            self.table,
-            self.store.k_pages,
-            self.store.v_pages,
-            self.counters,
-            layer_idx,
-            rows,
-            num_sink_chunks=sinks,
-            num_recent_chunks=recent,
-            # Methods that keep all heads static have no score, and no head that would ask for one.
-            chunk_score=getattr(self.compressor.config, "chunk_score", "mean_max"),
-        )
+        q, rows, config = self.trace.q[layer_idx, position][None], torch.tensor([ROW]), self.compressor.config
+        if isinstance(config, RetrievalConfig):
+            sinks, recent = forced_chunk_counts(config)
+            retrieve_chunks(
+                q,
+                self.views,
+                self.table,
+                self.store.k_pages,
+                self.store.v_pages,
+                self.counters,
+                layer_idx,
+                rows,
+                num_sink_chunks=sinks,
+                num_recent_chunks=recent,
+                chunk_score=config.chunk_score,
+            )
         lens = torch.tensor([position + 1])
         arguments = (q, self.views, self.table, layer_idx, rows, self.req_to_token, lens)
         return decode_attn(*arguments, scaling=self.trace.scaling)[0]

@@ -8,7 +8,7 @@ from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import forced_chunks, summarize_chunks, top_chunks
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
@@ -42,14 +42,18 @@ def compress_prompt(
     """
     geometry = reservation.geometry
     is_text = text_mask(reservation.spans, geometry.covered).to(salience.device)
-    pooled = pool_salience(salience[..., : geometry.covered], compressor.config.pool_kernel)
+    config = compressor.config
+    pooled = pool_salience(salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
     observation = PromptObservation(statistic, pooled, is_text, geometry.num_chunks)
     plan = compressor.plan(observation, geometry.total_head_pages, retrieval=reservation.retrieval)
     place_heads(table, row, plan, geometry)
     kept = kept_tokens(compressor, observation, plan)
     _move_kept_rows(views, table, row, slots, kept, plan.is_dynamic)
     for layer_idx in range(views.layout.num_layers):
-        _offload_layer(views, table, store, compressor.config, row, slots, layer_idx)
+        if compressor.merges and not kept[layer_idx].all():
+            _merge_layer(views, table, compressor, row, slots, kept, is_text, layer_idx)
+        if isinstance(config, RetrievalConfig):
+            _offload_layer(views, table, store, config, row, slots, layer_idx)
     num_dynamic = plan.is_dynamic.sum()
     outcome = torch.stack((plan.is_dynamic.numel() - num_dynamic, num_dynamic))
     reservation.outcome.copy_(outcome, non_blocking=True)
@@ -73,11 +77,13 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
 
     Dynamic heads start with the chunks that prefill found salient, so that the first step already hits.
     """
-    page_size = observation.salience.shape[-1] // observation.num_pages
+    page_size = observation.page_size
     order = compressor.rank_tokens(observation, plan)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, places)
     static = rank < (plan.num_head_pages * page_size).unsqueeze(-1)
+    if not compressor.retrieves:
+        return static
     counts = plan.num_head_pages.flatten()
     scores = chunk_salience(observation.salience, page_size).flatten(0, 1)
     forced = forced_chunks(observation.num_pages, counts, *forced_chunk_counts(compressor.config))
@@ -99,26 +105,49 @@ def _move_kept_rows(
     kept: torch.Tensor,
     is_dynamic: torch.Tensor,
 ) -> None:
-    page_size = views.layout.page_size
     layer_idx, kv_head, token = kept.nonzero(as_tuple=True)
-    # Heads lie in the linear order in which nonzero lists them, each with whole pages: row j goes to place j.
-    place = torch.arange(len(token), device=token.device)
+    destination = _head_page_rows(views, table, row, torch.arange(len(token), device=token.device))
+    compact_kv(views.k_flat, views.v_flat, views.token_rows(layer_idx, slots[token], kv_head), destination)
+    page_size = views.layout.page_size
+    is_buffer_start = (destination % page_size == 0) & is_dynamic[layer_idx, kv_head]
+    chunk = (token[is_buffer_start] // page_size).to(torch.int32)
+    views.chunk_of_head_page[destination[is_buffer_start] // page_size] = chunk
+
+
+def _head_page_rows(views: HeadPageViews, table: HeadPageTable, row: int, place: torch.Tensor) -> torch.Tensor:
+    """Rows of k_flat for the places of kept rows, counted over all heads in the request's linear order."""
+    # Heads lie there in the order in which nonzero lists them, each with whole pages.
+    page_size = views.layout.page_size
     head_pages = views.layout.head_page_ids(table.pages[row], place // page_size)
-    compact_kv(
-        views.k_flat,
-        views.v_flat,
-        views.token_rows(layer_idx, slots[token], kv_head),
-        head_pages * page_size + place % page_size,
-    )
-    is_buffer_start = (place % page_size == 0) & is_dynamic[layer_idx, kv_head]
-    views.chunk_of_head_page[head_pages[is_buffer_start]] = (token[is_buffer_start] // page_size).to(torch.int32)
+    return head_pages * page_size + place % page_size
+
+
+def _merge_layer(
+    views: HeadPageViews,
+    table: HeadPageTable,
+    compressor: Compressor,
+    row: int,
+    slots: torch.Tensor,
+    kept: torch.Tensor,
+    is_text: torch.Tensor,
+    layer_idx: int,
+) -> None:
+    """Write what the compressor makes of one layer's kept rows over their copies in the head pages."""
+    heads = torch.arange(views.layout.num_kv_heads, device=slots.device)
+    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])
+    mine = kept[layer_idx]
+    keys, values = compressor.merge(views.k_flat[rows], views.v_flat[rows], mine, is_text)
+    first = int(kept[:layer_idx].sum())
+    place = torch.arange(first, first + int(mine.sum()), device=slots.device)
+    destination = _head_page_rows(views, table, row, place)
+    views.k_flat[destination], views.v_flat[destination] = keys[mine], values[mine]
 
 
 def _offload_layer(
     views: HeadPageViews,
     table: HeadPageTable,
     store: HostStore,
-    config: CompressorConfig,
+    config: RetrievalConfig,
     row: int,
     slots: torch.Tensor,
     layer_idx: int,

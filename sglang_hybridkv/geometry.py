@@ -22,7 +22,7 @@ class PromptGeometry:
     total_head_pages : budget B in head pages, over all layers and KV heads.
     summary_pages_per_head : head pages that hold the chunk summaries of one dynamic head.
     num_pages : device pages to reserve; enough for the budget plus the summaries of every head.
-    num_host_pages : host pages to reserve; enough if every head turns out dynamic.
+    num_host_pages : host pages to reserve; enough if every head that may be dynamic turns out so.
     """
 
     covered: int
@@ -52,7 +52,8 @@ def prompt_geometry(
 ) -> PromptGeometry:
     """Sizes of a prompt of `prompt_len` tokens at `budget` in (0, 1], rounded down to whole head pages.
 
-    A head page of K and its twin of V together hold 2 P summary vectors.
+    A head page of K and its twin of V together hold 2 P summary vectors. Without summaries no head can be dynamic,
+    and nothing goes to the host.
     """
     num_chunks = prompt_len // page_size
     # The budget as the user wrote it: 0.29 * 100 chunks are 29, not 28.999999999999996.
@@ -64,5 +65,5 @@ def prompt_geometry(
         total_head_pages=total,
         summary_pages_per_head=summary_pages,
         num_pages=-(-total // head_pages_per_page) + summary_pages,
-        num_host_pages=num_chunks,
+        num_host_pages=num_chunks if vectors_per_chunk else 0,
     )

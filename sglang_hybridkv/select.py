@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import torch
 
+_FORCED = 1 << 8  # above every tier that a method names
 
-def pool_salience(salience: torch.Tensor, kernel: int) -> torch.Tensor:
-    """[..., N]: average over `kernel` neighbouring tokens, as SnapKV does; the ends count real neighbours only."""
+
+def pool_salience(salience: torch.Tensor, kernel: int, mode: str = "average") -> torch.Tensor:
+    """[..., N]: "average" or "max" of `kernel` neighbouring tokens; the ends count real neighbours only."""
     if kernel == 1 or salience.shape[-1] == 0:
         return salience
     flat = salience.flatten(0, -2).unsqueeze(1)
-    pooled = torch.nn.functional.avg_pool1d(flat, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
+    if mode == "max":
+        pooled = torch.nn.functional.max_pool1d(flat, kernel, stride=1, padding=kernel // 2)
+    else:
+        pooled = torch.nn.functional.avg_pool1d(flat, kernel, stride=1, padding=kernel // 2, count_include_pad=False)
     return pooled.squeeze(1).view_as(salience)
+
+
+def tiered_order(
+    salience: torch.Tensor, tier: torch.Tensor | int, *, num_sink_tokens: int, recent_window: int
+) -> torch.Tensor:
+    """Order in which heads keep tokens: sinks and the recent window, then tier by tier the most salient.
+
+    Parameters
+    ----------
+    salience : [L, H, N], fp32, not negative.
+    tier : integers in [0, 256), broadcast against salience; a higher tier comes first.
+    num_sink_tokens, recent_window : first and last tokens that come before everything else.
+
+    Returns
+    -------
+    [L, H, N], int64. Token positions, the ones to keep first; ties go to the earlier token.
+    """
+    num_tokens = salience.shape[-1]
+    positions = torch.arange(num_tokens, device=salience.device)
+    forced = (positions < num_sink_tokens) | (positions >= num_tokens - recent_window)
+    tiers = (forced * _FORCED + tier).expand_as(salience)
+    # Two stable sorts instead of one of tier + salience: adding would round small saliences to ties.
+    order = salience.argsort(dim=-1, descending=True, stable=True)
+    return order.gather(-1, tiers.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
 
 
 def text_first_order(
@@ -37,16 +66,11 @@ def text_first_order(
     -------
     [L, H, N], int64. Token positions, the ones to keep first. Source: METHOD 3.
     """
-    num_tokens = salience.shape[-1]
-    positions = torch.arange(num_tokens, device=salience.device)
-    forced = (positions < num_sink_tokens) | (positions >= num_tokens - recent_window)
-    text_salience = salience.masked_fill(~is_text, -1.0)
-    text_rank = _rank(text_salience)
+    text_rank = _rank(salience.masked_fill(~is_text, -1.0))
     preferred = is_text & (text_rank < (text_share * num_kept).unsqueeze(-1))
-    tier = 2 * forced + preferred.to(torch.int64)
-    # Two stable sorts instead of one of tier + salience: adding would round small saliences to ties.
-    order = salience.argsort(dim=-1, descending=True, stable=True)
-    return order.gather(-1, tier.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    return tiered_order(
+        salience, preferred.to(torch.int64), num_sink_tokens=num_sink_tokens, recent_window=recent_window
+    )
 
 
 def chunk_salience(salience: torch.Tensor, page_size: int) -> torch.Tensor:

@@ -6,9 +6,12 @@ prompt once it is compressed.
 
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import shutil
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -19,7 +22,8 @@ from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
-from sglang_hybridkv.compressors import HybridKV
+from sglang_hybridkv.compressors import get_compressor
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
@@ -53,6 +57,33 @@ def fresh_generator() -> torch.Generator:
     seed = int(os.environ.get("HYBRIDKV_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"HYBRIDKV_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)
+
+
+def make_calibration(path, num_layers, num_kv_heads, scores=None, **changes):
+    """Write a calibration file of a model of this shape and return its path."""
+    model = {"name": "m", "num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": 32, "fingerprint": None}
+    made_up = [[1.0 + layer + head for head in range(num_kv_heads)] for layer in range(num_layers)]
+    values = {
+        "format": 1,
+        "kind": "visual_head_scores",
+        "model": model,
+        "scores": made_up if scores is None else scores,
+        "num_samples": 3,
+    }
+    path.write_text(json.dumps(values | changes))
+    return path
+
+
+def make_compressor(name, num_layers, num_kv_heads, *, scores=None, **config):
+    """A compressor that has met its model; SparseMM with `scores` or made-up ones."""
+    compressor_class = get_compressor(name)
+    with tempfile.TemporaryDirectory() as folder:
+        if "calibration" in compressor_class.config_class.model_fields:
+            path = make_calibration(Path(folder) / "scores.json", num_layers, num_kv_heads, scores)
+            config = {"calibration": str(path)} | config
+        compressor = compressor_class(compressor_class.config_class(**config))
+        compressor.bind(num_layers, num_kv_heads)
+    return compressor
 
 
 def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLayout) -> PromptGeometry:
@@ -160,6 +191,7 @@ class TinyPool:
         generator,
         config=None,
         *,
+        compressor=None,
         num_layers=2,
         num_kv_heads=2,
         group_size=2,
@@ -169,7 +201,9 @@ class TinyPool:
         dtype=torch.float32,
     ):
         self.generator, self.dtype, self.head_dim, self.group_size = generator, dtype, head_dim, group_size
-        self.config = config or CompressorConfig(min_prompt_tokens=1, min_head_pages=1)
+        config = config or HybridKVConfig(preset="paper", min_prompt_tokens=1, min_head_pages=1)
+        self.compressor = compressor or HybridKV(config)
+        self.config = self.compressor.config
         page_size = self.config.page_size
         self.layout = HeadPageLayout(num_layers, num_kv_heads, pages, page_size)
         self.keys, self.values, self.views = make_views(self.layout, head_dim, dtype)
@@ -220,7 +254,7 @@ class TinyPool:
             self.views,
             self.table,
             self.store,
-            HybridKV(self.config),
+            self.compressor,
             reservation,
             prompt.row,
             slots,
@@ -271,7 +305,8 @@ class TinyPool:
 
     def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
-        self.retrieve(prompts, layer_idx, q)
+        if self.compressor.retrieves:
+            self.retrieve(prompts, layer_idx, q)
         return decode_attn(
             q,
             self.views,

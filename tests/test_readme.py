@@ -5,14 +5,14 @@ import re
 from pathlib import Path
 
 from sglang_hybridkv.admission import DenseReason
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_setting_is_listed_with_its_default():
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", README, flags=re.MULTILINE))
-    assert {name: json.loads(text) for name, text in rows.items()} == CompressorConfig().model_dump()
+    assert {name: json.loads(text) for name, text in rows.items()} == HybridKVConfig().model_dump()
 
 
 def test_every_dense_reason_is_explained():

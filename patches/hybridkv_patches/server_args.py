@@ -6,7 +6,7 @@ import sys
 from typing import Any, NoReturn
 
 from hybridkv_patches.hook import PLUGIN, Hook
-from sglang_hybridkv.compressors import NONE, compressor_names, get_compressor
+from sglang_hybridkv.compressors import BUILT_IN, NONE, compressor_names, get_compressor
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values, parse_config
 from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt import settings as settings_module
@@ -19,7 +19,6 @@ _FROM_CLI = "_hybridkv_from_cli"
 
 def add_flags(_result: Any, parser: Any) -> None:
     """AFTER ServerArgs.add_cli_args: plain store actions, which SGLang's YAML ``--config`` file understands too."""
-    defaults = CompressorConfig()
     group = parser.add_argument_group("KV cache compression (sglang-hybridkv)")
     group.add_argument(
         FLAG,
@@ -32,13 +31,12 @@ def add_flags(_result: Any, parser: Any) -> None:
         BUDGET_FLAG,
         metavar="FRACTION",
         help="Fraction of a prompt's KV rows that stays in device memory, above 0 and at most 1; 1 keeps every row. "
-        f"Default: {defaults.budget}.",
+        f"Default: {CompressorConfig().budget}.",
     )
     group.add_argument(
         CONFIG_FLAG,
         metavar="JSON|@FILE",
-        help="Settings of the compressor: a JSON object, or @ and the path of a file that holds one. "
-        f"Fields: {_field_help()}",
+        help=f"Settings of the compressor: a JSON object, or @ and the path of a file that holds one. {_field_help()}",
     )
 
 
@@ -112,8 +110,8 @@ def make_settings(name: Any, budget: Any, config: Any) -> Settings | None:
             names = "|".join(compressor_names())
             raise ValueError(f"{' and '.join(given)} would change nothing without {FLAG} {names}; add it")
         return None
-    get_compressor(name)
-    settings = Settings(name, parse_config(config, budget=_number(budget)))
+    config_class = get_compressor(name).config_class
+    settings = Settings(name, parse_config(config, config_class, budget=_number(budget)))
     from hybridkv_patches import startup_fault
 
     fault = startup_fault()
@@ -176,12 +174,27 @@ def _number(value: Any) -> Any:
 
 
 def _field_help() -> str:
-    fields = CompressorConfig.model_fields.items()
+    classes = {name: get_compressor(name).config_class for name in BUILT_IN}
+    parts = ["Of every compressor: " + _fields_in_words(CompressorConfig, {})]
+    for name, config_class in classes.items():
+        own = _fields_in_words(config_class, CompressorConfig.defaults())
+        if own:
+            parts.append(f"Of {name}, new or with another default: {own}")
     # Argparse formats help texts with %.
-    text = ". ".join(
-        f"{name} ({legal_values(name)}; default {field.default}): {field.description}" for name, field in fields
-    )
-    return text.replace("%", "%%") + "."
+    return " ".join(parts).replace("%", "%%")
+
+
+def _fields_in_words(config_class: type[CompressorConfig], known: dict[str, Any]) -> str:
+    """The fields of a class, without those whose default is `known` already."""
+    defaults = config_class.defaults()
+    words = []
+    for name, field in config_class.model_fields.items():
+        if name in known and known[name] == defaults[name]:
+            continue
+        default = f"default {defaults[name]}" if name in defaults else "required"
+        meaning = "" if name in known else f": {field.description}"
+        words.append(f"{name} ({legal_values(name, config_class)}; {default}){meaning}")
+    return ". ".join(words) + "." if words else ""
 
 
 def _exit(sentence: str) -> NoReturn:

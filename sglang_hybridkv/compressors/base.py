@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from sglang_hybridkv.config import CompressorConfig
+from hybridkv_kernels.score_heads import score_heads
+from sglang_hybridkv.budget import apportion
+from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
+from sglang_hybridkv.select import tiered_order
+
+_LEAST_WEIGHT = 1e-6  # relative to the mean: a head without weight still takes what the others cannot hold
+_LEAST_SUM = 1e-30  # all weights 0 means all equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +22,8 @@ class PromptObservation:
 
     Attributes
     ----------
-    statistic : [L, H], fp32. Text-centric statistic of each KV head in [0, 1].
-    salience : [L, H, N], fp32. Mean attention of the observation rows on each covered token, pooled.
+    statistic : [L, H], fp32. The method's number for each KV head, from `Compressor.score_layer`.
+    salience : [L, H, N], fp32, not negative. The method's score of each covered token, pooled.
     is_text : [N], bool. False where the token came from an image or a video.
     num_pages : pages of the whole prompt, N / page_size; N is page-aligned.
     """
@@ -26,6 +32,11 @@ class PromptObservation:
     salience: torch.Tensor
     is_text: torch.Tensor
     num_pages: int
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.salience.shape[-1] // self.num_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +53,110 @@ class HeadPlan:
     num_head_pages: torch.Tensor
 
 
-class Compressor(ABC):
-    """One method: budgets per head, and the order in which static heads keep tokens."""
+class Compressor:
+    """One method. What a subclass leaves alone is SnapKV: observe, equal budgets, forced tokens, then top salience.
 
-    name: str
+    The engine makes one object per server and calls, in this order: `bind` at start-up; for each prompt and layer
+    `score_layer`; then `plan` and `rank_tokens` once, and `merge` layer by layer where `merges`.
+
+    Attributes
+    ----------
+    name : value of ``--kv-compressor``.
+    config_class : fields of ``--kv-compressor-config``. A subclass of `RetrievalConfig` lets heads be dynamic.
+    observed_rows : queries that `score_layer` sees: the last "text" after the last visual token, or the "last" ones
+        whatever they are; at most observation_rows, and fewer after a prefix hit.
+    merges : whether `merge` changes kept rows.
+    retrieves : whether heads may be dynamic; follows from config_class. Without it the engine reserves neither host
+        pages nor summary pages, and a request holds exactly its budget.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[CompressorConfig]] = CompressorConfig
+    observed_rows: ClassVar[Literal["text", "last"]] = "last"
+    merges: ClassVar[bool] = False
+    retrieves: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.retrieves = issubclass(cls.config_class, RetrievalConfig)
 
     def __init__(self, config: CompressorConfig):
         self.config = config
 
-    @abstractmethod
+    def bind(self, num_layers: int, num_kv_heads: int) -> None:
+        """Meet the model, in the launcher and in the scheduler; ValueError in one sentence when it does not fit."""
+
+    def score_layer(
+        self,
+        q: torch.Tensor,
+        k_rows: torch.Tensor,
+        v_rows: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        scaling: float,
+        is_text: torch.Tensor,
+        layer_idx: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look at one layer of a prompt, right after its attention.
+
+        Parameters
+        ----------
+        q : [W, H * G, D], contiguous. Queries after RoPE of the last W prompt tokens, in order.
+        k_rows, v_rows : [slots, H, D]. The layer's keys after RoPE and values in the pool; only read.
+        slots : [N], int64. Token slots of the whole prompt; W <= N.
+        scaling : factor of q . k before the softmax.
+        is_text : [N], bool.
+
+        Returns
+        -------
+        statistic [H] and salience [H, N], fp32, on q's device; salience is not negative.
+        """
+        return score_heads(q, k_rows, slots, scaling=scaling, chunk_size=self.config.page_size)
+
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
         """Type and pages of every head; without `retrieval` no head may be dynamic."""
+        is_dynamic = torch.zeros_like(observation.statistic, dtype=torch.bool)
+        weights = self.weigh_heads(observation, total_head_pages)
+        return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))
 
-    @abstractmethod
+    def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:
+        """[L, H], not negative: what each head's pages are proportional to, between floor and whole prompt."""
+        return torch.ones_like(observation.statistic)
+
+    def share_pages(
+        self, observation: PromptObservation, weights: torch.Tensor, total_head_pages: int, least_pages: int = 0
+    ) -> torch.Tensor:
+        """[L, H], int64: exactly `total_head_pages` by `weights`, at least `least_pages` or min_head_pages a head."""
+        positive = weights.flatten().to(torch.float64).clamp(min=0.0)
+        positive = positive + _LEAST_WEIGHT * positive.mean() + _LEAST_SUM
+        floor = min(max(self.config.min_head_pages, least_pages), observation.num_pages)
+        return apportion(positive, total_head_pages, floor, observation.num_pages).view(weights.shape)
+
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """[L, H, N], int64: tokens of each head, the ones to keep first; its first num_head_pages * P are kept."""
+        return self.order_tokens(observation)
+
+    def order_tokens(self, observation: PromptObservation, tier: torch.Tensor | int = 0) -> torch.Tensor:
+        """[L, H, N], int64: sinks and recent window, then tier by tier the most salient; see `tiered_order`."""
+        return tiered_order(
+            observation.salience,
+            tier,
+            num_sink_tokens=self.config.num_sink_tokens,
+            recent_window=self.config.recent_window,
+        )
+
+    def merge(
+        self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, is_text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What kept rows of one layer become, called only where `merges` and some row is evicted.
+
+        Parameters
+        ----------
+        keys, values : [H, N, D], the layer's own rows; must not be changed in place.
+        kept : [H, N], bool. is_text : [N], bool.
+
+        Returns
+        -------
+        [H, N, D] twice, dtype of keys; rows that are not kept are ignored.
+        """
+        return keys, values

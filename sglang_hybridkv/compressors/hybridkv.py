@@ -2,17 +2,109 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Annotated, Any, Literal
 
+import torch
+from pydantic import Field, model_validator
+
+from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.budget import apportion, head_weights
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.select import text_first_order
+
+_PAPER: dict[str, Any] = {
+    "statistic": "sparsity",
+    "theta": 0.9,
+    "dynamic_share": 0.32,
+    "static_weight": "sparsity",
+    "text_share": 1.0,
+    "chunk_score": "mean_max",
+    "observation_rows": 32,
+    "num_sink_tokens": 4,
+    "recent_window": 16,
+    "pool_kernel": 5,
+}
+# Defaults by preset; a field that the user gives wins. "paper" is METHOD sections 1 to 4.
+PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER, "tuned": {**_PAPER}}
+
+
+class HybridKVConfig(RetrievalConfig):
+    """Settings of HybridKV; "inferred" marks a choice that the published text does not fix."""
+
+    preset: Literal["tuned", "paper"] = Field(
+        "tuned", description="set of defaults: chosen by measured quality, or as the paper has them"
+    )
+    statistic: Literal["sparsity", "top_mass", "hit_cv", "stability", "capture"] = Field(
+        "sparsity", description="statistic S in [0, 1] of a head; static when S >= theta (inferred)"
+    )
+    theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(
+        0.9, description="threshold of the statistic; 0 makes every head static, above 1 every head dynamic"
+    )
+    sparsity_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.01, description="'sparsity' counts keys below this fraction of a row's largest probability (inferred)"
+    )
+    mass_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.9, description="'top_mass' counts the keys that hold this share of the probability (inferred)"
+    )
+    capture_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.1, description="'capture' looks at this share of the keys, the most salient ones"
+    )
+    dynamic_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.32, description="r: share of the budget that goes to the dynamic heads (inferred from the latency table)"
+    )
+    static_weight: Literal["sparsity", "density", "uniform"] = Field(
+        "sparsity", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
+    )
+    text_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        1.0,
+        description="largest share of a static head's rows, rounded up, that text takes first (inferred)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_the_preset(cls, values: Any) -> Any:
+        preset = values.get("preset", "tuned") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Values of all fields under the default preset."""
+        return super().defaults() | PRESETS["tuned"]
 
 
 class HybridKV(Compressor):
     """Static heads (statistic >= theta) keep a text-first pruned set, dynamic heads retrieve chunks."""
 
     name = "hybridkv"
+    config_class = HybridKVConfig
+    observed_rows = "text"
+    config: HybridKVConfig
+
+    def score_layer(
+        self,
+        q: torch.Tensor,
+        k_rows: torch.Tensor,
+        v_rows: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        scaling: float,
+        is_text: torch.Tensor,
+        layer_idx: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """METHOD section 1: the configured statistic, and mean probability as salience."""
+        config = self.config
+        return score_heads(
+            q,
+            k_rows,
+            slots,
+            scaling=scaling,
+            statistic=config.statistic,
+            sparsity_fraction=config.sparsity_fraction,
+            mass_fraction=config.mass_fraction,
+            capture_fraction=config.capture_fraction,
+            chunk_size=config.page_size,
+        )
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
         """METHOD sections 1 and 2; no host sync."""
@@ -25,11 +117,10 @@ class HybridKV(Compressor):
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """METHOD section 3."""
-        page_size = observation.salience.shape[-1] // observation.num_pages
         return text_first_order(
             observation.salience,
             observation.is_text,
-            plan.num_head_pages * page_size,
+            plan.num_head_pages * observation.page_size,
             num_sink_tokens=self.config.num_sink_tokens,
             recent_window=self.config.recent_window,
             text_share=self.config.text_share,

@@ -59,7 +59,8 @@ class HybridAttnMixin(AttentionBackend):
             tail = observer.keep_tail(chunk.row, layer_idx, queries[chunk.q_start : chunk.q_end], chunk.start)
             if observer.is_final(chunk.row):
                 slots = self.req_to_token_pool.req_to_token[chunk.row, : chunk.end].long()
-                if observer.score(chunk.row, tail, pool.get_key_buffer(layer.layer_id), slots, layer.scaling):
+                keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+                if observer.score(chunk.row, tail, keys, values, slots, layer.scaling):
                     self._compress(chunk.row, slots)
         return out
 
@@ -105,7 +106,7 @@ class HybridAttnMixin(AttentionBackend):
         pool, compression = self.token_to_kv_pool, self.token_to_kv_pool.compression
         layer_idx = layer.layer_id - pool.start_layer
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        if self._any_compressed:
+        if self._any_compressed and compression.compressor.retrieves:
             self._retrieve(queries, layer_idx, forward_batch.req_pool_indices)
         out = decode_attn(
             queries,

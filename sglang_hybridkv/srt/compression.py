@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 from hybridkv_kernels.head_pages import HeadPageTable
 from sglang_hybridkv.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.compressors import get_compressor
+from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Ledger, Reservation
@@ -50,6 +51,7 @@ class Compression:
         layout, config = pool.views.layout, settings.config
         self.settings, self.config, self.pool, self.allocator = settings, config, pool, allocator
         self.compressor = get_compressor(settings.name)(config)
+        self.compressor.bind(layout.num_layers, layout.num_kv_heads)
         self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size)
         max_chunks = -(-max_context // layout.page_size)
         max_pages = max_chunks + -(-max_chunks * config.summary_vectors_per_chunk() // (2 * layout.page_size))
@@ -58,7 +60,7 @@ class Compression:
         self.ledger = Ledger(layout.page_size)
         self.stats = CompressionStats()
         self.counters = torch.zeros(2, dtype=torch.int64, device=pool.device)
-        self.observer = PromptObserver(config, layout.num_layers)
+        self.observer = PromptObserver(self.compressor, layout.num_layers)
         self._kv_by_row: dict[int, Any] = {}
         self.kernels: str | None = None  # set by the handshake, which knows the model
         pool.compression = allocator.compression = self
@@ -102,9 +104,11 @@ class Compression:
         geometry = self.plan(req)
         if isinstance(geometry, DenseReason):
             return geometry
-        host_pages = self.store.alloc(geometry.num_host_pages)
-        if host_pages is None and self.config.on_host_store_full == "dense":
-            return DenseReason.HOST_STORE_FULL
+        host_pages = None
+        if isinstance(self.config, RetrievalConfig):
+            host_pages = self.store.alloc(geometry.num_host_pages)
+            if host_pages is None and self.config.on_host_store_full == "dense":
+                return DenseReason.HOST_STORE_FULL
         evict_from_tree_cache(tree_cache, geometry.num_pages * self.shape.page_size)
         pages = self.allocator.alloc_pages(geometry.num_pages)
         if pages is None:
@@ -215,7 +219,7 @@ class Compression:
 
     def _host_store(self) -> HostStore:
         layout, pool = self.pool.views.layout, self.pool
-        wanted = self.config.host_store_bytes
+        wanted = self.config.host_store_bytes if isinstance(self.config, RetrievalConfig) else 0
         if wanted is None:
             free = int(_HOST_MEMORY_SHARE * psutil.virtual_memory().available)
             wanted = min(_HOST_STORE_FACTOR * pool.page_bytes * layout.pages_per_layer, free)

@@ -6,10 +6,9 @@ import dataclasses
 
 import torch
 
-from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors import Compressor
 from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.spans import num_observation_rows
+from sglang_hybridkv.spans import num_observation_rows, text_mask
 
 
 @dataclasses.dataclass
@@ -17,6 +16,7 @@ class _Prompt:
     """Scores of the layers that have run on a prompt's final chunk."""
 
     reservation: Reservation
+    is_text: torch.Tensor
     statistic: list[torch.Tensor] = dataclasses.field(default_factory=list)
     salience: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
@@ -27,8 +27,8 @@ class PromptObserver:
     A prompt is *watched* while earlier chunks run and *begun* when its final chunk is about to be launched.
     """
 
-    def __init__(self, config: CompressorConfig, num_layers: int):
-        self.config = config
+    def __init__(self, compressor: Compressor, num_layers: int):
+        self.compressor = compressor
         self.num_layers = num_layers
         self.clear()
 
@@ -45,7 +45,7 @@ class PromptObserver:
     def begin(self, row: int, reservation: Reservation) -> None:
         """The chunk that is launched next for `row` is its final one."""
         self._watched.discard(row)
-        self._prompts[row] = _Prompt(reservation)
+        self._prompts[row] = _Prompt(reservation, text_mask(reservation.spans, reservation.prefilled))
 
     def drop(self, row: int | None) -> None:
         """Forget `row`; None, a request without a row, is legal."""
@@ -72,7 +72,7 @@ class PromptObserver:
         q : [T, H * G, D]. Queries of the chunk.
         start : position of its first token. A gap to the kept rows (a prefix hit in between) drops them.
         """
-        wanted = self.config.observation_rows
+        wanted = self.compressor.config.observation_rows
         tail = q[-wanted:]
         end, kept = self._tails.pop((row, layer_idx), (None, None))
         if kept is not None and end == start and len(tail) < wanted:
@@ -81,26 +81,36 @@ class PromptObserver:
             self._tails[row, layer_idx] = (start + len(q), tail.clone())
         return tail
 
-    def score(self, row: int, tail: torch.Tensor, k_rows: torch.Tensor, slots: torch.Tensor, scaling: float) -> bool:
+    def score(
+        self,
+        row: int,
+        tail: torch.Tensor,
+        k_rows: torch.Tensor,
+        v_rows: torch.Tensor,
+        slots: torch.Tensor,
+        scaling: float,
+    ) -> bool:
         """Score one layer of a prompt; True when it was the last.
 
         Parameters
         ----------
         tail : [<= W, H * G, D]. From `keep_tail`.
-        k_rows : [slots, H, D]. The layer's keys in the pool.
+        k_rows, v_rows : [slots, H, D]. The layer's keys and values in the pool.
         slots : [N], int64. Token slots of the whole prompt.
         """
-        prompt, config = self._prompts[row], self.config
-        rows = num_observation_rows(prompt.reservation.spans, len(slots), config.observation_rows)
-        statistic, salience = score_heads(
-            tail[-rows:].contiguous(),
+        prompt, compressor = self._prompts[row], self.compressor
+        if compressor.observed_rows == "text":
+            rows = num_observation_rows(prompt.reservation.spans, len(slots), compressor.config.observation_rows)
+            tail = tail[-rows:]
+        prompt.is_text = prompt.is_text.to(tail.device)
+        statistic, salience = compressor.score_layer(
+            tail.contiguous(),
             k_rows,
+            v_rows,
             slots,
             scaling=scaling,
-            statistic=config.statistic,
-            sparsity_fraction=config.sparsity_fraction,
-            mass_fraction=config.mass_fraction,
-            chunk_size=config.page_size,
+            is_text=prompt.is_text,
+            layer_idx=len(prompt.statistic),
         )
         prompt.statistic.append(statistic)
         prompt.salience.append(salience)

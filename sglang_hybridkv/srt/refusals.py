@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.srt.settings import Settings
 
 CPU_BACKEND = "torch_native"
@@ -167,10 +168,12 @@ def check_server_args(view: Any, settings: Settings) -> None:
 
 
 def check_model(model_config: Any, settings: Settings) -> None:
-    """Refuse a model whose attention was not verified; ValueError in one sentence that lists those that were."""
+    """Refuse a model whose attention was not verified or that the compressor does not fit; ValueError, one sentence."""
     architecture = model_config.hf_config.architectures[0]
     if architecture not in ARCHITECTURES:
         raise _refused(f"--model-path of a {architecture}", settings, f"supported are {', '.join(ARCHITECTURES)}")
+    compressor = get_compressor(settings.name)(settings.config)
+    compressor.bind(model_config.num_hidden_layers, model_config.get_total_num_kv_heads())
 
 
 def _check_cuda_graphs(view: Any, settings: Settings) -> None:

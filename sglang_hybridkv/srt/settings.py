@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig
 
 ATTRIBUTE = "_hybridkv"
@@ -44,4 +45,4 @@ def active() -> Settings | None:
 
 @functools.lru_cache(maxsize=8)
 def _decode(name: str, config: str) -> Settings:
-    return Settings(name, CompressorConfig.model_validate_json(config))
+    return Settings(name, get_compressor(name).config_class.model_validate_json(config))

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.harness import Server, parallel
 from sglang_hybridkv.admission import DenseReason
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.stats import CompressionStats, RequestRecord
 from tests.e2e.checks import Answer, Reference, ask, assert_nothing_lost, assert_same, request_body
 from tests.e2e.conftest import VL, make_server, run_servers
@@ -87,7 +87,7 @@ def test_record_of_a_request_that_was_compressed_stays() -> None:
     from sglang_hybridkv.srt.compression import Compression  # imports sglang, too slow for collection
 
     compression = object.__new__(Compression)
-    compression.config, compression.stats = CompressorConfig(), CompressionStats()
+    compression.config, compression.stats = HybridKVConfig(), CompressionStats()
     record = RequestRecord(True, None, 400, 0.1, 0.2, 1000, 8, 8)
     request = SimpleNamespace(rid="a", full_untruncated_fill_ids=range(420), _hybridkv_record=record)
     compression._record_dense(request, DenseReason.NO_DECODE)

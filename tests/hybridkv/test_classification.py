@@ -3,15 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.compressors import HybridKV, PromptObservation, compressor_names, get_compressor
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors import PromptObservation
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from tests.builders import LAWS
 
 
 @st.composite
 def observed(draw):
     """A compressor, an observation, and a legal budget in head pages."""
-    config = CompressorConfig(
+    config = HybridKVConfig(
         theta=draw(st.sampled_from([0.0, 0.5, 0.9, 1.01])),
         dynamic_share=draw(st.floats(0.0, 1.0)),
         min_head_pages=draw(st.integers(1, 4)),
@@ -84,20 +84,13 @@ def test_each_head_ranks_every_token_once(case):
 
 @pytest.mark.parametrize(("theta", "dynamic"), [(0.0, 0), (1.01, 4)])
 def test_theta_beyond_the_statistic_makes_all_heads_one_type(theta, dynamic):
-    compressor = HybridKV(CompressorConfig(theta=theta))
+    compressor = HybridKV(HybridKVConfig(theta=theta))
     observation = PromptObservation(torch.tensor([[0.0, 1.0], [0.5, 0.9]]), torch.rand(2, 2, 64), torch.ones(64), 4)
     assert int(compressor.plan(observation, 8, retrieval=True).is_dynamic.sum()) == dynamic
 
 
 def test_a_budget_below_the_floor_is_refused():
-    compressor = HybridKV(CompressorConfig(min_head_pages=2))
+    compressor = HybridKV(HybridKVConfig(min_head_pages=2))
     observation = PromptObservation(torch.rand(2, 2), torch.rand(2, 2, 64), torch.ones(64), 4)
     with pytest.raises(ValueError, match=r"total: expected 8\.\.16 seats, got 7"):
         compressor.plan(observation, 7, retrieval=True)
-
-
-def test_registry():
-    assert compressor_names() == ["hybridkv"]
-    assert get_compressor("hybridkv") is HybridKV
-    with pytest.raises(ValueError, match="'h2o' is unknown; legal values: none, hybridkv"):
-        get_compressor("h2o")

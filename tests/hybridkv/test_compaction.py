@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.retrieve_chunks.naive import read_summaries
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
 
@@ -23,7 +23,7 @@ THETA = {"static": 0.0, "dynamic": 1.01, "mixed": 0.5}
 
 def pool_of(generator, *, heads="mixed", pool=None, **config):
     values = {"min_prompt_tokens": 1, "min_head_pages": 1, "theta": THETA[heads]} | config
-    return TinyPool(generator, CompressorConfig(**values), **pool or {})
+    return TinyPool(generator, HybridKVConfig(**values), **pool or {})
 
 
 def mixed_statistic(pool):

@@ -5,11 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values, parse_config
+from sglang_hybridkv import config as config_module
+from sglang_hybridkv.compressors import BUILT_IN, get_compressor
+from sglang_hybridkv.compressors.hybridkv import PRESETS, HybridKVConfig
+from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values
+
+
+def parse_config(text, *, budget=None):
+    return config_module.parse_config(text, HybridKVConfig, budget=budget)
 
 
 def test_no_values_mean_the_defaults():
-    assert parse_config(None) == parse_config({}) == parse_config("{}") == CompressorConfig()
+    assert parse_config(None) == parse_config({}) == parse_config("{}") == HybridKVConfig()
 
 
 def test_text_dict_and_file_say_the_same(tmp_path):
@@ -20,13 +27,13 @@ def test_text_dict_and_file_say_the_same(tmp_path):
 
 
 def test_config_survives_json():
-    config = CompressorConfig(budget=0.3, host_store_bytes=5)
-    assert CompressorConfig.model_validate_json(config.model_dump_json()) == config
+    config = HybridKVConfig(budget=0.3, host_store_bytes=5)
+    assert HybridKVConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_config_is_frozen():
     with pytest.raises(ValueError):
-        CompressorConfig().budget = 0.5
+        HybridKVConfig().budget = 0.5
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True))
@@ -69,7 +76,8 @@ def test_both_budgets_must_agree():
     "values, legal",
     [
         ({"page_size": 12}, "one of 8, 16, 32, 64"),
-        ({"statistic": "entropy"}, 'one of "sparsity", "top_mass", "hit_cv"'),
+        ({"statistic": "entropy"}, 'one of "sparsity", "top_mass", "hit_cv", "stability", "capture"'),
+        ({"preset": "best"}, 'one of "tuned", "paper"'),
         ({"theta": 2}, "a number at least 0 and at most 1.01"),
         ({"sparsity_fraction": 0}, "a number above 0 and below 1"),
         ({"min_prompt_tokens": "5"}, "an integer at least 1"),
@@ -117,7 +125,40 @@ def test_file_that_is_not_text_is_one_sentence(tmp_path):
         parse_config(f"@{path}")
 
 
-@pytest.mark.parametrize("name", CompressorConfig.model_fields)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_field_has_a_description_and_legal_values(name):
-    assert CompressorConfig.model_fields[name].description
-    assert legal_values(name)
+    config_class = get_compressor(name).config_class
+    for field in config_class.model_fields:
+        assert config_class.model_fields[field].description
+        assert legal_values(field, config_class)
+
+
+def test_a_preset_fills_what_the_user_leaves_open():
+    for preset, values in PRESETS.items():
+        config = HybridKVConfig(preset=preset)
+        assert {name: getattr(config, name) for name in values} == values
+        assert HybridKVConfig(preset=preset, theta=0.123).theta == 0.123
+        assert HybridKVConfig.model_validate_json(config.model_dump_json()) == config
+    assert HybridKVConfig() == HybridKVConfig(preset="tuned")
+    assert HybridKVConfig().model_dump() == HybridKVConfig.defaults()
+
+
+def test_the_paper_preset_is_the_method_as_published():
+    """Chosen before anything was measured; a sweep must not move it."""
+    config = HybridKVConfig(preset="paper")
+    chosen = (config.statistic, config.theta, config.dynamic_share, config.static_weight, config.chunk_score)
+    assert chosen == ("sparsity", 0.9, 0.32, "sparsity", "mean_max")
+    rest = (config.text_share, config.observation_rows, config.num_sink_tokens, config.recent_window)
+    assert (*rest, config.pool_kernel, config.pool_mode) == (1.0, 32, 4, 16, 5, "average")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_hold_fields_with_legal_values(preset):
+    assert PRESETS[preset].keys() <= HybridKVConfig.model_fields.keys()
+    HybridKVConfig(**PRESETS[preset])
+
+
+def test_a_field_of_another_compressor_is_refused():
+    with pytest.raises(ValueError, match="has no field 'theta'; known fields: budget, page_size, ") as caught:
+        config_module.parse_config({"theta": 0.5}, CompressorConfig)
+    assert "chunk_score" not in str(caught.value)

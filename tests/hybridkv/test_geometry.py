@@ -12,7 +12,7 @@ budgets = st.floats(1e-4, 1.0) | st.sampled_from([0.05, 0.1, 0.2, 0.3, 0.7, 0.9,
 lengths = st.integers(1, 20000)
 page_sizes = st.sampled_from([8, 16, 32, 64])
 head_counts = st.integers(1, 224)
-vectors = st.sampled_from([1, 2])
+vectors = st.sampled_from([1, 2, 4])
 
 
 def geometry_of(prompt_len, budget, page_size=16, heads=112, vectors_per_chunk=1):
@@ -97,3 +97,12 @@ def test_resident_bound_at_a_tenth():
 def test_less_than_a_page_is_nothing(prompt_len):
     geometry = geometry_of(prompt_len, 1.0)
     assert (geometry.covered, geometry.num_chunks, geometry.num_pages, geometry.num_host_pages) == (0, 0, 0, 0)
+
+
+@LAWS
+@given(lengths, budgets, page_sizes, head_counts)
+def test_without_retrieval_a_prompt_takes_its_budget_and_nothing_else(prompt_len, budget, page_size, heads):
+    geometry = geometry_of(prompt_len, budget, page_size, heads, vectors_per_chunk=0)
+    assert (geometry.summary_pages_per_head, geometry.num_host_pages) == (0, 0)
+    assert (geometry.num_pages - 1) * heads < geometry.total_head_pages <= geometry.num_pages * heads
+    assert geometry.pages_used(0, heads) == geometry.num_pages

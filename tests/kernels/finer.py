@@ -1,17 +1,6 @@
 """Chunk scores that are finer than the chunks that move, for the tests of select_chunks and retrieve_chunks."""
 
-from hybridkv_kernels.select_chunks import summary_vectors
-from sglang_hybridkv.config import CompressorConfig
 from tests import builders
-
-
-class AnyScoreConfig(CompressorConfig):
-    """A config that takes every chunk score that the kernels have."""
-
-    chunk_score: str = "mean_max"
-
-    def summary_vectors_per_chunk(self) -> int:
-        return summary_vectors(self.chunk_score)
 
 
 def plain_scores(keys, q, chunk_score):

@@ -13,6 +13,7 @@ from hybridkv_kernels.retrieve_chunks import cpu, naive, retrieve_chunks
 from hybridkv_kernels.select_chunks import CHUNK_SCORES, summary_vectors
 from hybridkv_kernels.select_chunks.naive import score_chunks
 from sglang_hybridkv.compaction import forced_chunk_counts
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from tests.builders import (
     LAWS,
     NAN,
@@ -24,7 +25,7 @@ from tests.builders import (
     instruction_sets,
     plain_forced,
 )
-from tests.kernels.finer import AnyScoreConfig, plain_scores
+from tests.kernels.finer import plain_scores
 
 P = 8
 
@@ -78,7 +79,7 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
         group_size=st.sampled_from([1, 7]),
     )
     def build(self, seed, budget, chunk_score, theta, windows, group_size):
-        config = AnyScoreConfig(
+        config = HybridKVConfig(
             budget=budget,
             chunk_score=chunk_score,
             theta=theta,
@@ -161,7 +162,7 @@ test_cpp_decode_against_brute_force = needs_library(CppDecodeAgainstBruteForce.T
 
 def dynamic_pool(**config):
     values = {"theta": 1.01, "page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "budget": 0.3}
-    return TinyPool(fresh_generator(), AnyScoreConfig(**values | config))
+    return TinyPool(fresh_generator(), HybridKVConfig(**values | config))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -368,7 +369,7 @@ def mixed_pool(dtype=torch.float32, **config):
     """Requests with static and dynamic heads and a dense one, which share one pool."""
     values = {"page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "theta": 0.7}
     shape = {"dtype": dtype, "group_size": 3, "pages": 220, "host_pages": 120}
-    pool = TinyPool(fresh_generator(), AnyScoreConfig(**values | config), **shape)
+    pool = TinyPool(fresh_generator(), HybridKVConfig(**values | config), **shape)
     prompts = [pool.add_prompt(n) for n in (37 * P + 5, 3 * P, 18 * P, 25 * P + 1)]
     compressed = [prompts[0], prompts[2], prompts[3]]
     for prompt in compressed:
@@ -411,7 +412,7 @@ def test_cpp_equals_naive_at_any_budget_and_number_of_threads(threads, budget):
 @pytest.mark.parametrize("group_size", [*range(1, 9), 16])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 def test_cpp_equals_naive_for_model_shapes(head_dim, group_size, isa):
-    config = AnyScoreConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, theta=1.01, budget=0.3)
+    config = HybridKVConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, theta=1.01, budget=0.3)
     pool = TinyPool(fresh_generator(), config, head_dim=head_dim, group_size=group_size, pages=60, host_pages=40)
     prompt = pool.add_prompt(21 * P)
     pool.compress(prompt)

@@ -5,11 +5,11 @@ import pytest
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt.settings import Settings
 
-SETTINGS = Settings("hybridkv", CompressorConfig())
+SETTINGS = Settings("hybridkv", HybridKVConfig())
 DEFAULTS = {field.name: getattr(ServerArgs(model_path="m"), field.name) for field in msgspec.structs.fields(ServerArgs)}
 
 
@@ -84,7 +84,8 @@ def test_the_rust_server_is_refused(monkeypatch):
 
 
 def model(architecture):
-    return types.SimpleNamespace(hf_config=types.SimpleNamespace(architectures=[architecture]))
+    config = types.SimpleNamespace(architectures=[architecture])
+    return types.SimpleNamespace(hf_config=config, num_hidden_layers=2, get_total_num_kv_heads=lambda: 2)
 
 
 @pytest.mark.parametrize("architecture", refusals.ARCHITECTURES)

@@ -58,6 +58,14 @@ def test_flags_become_settings_and_claim_the_page_size():
     )
 
 
+def test_settings_survive_the_trip_to_the_scheduler():
+    settings = settings_of(parse(FLAG, "quest", CONFIG_FLAG, '{"host_store_bytes": 5}'))
+    assert (settings.config.chunk_score, settings.config.host_store_bytes) == ("quest", 5)
+    settings = settings_of(parse(FLAG, "hybridkv", CONFIG_FLAG, '{"preset": "paper", "theta": 0.5}'))
+    assert (settings.config.preset, settings.config.theta) == ("paper", 0.5)
+    assert settings_of(parse(FLAG, "full")).config.budget == 1.0
+
+
 def test_a_page_size_that_agrees_is_fine():
     assert parse(FLAG, "hybridkv", "--page-size", "16").page_size == 16
 
@@ -81,6 +89,9 @@ def test_bad_budget(capsys, budget):
         ((FLAG, "hybridkv", CONFIG_FLAG, '{"bugdet": 1}'), ("no field 'bugdet'", "known fields: budget")),
         ((FLAG, "hybridkv", CONFIG_FLAG, '{"budget": NaN}'), ("budget = nan", "above 0 and at most 1")),
         ((FLAG, "hybridkv", CONFIG_FLAG, '{"budget": 0.2}', BUDGET_FLAG, "0.1"), ("0.2", "0.1", "differ")),
+        ((FLAG, "snapkv", CONFIG_FLAG, '{"theta": 0.5}'), ("no field 'theta'", "known fields: budget")),
+        ((FLAG, "sparsemm"), (CONFIG_FLAG, "needs the field 'calibration'")),
+        ((FLAG, "full", BUDGET_FLAG, "0.1"), (f"{BUDGET_FLAG} = 0.1", "legal: a number equal to 1")),
         ((FLAG, "hybridkv", "--page-size", "1"), ("--page-size 1", "page_size 16", "make them equal")),
     ],
 )
@@ -102,9 +113,14 @@ def test_help_explains_every_flag_and_field():
     server_args.add_flags(None, parser)
     text = parser.format_help()
     assert all(
-        flag in text for flag in (FLAG, BUDGET_FLAG, CONFIG_FLAG, "{none,hybridkv}", "Default: none", "Default: 0.1")
+        flag in text
+        for flag in (FLAG, BUDGET_FLAG, CONFIG_FLAG, "{none,hybridkv,snapkv,look-m,", "Default: none", "Default: 0.1")
     )
-    assert "min_prompt_tokens (an integer at least 1; default 512): prompts" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "min_prompt_tokens (an integer at least 1; default 512): prompts" in words
+    assert "theta (a number at least 0 and at most 1.01; default 0.9): threshold" in words
+    assert "calibration (a text; required): path" in words
+    assert "Of quest, new or with another default: chunk_score" in words
 
 
 def test_refusal_raises_into_a_python_caller():

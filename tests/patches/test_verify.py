@@ -5,7 +5,7 @@ import torch
 
 import hybridkv_patches
 from hybridkv_patches import verify
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.srt import settings as settings_module
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
@@ -65,14 +65,14 @@ def test_a_quantized_cache_is_refused(scheduler, dtype):
 
 
 def test_handshake_raises_for_a_missing_hook(scheduler, monkeypatch):
-    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", CompressorConfig()))
+    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", HybridKVConfig()))
     monkeypatch.setattr(hybridkv_patches, "hooks_fault", lambda: "SGLang did not take the hook on x")
     with pytest.raises(RuntimeError, match="did not take the hook on x"):
         verify.check_scheduler(None, scheduler)
 
 
 def test_handshake_raises_for_a_foreign_part(scheduler, monkeypatch):
-    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", CompressorConfig()))
+    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", HybridKVConfig()))
     monkeypatch.setattr(hybridkv_patches, "hooks_fault", lambda: None)
     scheduler.tree_cache = Foreign()
     with pytest.raises(RuntimeError, match="kept its own radix cache"):
@@ -82,7 +82,7 @@ def test_handshake_raises_for_a_foreign_part(scheduler, monkeypatch):
 def test_report_is_added_only_when_compression_is_on(monkeypatch):
     monkeypatch.setattr(settings_module, "active", lambda: None)
     assert verify.report({"status": "ready"}, None) is None
-    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", CompressorConfig()))
+    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", HybridKVConfig()))
     assert verify.report({"status": "ready"}, None) == {
         "status": "ready",
         "kv_compressor": {"name": "hybridkv", "budget": 0.1, "page_size": 16},

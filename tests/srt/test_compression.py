@@ -12,7 +12,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.spans import VisualSpan
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.compression import Compression, visual_spans
@@ -39,7 +39,7 @@ def make_compression(num_pages=60, host_pages=40, **config):
     allocator = HybridAllocator(num_pages * P, P, torch.float32, "cpu", pool, False)
     values = {"budget": 0.4, "page_size": P, "min_prompt_tokens": 2 * P, "min_head_pages": 1}
     values["host_store_bytes"] = host_pages * pool.page_bytes
-    settings = Settings("hybridkv", CompressorConfig(**values | config))
+    settings = Settings("hybridkv", HybridKVConfig(**values | config))
     return Compression(settings, pool, allocator, num_rows=7, max_context=400)
 
 

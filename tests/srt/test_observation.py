@@ -7,7 +7,7 @@ from hybridkv_kernels.score_heads import score_heads
 
 pytest.importorskip("sglang")
 
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.geometry import prompt_geometry
 from sglang_hybridkv.spans import VisualSpan
 from sglang_hybridkv.srt.observation import PromptObserver
@@ -17,7 +17,8 @@ LAYERS, W = 2, 8
 
 
 def make_observer():
-    return PromptObserver(CompressorConfig(observation_rows=W, min_observation_rows=2), LAYERS)
+    config = HybridKVConfig(preset="paper", observation_rows=W, min_observation_rows=2)
+    return PromptObserver(HybridKV(config), LAYERS)
 
 
 def reservation(prompt_len=64, spans=()):
@@ -122,7 +123,7 @@ def test_scores_are_those_of_the_text_after_the_last_image(spans, rows):
     for layer in range(LAYERS):
         tail, k_rows = observer.keep_tail(4, layer, q[layer], 0), torch.full((100, 2, 16), float("nan"))
         k_rows[slots] = keys[layer]
-        last.append(observer.score(4, tail, k_rows, slots, 0.25))
+        last.append(observer.score(4, tail, k_rows, k_rows, slots, 0.25))
     assert last == [False, True]
     got, statistic, salience = observer.finish(4)
     assert got is mine

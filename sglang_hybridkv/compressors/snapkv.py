@@ -1,0 +1,27 @@
+"""SnapKV (arXiv 2404.14469; public code FasterDecoding/SnapKV): equal budgets, top salience of the last window."""
+
+from __future__ import annotations
+
+from sglang_hybridkv.compressors.base import Compressor
+from sglang_hybridkv.config import CompressorConfig, NumSinkTokens, RecentWindow
+
+
+class WindowConfig(CompressorConfig):
+    """What methods of SnapKV's family share: no sinks, and the observed window of 32 tokens is always kept."""
+
+    num_sink_tokens: NumSinkTokens = 0
+    recent_window: RecentWindow = 32
+
+
+class SnapKV(Compressor):
+    """Each head keeps the last window and the tokens that the window's queries attend to most.
+
+    Scores are softmax over the whole prompt, mean over the window and the query group, average pooling of width 5.
+    Deviations: the window is the end of the page-aligned prompt (what follows stays dense); budgets are a share of
+    the prompt in whole pages instead of a fixed number of tokens; one score for the heads of a group, as its
+    grouped-query ports have it; pooling sees the window's own tokens and counts real neighbours only at the ends;
+    after a prefix hit fewer queries are observed, `min_observation_rows` at least.
+    """
+
+    name = "snapkv"
+    config_class = WindowConfig

@@ -1,0 +1,58 @@
+"""SparseMM (arXiv 2506.05344; public code CR400AF-A/SparseMM): heads that look at images, found offline, keep more."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from sglang_hybridkv.calibration import load_calibration
+from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.snapkv import WindowConfig
+from sglang_hybridkv.config import PoolKernel, PoolMode
+
+
+class SparseMMConfig(WindowConfig):
+    """SnapKV's settings with the pooling of the public code, the scores' file, and the uniform share."""
+
+    pool_kernel: PoolKernel = 7
+    pool_mode: PoolMode = "max"
+    calibration: str = Field(description="path of the model's visual-head scores, which `hybridkv calibrate` writes")
+    uniform_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.1, description="rho: share of the budget beyond the window that all heads get alike"
+    )
+
+
+class SparseMM(Compressor):
+    """SnapKV's tokens; a head's budget follows its visual-head score s_h, calibrated on rendered text.
+
+    b_h = w + rho (b - w) + s_h / sum(s) (1 - rho) (b - w) L H. The scores are those of KV heads, the sum over the
+    query group, as in the public code. Deviations: those of SnapKV, and whole pages.
+    """
+
+    name = "sparsemm"
+    config_class = SparseMMConfig
+    config: SparseMMConfig
+
+    def bind(self, num_layers: int, num_kv_heads: int) -> None:
+        """Read the scores; ValueError when they are missing, damaged or another model's."""
+        calibration = load_calibration(self.config.calibration, num_layers, num_kv_heads)
+        self.scores = torch.tensor(calibration.scores, dtype=torch.float64)
+
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
+        """Pages by the formula, at least the uniform share, in whole pages."""
+        weights = self.weigh_heads(observation, total_head_pages)
+        least = int(self.config.uniform_share * total_head_pages / weights.numel())
+        is_dynamic = torch.zeros_like(observation.statistic, dtype=torch.bool)
+        return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages, least))
+
+    def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:
+        """Rows of each head by the formula."""
+        self.scores = self.scores.to(observation.statistic.device)
+        num_heads = self.scores.numel()
+        rows = total_head_pages * observation.page_size / num_heads
+        window = min(self.config.recent_window, rows)
+        free, rho = rows - window, self.config.uniform_share
+        share = self.scores / self.scores.sum()
+        return window + rho * free + share * (1.0 - rho) * free * num_heads

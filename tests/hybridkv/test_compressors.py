@@ -1,0 +1,454 @@
+"""Laws of every registered compressor, and of each method."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridkv_kernels.score_heads import score_heads
+from sglang_hybridkv.compaction import kept_tokens
+from sglang_hybridkv.compressors import BUILT_IN, Compressor, HeadPlan, PromptObservation, get_compressor
+from sglang_hybridkv.compressors.madakv import MadaKV
+from sglang_hybridkv.config import RetrievalConfig
+from tests.builders import LAWS, TinyPool, forced_kernels, fresh_generator, full_attention, make_compressor
+
+every_compressor = pytest.mark.parametrize("name", BUILT_IN)
+P = 16
+
+
+def make_spans(num_tokens):
+    """Text, an image, text."""
+    from sglang_hybridkv.spans import VisualSpan
+
+    return (VisualSpan(num_tokens // 8, num_tokens * 3 // 4, "image"),) if num_tokens >= 8 else ()
+
+
+@st.composite
+def observed(draw):
+    """An observation and a legal budget in head pages, as any method could meet them."""
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    num_heads, num_pages = shape[0] * shape[1], draw(st.integers(1, 10))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    salience = torch.rand(*shape, num_pages * P, generator=generator) / (num_pages * P)
+    if draw(st.booleans()):
+        salience = (salience * num_pages * P * 3).round() / 3  # ties, and zeros
+    is_text = torch.rand(num_pages * P, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+    statistic = torch.rand(shape, generator=generator) * draw(st.sampled_from([0.0, 1.0]))
+    floor = min(2, num_pages)
+    total = draw(st.integers(num_heads * floor, num_heads * num_pages))
+    return PromptObservation(statistic, salience, is_text, num_pages), total
+
+
+def made_for(name, observation, **config):
+    return make_compressor(name, *observation.statistic.shape, **config)
+
+
+def kept_rows(compressor, observation, plan):
+    """[L, H, N], bool, by the definition of `rank_tokens`."""
+    order = compressor.rank_tokens(observation, plan)
+    everything = torch.arange(observation.salience.shape[-1]).expand_as(observation.salience)
+    assert torch.equal(order.sort(dim=-1).values, everything), "each head ranks every token once"
+    taken = everything < (plan.num_head_pages * P).unsqueeze(-1)
+    return torch.zeros_like(taken).scatter_(-1, order, taken)
+
+
+@every_compressor
+@LAWS
+@given(observed(), st.booleans())
+def test_pages_are_the_budget_and_types_are_allowed(name, case, retrieval):
+    observation, total = case
+    compressor = made_for(name, observation)
+    plan = compressor.plan(observation, total, retrieval=retrieval)
+    pages = plan.num_head_pages
+    assert pages.shape == plan.is_dynamic.shape == observation.statistic.shape
+    assert pages.dtype == torch.int64
+    assert int(pages.sum()) == total
+    assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_pages)
+    assert int(pages.max()) <= observation.num_pages
+    assert (retrieval and compressor.retrieves) or not plan.is_dynamic.any()
+
+
+@every_compressor
+@LAWS
+@given(observed())
+def test_the_whole_budget_keeps_everything(name, case):
+    observation, _ = case
+    compressor = made_for(name, observation)
+    everything = observation.statistic.numel() * observation.num_pages
+    plan = compressor.plan(observation, everything, retrieval=True)
+    assert (plan.num_head_pages == observation.num_pages).all()
+    assert kept_tokens(compressor, observation, plan).all()
+
+
+@every_compressor
+@LAWS
+@given(observed())
+def test_each_head_ranks_every_token_once_and_forced_ones_first(name, case):
+    observation, total = case
+    compressor = made_for(name, observation)
+    plan = compressor.plan(observation, total, retrieval=False)
+    kept, num_tokens, config = (
+        kept_rows(compressor, observation, plan),
+        observation.salience.shape[-1],
+        compressor.config,
+    )
+    assert torch.equal(kept, kept_tokens(compressor, observation, plan))
+    forced = {*range(min(config.num_sink_tokens, num_tokens))}
+    forced |= {*range(max(num_tokens - config.recent_window, 0), num_tokens)}
+    room = (plan.num_head_pages * P).min() >= len(forced)
+    assert not room or kept[..., sorted(forced)].all()
+
+
+@every_compressor
+@LAWS
+@given(observed(), st.data())
+def test_a_larger_budget_takes_nothing_where_weights_do_not_follow_it(name, case, data):
+    if name in ("adakv", "sparsemm", "pyramidkv"):
+        return  # their formulas split the budget beyond the window, so the proportions move with it
+    observation, total = case
+    compressor = made_for(name, observation)
+    more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_pages))
+    small, large = (compressor.plan(observation, t, retrieval=True).num_head_pages for t in (total, more))
+    assert (large >= small).all()
+
+
+@every_compressor
+def test_dynamic_heads_need_a_config_for_retrieval(name):
+    assert get_compressor(name).retrieves == issubclass(get_compressor(name).config_class, RetrievalConfig)
+    assert get_compressor(name).name == name
+
+
+@every_compressor
+@pytest.mark.parametrize("num_rows", [1, 8, 32])
+def test_scores_are_finite_and_read_the_prompt_only(name, num_rows):
+    """Foreign slots are NaN, so a score without NaN was read from the prompt's own."""
+    generator, heads, head_dim, num_tokens = fresh_generator(), 2, 32, 70
+    compressor = make_compressor(name, 3, heads)
+    slots = torch.randperm(200, generator=generator)[:num_tokens]
+    k_rows, v_rows = (torch.full((200, heads, head_dim), float("nan")) for _ in range(2))
+    k_rows[slots] = torch.randn(num_tokens, heads, head_dim, generator=generator)
+    v_rows[slots] = torch.randn(num_tokens, heads, head_dim, generator=generator)
+    q = torch.randn(num_rows, heads * 3, head_dim, generator=generator)
+    is_text = torch.rand(num_tokens, generator=generator) < 0.4
+    statistic, salience = compressor.score_layer(
+        q, k_rows, v_rows, slots, scaling=head_dim**-0.5, is_text=is_text, layer_idx=1
+    )
+    assert (statistic.shape, salience.shape) == ((heads,), (heads, num_tokens))
+    assert statistic.dtype == salience.dtype == torch.float32
+    assert statistic.isfinite().all()
+    assert salience.isfinite().all()
+    assert (salience >= 0).all()
+
+
+def compressed_pool(name, *, prompt_len, **config):
+    generator = fresh_generator()
+    compressor = make_compressor(name, 2, 2, page_size=8, min_prompt_tokens=1, min_head_pages=1, **config)
+    pool = TinyPool(generator, compressor=compressor)
+    prompt = pool.add_prompt(prompt_len)
+    pool.compress(prompt, spans=make_spans(prompt_len))
+    return pool, prompt
+
+
+def decode_errors(pool, prompt, layer):
+    q = pool.queries(1)
+    expected = full_attention(q[0], prompt.keys[layer], prompt.values[layer], pool.scaling)
+    return q, pool.decode([prompt], layer, q)[0], expected
+
+
+@every_compressor
+@pytest.mark.parametrize("prompt_len", [8, 43, 96])
+def test_budget_one_is_the_full_cache_bit_for_bit(name, prompt_len):
+    """The same naive attention over the same rows: of the compressed copy, and of the prompt before it."""
+    with forced_kernels("naive"):
+        pool, prompt = compressed_pool(name, prompt_len=prompt_len, budget=1.0)
+        covered = prompt.reservation.geometry.covered
+        for layer in range(2):
+            for head in range(2):
+                if pool.is_dynamic(prompt, layer, head):
+                    continue
+                keys, values = pool.held_rows(prompt, layer, head)
+                assert torch.equal(keys, prompt.keys[layer, head, :covered])
+                assert torch.equal(values, prompt.values[layer, head, :covered])
+            _q, out, expected = decode_errors(pool, prompt, layer)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_compressor
+def test_a_third_keeps_real_rows_only(name):
+    """Whatever nobody wrote is NaN; kept rows are rows of the prompt, but where a method merges."""
+    if name == "full":
+        return
+    pool, prompt = compressed_pool(name, prompt_len=120, budget=0.34)
+    rows = 0
+    for layer in range(2):
+        for head in range(2):
+            keys, values = pool.held_rows(prompt, layer, head)
+            rows += len(keys)
+            assert keys.isfinite().all()
+            assert values.isfinite().all()
+            if not pool.compressor.merges:
+                pool.held_tokens(prompt, layer, head)
+        assert decode_errors(pool, prompt, layer)[1].isfinite().all()
+    assert rows <= 0.34 * prompt.reservation.geometry.covered * 4
+    if not pool.compressor.retrieves:
+        assert len(prompt.reservation.host_pages) == 0
+        assert len(prompt.reservation.pages) == -(-rows // (8 * 4)), "nothing but the budget, in whole pages"
+
+
+# SnapKV and what is made of it.
+
+
+@LAWS
+@given(observed())
+def test_snapkv_keeps_the_window_and_the_most_salient(case):
+    observation, total = case
+    compressor = made_for("snapkv", observation)
+    plan = compressor.plan(observation, total, retrieval=False)
+    assert int(plan.num_head_pages.max() - plan.num_head_pages.min()) <= 1
+    kept, window = kept_rows(compressor, observation, plan), compressor.config.recent_window
+    assert kept[..., -window:].all()
+    before, taken = observation.salience[..., :-window], kept[..., :-window]
+    worst = before.masked_fill(~taken, float("inf")).amin(-1) if before.shape[-1] else torch.zeros(1)
+    best = before.masked_fill(taken, -1.0).amax(-1) if before.shape[-1] else torch.zeros(1)
+    assert (worst >= best).all()
+
+
+def test_snapkv_scores_are_the_kernel_s_salience():
+    generator = fresh_generator()
+    q, k = torch.randn(8, 4, 32, generator=generator), torch.randn(60, 2, 32, generator=generator)
+    slots = torch.arange(60)
+    _, salience = make_compressor("snapkv", 1, 2).score_layer(
+        q, k, k, slots, scaling=0.2, is_text=torch.ones(60).bool(), layer_idx=0
+    )
+    torch.testing.assert_close(salience, score_heads(q, k, scaling=0.2)[1])
+
+
+@LAWS
+@given(observed(), st.floats(1.0, 50.0))
+def test_pyramidkv_never_gives_a_higher_layer_more(case, beta):
+    observation, total = case
+    pages = made_for("pyramidkv", observation, beta=beta).plan(observation, total, retrieval=False).num_head_pages
+    assert (pages.diff(dim=0) <= 0).all()
+
+
+def test_pyramidkv_is_a_pyramid():
+    observation = PromptObservation(torch.zeros(4, 2), torch.rand(4, 2, 1600), torch.ones(1600).bool(), 100)
+    pages = made_for("pyramidkv", observation, beta=20.0).plan(observation, 160, retrieval=False).num_head_pages
+    assert (pages.sum(1).diff() < -5).all()
+
+
+@LAWS
+@given(observed(), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+def test_adakv_leaves_every_head_the_safeguard(case, alpha):
+    observation, total = case
+    pages = made_for("adakv", observation, safeguard=alpha).plan(observation, total, retrieval=False).num_head_pages
+    mean = total / pages.numel()
+    assert int(pages.min()) >= int(alpha * mean)
+    assert alpha < 1.0 or int(pages.max() - pages.min()) <= 1
+
+
+def test_adakv_gives_the_head_with_more_of_the_best_tokens_more():
+    salience = torch.rand(1, 2, 640, generator=fresh_generator())
+    salience[0, 0] *= 0.1
+    observation = PromptObservation(torch.zeros(1, 2), salience, torch.ones(640).bool(), 40)
+    pages = made_for("adakv", observation).plan(observation, 16, retrieval=False).num_head_pages[0]
+    assert pages.tolist() == [3, 13], "window 2 + 0.2 * 6 pages, and the rest"
+
+
+@LAWS
+@given(observed(), st.integers(0, 2**31 - 1))
+def test_sparsemm_follows_the_visual_head_scores(case, seed):
+    observation, total = case
+    scores = torch.rand(observation.statistic.shape, generator=torch.Generator().manual_seed(seed)) + 0.01
+    compressor = made_for("sparsemm", observation, scores=scores.tolist())
+    pages = compressor.plan(observation, total, retrieval=False).num_head_pages.flatten()
+    by_score = pages[scores.flatten().argsort()]
+    assert (by_score.diff() >= 0).all()
+
+
+# Methods that know text from images.
+
+
+@LAWS
+@given(observed(), st.sampled_from(["look-m", "tgv-kv"]))
+def test_text_first_methods_drop_no_text_while_they_keep_an_image(case, name):
+    observation, total = case
+    compressor = made_for(name, observation)
+    plan = compressor.plan(observation, total, retrieval=False)
+    kept, is_text, config = kept_rows(compressor, observation, plan), observation.is_text, compressor.config
+    num_tokens = len(is_text)
+    for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
+        rows = int(plan.num_head_pages[layer, head]) * P
+        recent = max(config.recent_window, int(getattr(config, "recent_share", 0.0) * rows))
+        free = torch.arange(config.num_sink_tokens, num_tokens - recent)
+        mine, text = kept[layer, head, free], is_text[free]
+        assert not (text & ~mine).any() or not (~text & mine).any()
+
+
+@LAWS
+@given(observed(), st.sampled_from([0.0, 0.3, 0.8]))
+def test_look_m_keeps_its_recent_share(case, share):
+    observation, total = case
+    compressor = made_for("look-m", observation, recent_share=share)
+    plan = compressor.plan(observation, total, retrieval=False)
+    kept = kept_rows(compressor, observation, plan)
+    for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
+        recent = int(share * int(plan.num_head_pages[layer, head]) * P)
+        assert kept[layer, head, len(observation.is_text) - recent :].all()
+
+
+@st.composite
+def layers_to_merge(draw):
+    num_tokens = draw(st.integers(1, 60))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    keys, values = torch.randn(2, 2, num_tokens, 8, generator=generator)
+    kept, is_text = torch.rand(2, num_tokens, generator=generator) < 0.3, torch.rand(num_tokens) < 0.3
+    kept[:, 0] = True
+    return keys, values, kept, is_text
+
+
+@LAWS
+@given(layers_to_merge())
+def test_averaged_merging_conserves_the_sum(case):
+    keys, values, kept, is_text = case
+    compressor = make_compressor("look-m", 1, 2, merging="averaged")
+    merged = compressor.merge(keys, values, kept, is_text)
+    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
+    for head in range(2):
+        mine, evicted = kept[head].nonzero().flatten(), (~kept[head] & ~is_text).nonzero().flatten()
+        nearest = (unit[head, evicted] @ unit[head, mine].T).argmax(1)
+        sizes = 1 + torch.bincount(nearest, minlength=len(mine))
+        for before, after in zip((keys, values), merged, strict=True):
+            total = before[head, torch.cat((mine, evicted))].double().sum(0)
+            torch.testing.assert_close(
+                (after[head, mine].double() * sizes[:, None]).sum(0), total, rtol=1e-4, atol=1e-4
+            )
+
+
+@LAWS
+@given(layers_to_merge(), st.sampled_from(["averaged", "pivotal", "weighted"]))
+def test_merging_is_the_published_mean(case, merging):
+    keys, values, kept, is_text = case
+    before = keys.clone(), values.clone()
+    merged = make_compressor("look-m", 1, 2, merging=merging).merge(keys, values, kept, is_text)
+    assert torch.equal(keys, before[0])
+    assert torch.equal(values, before[1])
+    for head in range(2):
+        joined = {int(c): [] for c in kept[head].nonzero()}
+        for e in (~kept[head] & ~is_text).nonzero().flatten().tolist():
+            cosines = {c: torch.cosine_similarity(keys[head, e], keys[head, c], dim=0) for c in joined}
+            target = max(cosines, key=lambda c: float(cosines[c]))
+            joined[target].append((e, max(float(cosines[target]), 0.0)))
+        for rows, after in zip((keys, values), merged, strict=True):
+            for c, members in joined.items():
+                entering = {
+                    "averaged": [rows[head, e] for e, _ in members],
+                    "pivotal": [(rows[head, e] + rows[head, c]) / 2 for e, _ in members],
+                    "weighted": [s * rows[head, e] for e, s in members],
+                }[merging]
+                expected = torch.stack([rows[head, c], *entering]).mean(0)
+                torch.testing.assert_close(after[head, c], expected, rtol=1e-4, atol=1e-5)
+                assert members or torch.equal(after[head, c], rows[head, c])
+
+
+def test_look_m_writes_what_it_merges_to_the_kept_rows():
+    pool, prompt = compressed_pool("look-m", prompt_len=160, budget=0.3)
+    rows = [pool.held_rows(prompt, layer, head) for layer in range(2) for head in range(2)]
+    exact = [(prompt.keys[layer, head], prompt.values[layer, head]) for layer in range(2) for head in range(2)]
+    changed = [~(keys[:, None] == mine[None]).all(-1).any(1) for (keys, _), (mine, _) in zip(rows, exact, strict=True)]
+    assert all(some.any() for some in changed), "each head merges something"
+    assert not all(some.all() for some in changed), "and leaves most text as it is"
+    plain, same = compressed_pool("look-m", prompt_len=160, budget=0.3, merging="none")
+    for layer in range(2):
+        for head in range(2):
+            plain.held_tokens(same, layer, head)
+
+
+@LAWS
+@given(observed())
+def test_madakv_splits_by_preference(case):
+    observation, total = case
+    compressor = made_for("madakv", observation, num_sink_tokens=0, recent_window=0)
+    assert isinstance(compressor, MadaKV)
+    plan = compressor.plan(observation, total, retrieval=False)
+    kept, is_text = kept_rows(compressor, observation, plan), observation.is_text
+    for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
+        rows, salience = int(plan.num_head_pages[layer, head]) * P, observation.salience[layer, head].double()
+        share = float(salience[is_text].sum() / salience.sum()) if salience.sum() > 0 else 0.5
+        num_text = min(max(share * rows, rows - int((~is_text).sum())), int(is_text.sum()))
+        assert abs(int(kept[layer, head, is_text].sum()) - num_text) <= 0.51
+
+
+def test_madakv_gives_layers_that_need_more_tokens_more():
+    salience = torch.full((2, 2, 320), 1e-6)
+    salience[0, :, 30:50] = 0.05  # ten tokens of text and ten of an image hold all
+    salience[1] = 1 / 320
+    observation = PromptObservation(torch.zeros(2, 2), salience, torch.arange(320) < 40, 20)
+    pages = made_for("madakv", observation).plan(observation, 30, retrieval=False).num_head_pages
+    assert pages[0].tolist() == [2, 2]
+    assert pages[1].tolist() == [13, 13]
+
+
+def test_tgv_kv_weighs_layers_by_attention_to_images_and_heads_alike():
+    generator = fresh_generator()
+    compressor = make_compressor("tgv-kv", 1, 2)
+    q, k = torch.randn(6, 4, 32, generator=generator), torch.randn(40, 2, 32, generator=generator)
+    is_text = torch.arange(40) >= 30
+    mass, salience = compressor.score_layer(q, k, k, torch.arange(40), scaling=0.2, is_text=is_text, layer_idx=0)
+    q_HGWD = q.view(6, 2, 2, 32).permute(1, 2, 0, 3)
+    logits = q_HGWD @ k.permute(1, 2, 0)[:, None] * 0.2
+    future = torch.arange(40) > torch.arange(34, 40)[:, None]
+    attention = logits.masked_fill(future, float("-inf")).softmax(-1).mean((0, 1))
+    weights = [attention[i:, 34 + i].mean() for i in range(6)]
+    expected = sum(w * attention[i, :30] for i, w in enumerate(weights))
+    torch.testing.assert_close(salience[:, :30], expected.expand(2, -1))
+    torch.testing.assert_close(mass, attention[:, :30].sum().expand(2))
+
+
+def test_expected_attention_is_the_mean_over_gaussian_queries():
+    """Against sampling: E[exp(q . k)] over queries of the same mean and covariance."""
+    generator = fresh_generator()
+    q, keys = torch.randn(64, 1, 4, generator=generator) * 0.5 + 0.3, torch.randn(20, 1, 4, generator=generator)
+    compressor = make_compressor("expected-attention", 1, 1, num_sink_tokens=0)
+    ones = torch.full_like(keys, 0.5)
+    _, salience = compressor.score_layer(
+        q, keys, ones, torch.arange(20), scaling=0.5, is_text=torch.ones(20).bool(), layer_idx=0
+    )
+    mean, covariance = q[:, 0].mean(0), torch.cov(q[:, 0].T, correction=0)
+    root = torch.linalg.cholesky(covariance)
+    samples = mean + torch.randn(200_000, 4, generator=generator) @ root.T
+    sampled = (samples @ keys[:, 0].T * 0.5).exp().mean(0)
+    torch.testing.assert_close(salience[0], sampled / sampled.sum(), rtol=0.03, atol=1e-3)
+
+
+def test_quest_retrieves_with_every_head_and_prunes_where_it_cannot():
+    observation = PromptObservation(torch.rand(2, 3), torch.rand(2, 3, 160), torch.ones(160).bool(), 10)
+    compressor = made_for("quest", observation)
+    assert compressor.config.chunk_score == "quest"
+    assert compressor.plan(observation, 30, retrieval=True).is_dynamic.all()
+    assert not compressor.plan(observation, 30, retrieval=False).is_dynamic.any()
+
+
+def test_random_agrees_with_itself_and_not_with_another_seed():
+    observation = PromptObservation(torch.zeros(2, 2), torch.zeros(2, 2, 320), torch.arange(320) % 7 == 0, 20)
+    plan = HeadPlan(torch.zeros(2, 2).bool(), torch.full((2, 2), 5))
+    one, two, other = (kept_rows(made_for("random", observation, seed=seed), observation, plan) for seed in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+    assert not torch.equal(one[0, 0], one[0, 1]), "each head draws for itself"
+
+
+def test_full_takes_no_other_budget():
+    with pytest.raises(ValueError):
+        make_compressor("full", 1, 1, budget=0.5)
+
+
+def test_what_a_method_leaves_alone_is_snapkv():
+    class Plain(Compressor):
+        name = "plain"
+
+    observation = PromptObservation(torch.zeros(1, 2), torch.rand(1, 2, 96), torch.ones(96).bool(), 6)
+    plain = Plain(get_compressor("snapkv").config_class())
+    plan = plain.plan(observation, 6, retrieval=True)
+    snapkv = made_for("snapkv", observation)
+    assert torch.equal(kept_rows(plain, observation, plan), kept_rows(snapkv, observation, plan))
