@@ -8,7 +8,7 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve models test test-fast test-sanitize lint format clean
+.PHONY: help setup demo serve models train-tiny test test-fast test-sanitize lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ require-model:
 
 models: $(ENVIRONMENT) ## write the tiny random-weight models of the tests to .models/
 	$(PYTHON) -m benchmarks.models.make_models
+
+TINY = .models/tiny-qwen2_5_vl-scenes
+train-tiny: $(ENVIRONMENT) ## train the tiny vision model of the demo and bench_quality anew, to TINY=folder (half an hour)
+	$(PYTHON) -m benchmarks.models.train_tiny --out $(TINY) $(ARGS)
 
 test: $(ENVIRONMENT) ## all tests: the fast ones first, then those that start SGLang servers
 	$(PYTHON) -m pytest $(ARGS)

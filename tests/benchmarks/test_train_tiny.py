@@ -1,0 +1,123 @@
+"""What the trainer computes by itself is what the served model computes."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.models.scene_model import SPECIAL, build_config, build_tokenizer, encode, save_checkpoint, token_id
+from benchmarks.models.train_tiny import (
+    CellCode,
+    Stage,
+    Trainer,
+    build_model,
+    cell_patches,
+    draw_batch,
+    draw_layout,
+    place_prompt,
+    random_cells,
+    see_cells,
+)
+from benchmarks.scenes import CODES, COLOURS, draw_scene
+from tests.builders import fresh_generator
+
+STAGE = Stage(4, 8, 4, 3, 1.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(fresh_generator())
+
+
+def test_words_of_the_scenes_are_one_token_each():
+    words = [f" {word}" for word in (*CODES, *COLOURS, *range(10), "is")] + [",", "get", "list", "chain", *SPECIAL]
+    assert all(len(encode(word)) == 1 for word in words)
+
+
+def test_any_text_survives_the_tokenizer():
+    text = "list K7 B2, Ünïcode\n<tag> 12345"
+    assert build_tokenizer().decode(encode(text)) == text
+
+
+def test_tower_on_single_cells_is_the_tower(model):
+    grid = random_cells(np.random.default_rng(), 15).reshape(3, 5, 4)
+    patches = cell_patches(grid)
+    pixels = patches.view(-1, 3, 1, 14, 14).expand(-1, 3, 2, 14, 14).reshape(len(patches) * 4, -1)
+    with torch.no_grad():
+        expected = model.model.visual(pixels, grid_thw=torch.tensor([[1, 6, 10]])).pooler_output
+        torch.testing.assert_close(see_cells(model.model.visual, patches), expected, rtol=1e-4, atol=1e-4)
+
+
+def served_positions(ids, **grids):
+    """What SGLang gives a prompt; transformers lets text go on elsewhere after a long video."""
+    from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
+
+    config = build_config()
+    positions, _ = MRotaryEmbedding.get_rope_index(
+        config.vision_config.spatial_merge_size,
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.model_type,
+        config.vision_config.tokens_per_second,
+        input_ids=torch.tensor([ids]),
+        **grids,
+    )
+    return positions[:, 0]
+
+
+@pytest.mark.parametrize("layout", [[(3, 4)], [(3, 4), (7, 2)], [(5, 5)] * 3], ids=str)
+def test_positions_of_images_are_those_of_the_server(layout):
+    ids, positions, _ = place_prompt(layout, None)
+    grids = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in layout])
+    assert torch.equal(served_positions(ids, image_grid_thw=grids), torch.tensor(positions).t())
+
+
+@pytest.mark.parametrize("frame_step", [1, 2, 4])
+def test_positions_of_videos_are_those_of_the_server(frame_step):
+    ids, positions, _ = place_prompt([(6, 5)] * 3, frame_step)
+    seconds = torch.tensor([frame_step / build_config().vision_config.tokens_per_second])
+    served = served_positions(ids, video_grid_thw=torch.tensor([[3, 12, 10]]), second_per_grid_ts=seconds)
+    assert torch.equal(served, torch.tensor(positions).t())
+
+
+def test_codes_of_different_cells_are_far_apart():
+    cells = torch.from_numpy(random_cells(np.random.default_rng(), 200)[0]).unique(dim=0)
+    codes = CellCode(fresh_generator())(cells)
+    distances = torch.cdist(codes, codes).fill_diagonal_(float("inf"))
+    assert distances.min() > 0.99
+
+
+@pytest.mark.parametrize("arrangement", ["coherent", "shuffled", "page"])
+def test_labels_are_the_answers(arrangement):
+    rng = np.random.default_rng()
+    layout, frame_step = draw_layout(rng, STAGE)
+    batch = draw_batch(rng, layout, arrangement, frame_step, STAGE)
+    assert batch.cells.shape[:2] == (STAGE.scenes, len(batch.visual))
+    assert (batch.ids[:, batch.visual] == token_id("<|image_pad|>" if frame_step is None else "<|video_pad|>")).all()
+    conversation, place, following, _ = batch.labels.unbind(1)
+    assert torch.equal(batch.ids[conversation, place + 1], following)
+    ends = (following == token_id("<|im_end|>")).sum()
+    assert ends == STAGE.scenes * STAGE.turns
+
+
+def test_a_few_steps_on_one_batch_reduce_its_loss(model):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    trainer = Trainer(model, CellCode(torch.Generator().manual_seed(0)), 0.05, rng)
+    batch = draw_batch(rng, [(4, 4)], "shuffled", None, STAGE)
+    losses = [trainer.step(batch, 1.0, real=step % 2 == 1)[0] for step in range(10)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_checkpoint_is_loaded_by_transformers(model, tmp_path):
+    from transformers import AutoConfig, AutoTokenizer
+
+    save_checkpoint(model, tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).text_config.num_key_value_heads == 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "get K7"}]}
+    prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    assert tokenizer(prompt)["input_ids"] == list(
+        encode("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>get K7<|im_end|>\n<|im_start|>assistant\n")
+    )
+    assert draw_scene(np.random.default_rng(0), [(2, 2)]).num_visual_tokens == 4
