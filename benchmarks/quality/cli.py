@@ -14,16 +14,17 @@ from benchmarks.provenance import REPOSITORY, run_metadata
 from benchmarks.quality.cases import CONTEXTS, TASKS
 from benchmarks.quality.client import Client, Unreachable
 from benchmarks.quality.presets import PRESETS, Plan, Preset, Variants, build_plan
-from benchmarks.quality.report import write_report
+from benchmarks.quality.report import write_markdown, write_report
 from benchmarks.quality.rows import Row
+from benchmarks.quality.runs import plan_keys
 from benchmarks.quality.servers import (
     CALIBRATION_FILE,
     STOCK,
     ServerSpec,
-    check_calibration,
     check_compressors,
     code_fingerprint,
     model_fingerprint,
+    with_calibration,
 )
 from benchmarks.quality.store import open_store
 from benchmarks.quality.table import RunSettings, run_plan, smoke_verdict
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench_quality report", description="Tables and plots of stored answers.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the answers; the plots go there")
-    parser.add_argument("--markdown", type=Path, help="write the tables here and not to stdout")
+    parser.add_argument("--markdown", type=Path, help="write the tables into this file, not to stdout")
     return parser
 
 
@@ -90,7 +91,8 @@ def parse_variants(text: str | None) -> Variants | None:
         raise ValueError(f"--variants: not valid JSON ({error})") from None
     if not isinstance(variants, dict) or not all(isinstance(config, dict) for config in variants.values()):
         raise ValueError('--variants: expected {"name": {"field": value}}')
-    return {"": {}} | variants
+    defaults: Variants = {"": {}}
+    return defaults | variants
 
 
 def _preset(name: str) -> Preset:
@@ -137,6 +139,8 @@ def served_spec(client: Client) -> ServerSpec:
 def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
     """Check everything that can be checked before a server starts."""
     plan = _plan(args)
+    if not any(plan_keys(args.seed, cells) for _, cells in plan):
+        raise ValueError("--tasks: none of them can be asked of these scenes")
     if args.base_url:
         client = Client(args.base_url, args.model)
         spec = served_spec(client)
@@ -147,9 +151,10 @@ def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
     else:
         check_compressors([spec.compressor for spec, _ in plan])
         args.calibration = args.calibration or args.model_path / CALIBRATION_FILE
-        check_calibration([spec for spec, _ in plan], args.calibration)
-        identity = {"model": model_fingerprint(args.model_path), "seed": args.seed, "code": code_fingerprint()}
-        name = f"{identity['model']}-{args.seed}-{identity['code']}"
+        plan = [(with_calibration(spec, args.calibration), cells) for spec, cells in plan]
+        identity = {"model": model_fingerprint(args.model_path), "seed": args.seed, "dtype": args.dtype}
+        identity["code"] = code_fingerprint()
+        name = "-".join(str(value) for value in identity.values() if value is not None)
     out = args.out or STORES / name
     open_store(out, identity, ignore=("code",) if args.ignore_code_change else ())
     settings = RunSettings(
@@ -204,7 +209,7 @@ def _report(arguments: Sequence[str]) -> int:
     args = _report_parser().parse_args(arguments)
     text, plots = write_report(args.out)
     if args.markdown:
-        args.markdown.write_text(text, encoding="utf-8")
+        write_markdown(text, args.markdown)
     else:
         print(text)
     for path in plots:

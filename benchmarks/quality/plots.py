@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from benchmarks.quality.cases import SECOND_TASKS
 from benchmarks.quality.report import name_of
 from benchmarks.quality.rows import Row
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
@@ -28,7 +29,7 @@ def _figure(columns: int = 1, size: tuple[float, float] = (7.0, 4.5)) -> Any:
 
 
 def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[str, list[tuple[float, float]]]:
-    """Mean exact match over the tasks for each compressor, by place on the horizontal axis."""
+    """Mean exact match over the tasks of each compressor, by place on the horizontal axis."""
     points: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
         if row["compressor"] not in BASELINES and row["budget"] is not None:
@@ -49,6 +50,8 @@ def _mean_match(rows: Sequence[Row]) -> float:
 
 def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], label: str, path: Path) -> Path:
     figure, (axes,) = _figure()
+    axes.set_title(f"{rows[0]['scene']} scenes, {rows[0]['context']:,} visual tokens")
+    rows = _common_tasks(rows)
     for i, (name, curve) in enumerate(_curves(rows, place).items()):
         own = name.split(",")[0] == HYBRIDKV
         style = {"linewidth": 2.5 if own else 1.2, "markersize": 7 if own else 5, "zorder": 3 if own else 2}
@@ -57,14 +60,22 @@ def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], labe
         group = [row for row in rows if row["compressor"] == name]
         if group:
             axes.axhline(_mean_match(group), color="black", linestyle=dashes, linewidth=1, label=name)
-    axes.set(xlabel=label, ylabel="exact match, mean over the tasks", xscale="log", ylim=(-0.03, 1.03))
+    axes.set(xlabel=label, ylabel="exact match, mean over the tasks asked of all", xscale="log", ylim=(-0.03, 1.03))
     ticks = sorted({row["budget"] for row in rows if row["budget"] is not None and row["compressor"] != FULL})
     axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
     axes.minorticks_off()
-    axes.set_title(f"{rows[0]['scene']} scenes, {rows[0]['context']:,} visual tokens")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     return path
+
+
+def _common_tasks(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the tasks that every server was asked; without second questions, which are not about the budget."""
+    asked: dict[tuple[str, float | None], set[str]] = {}
+    for row in rows:
+        asked.setdefault((name_of(row), row["budget"]), set()).add(row["task"])
+    common = set.intersection(*asked.values()) - set(SECOND_TASKS)
+    return [row for row in rows if row["task"] in common]
 
 
 def accuracy_by_budget(rows: Sequence[Row], path: Path) -> Path:

@@ -28,6 +28,7 @@ COMPARED = (
 HEADLINE_BUDGETS = (0.1, 0.05)
 SCENE_TASKS = ("get", "list", "chain", "count", "main")
 HEADLINE_CELL = Cell("coherent", 1600, 120, (*SCENE_TASKS, *SECOND_TASKS))
+PLAIN_CELL = Cell("coherent", 1600, 40, SCENE_TASKS)
 OTHER_CELLS = (
     Cell("coherent", 400, 40, SCENE_TASKS),
     Cell("coherent", 2400, 40, SCENE_TASKS),
@@ -80,14 +81,14 @@ class Preset:
     ----------
     compressors, budgets : every compressor at every budget; stock is always there.
     variants : of hybridkv.
-    cells : asked of stock, of `full` and at HEADLINE_BUDGETS.
-    other_cells : asked at the other budgets.
+    cells : asked of stock, of `full` and at every budget that `cells_at` does not have.
+    cells_at : fewer, by budget.
     """
 
     compressors: tuple[str, ...]
     budgets: tuple[float, ...]
     cells: tuple[Cell, ...]
-    other_cells: tuple[Cell, ...] = ()
+    cells_at: dict[float, tuple[Cell, ...]] = dataclasses.field(default_factory=dict)
     variants: Variants = dataclasses.field(default_factory=lambda: {"": {}})
 
 
@@ -99,7 +100,7 @@ PRESETS = {
         (FULL, *COMPARED),
         (0.1, 0.05, 0.2, 0.5, 1.0),
         (HEADLINE_CELL, *OTHER_CELLS),
-        (dataclasses.replace(HEADLINE_CELL, n=40, tasks=SCENE_TASKS), *OTHER_CELLS),
+        {0.2: (PLAIN_CELL, *OTHER_CELLS), 0.5: (PLAIN_CELL,), 1.0: (PLAIN_CELL,)},
     ),
     "ablation": Preset((FULL, HYBRIDKV), (0.1,), (Cell("coherent", 1600, 60, SCENE_TASKS),), variants=ABLATION),
     "sweep": Preset((FULL, HYBRIDKV), (0.1,), (Cell("coherent", 1600, 40, LOOKUP_KINDS),), variants=SWEEP),
@@ -151,13 +152,12 @@ def build_plan(
         if not 0 < budget <= 1:
             raise ValueError(f"--budgets: expected numbers above 0 and at most 1, got {budget:g}")
     cells = _choose(preset.cells, tasks, scenes, contexts, n)
-    other_cells = _choose(preset.other_cells or preset.cells, tasks, scenes, contexts, n)
     plan: Plan = [(ServerSpec(STOCK), cells)]
     if FULL in names:
         plan.append((ServerSpec(FULL, 1.0), cells))
     for name in sorted((name for name in names if name != FULL), key=lambda name: name != HYBRIDKV):
         for budget in budgets or preset.budgets:
-            own = cells if budget in HEADLINE_BUDGETS or budgets else other_cells
+            own = _choose(preset.cells_at.get(budget, preset.cells), tasks, scenes, contexts, n)
             for variant, config in ((variants or preset.variants) if name == HYBRIDKV else {"": {}}).items():
                 plan.append((ServerSpec(name, budget, config, variant), own))
     return plan

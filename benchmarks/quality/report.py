@@ -13,12 +13,14 @@ from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
 from benchmarks.quality.store import read_answers
 
 DIAGNOSIS_FILES = "diagnose*.jsonl"
+BEGIN = "<!-- written by bench_quality report -->"
+END = "<!-- end of what it writes -->"
 _FIRST = (STOCK, FULL, HYBRIDKV)
 
 
 def name_of(row: Row) -> str:
     """Return compressor and variant in words."""
-    return row["compressor"] + (f", {row['variant']}" if row["variant"] else "")
+    return f"{row['compressor']}, {row['variant']}" if row["variant"] else str(row["compressor"])
 
 
 def _order(row: Row) -> tuple[int, str, str, float]:
@@ -82,6 +84,15 @@ def markdown(rows: Sequence[Row]) -> str:
     for (scene, context), group in tables(rows).items():
         lines += _table(scene, context, group)
     return "\n".join(lines)
+
+
+def write_markdown(text: str, path: Path) -> None:
+    """Write the tables: between the two marks where the file has them, else as the whole file."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    head, start, rest = old.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    marked = bool(start and end)
+    path.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}" if marked else text, encoding="utf-8")
 
 
 def read_diagnosis(path: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.quality.cases import (
@@ -26,14 +27,15 @@ class NotCompressed(RuntimeError):
     """The server answered without compressing, or compressed without being asked to."""
 
 
+@functools.cache
+def _cell_keys(seed: int, cell: Cell) -> list[str]:
+    tasks = [scene_tasks(draw_case(seed, cell, index), cell.tasks) for index in range(cell.n)]
+    return [exchange_key(cell, index, task) for index, asked in enumerate(tasks) for task in asked]
+
+
 def plan_keys(seed: int, cells: Sequence[Cell]) -> list[str]:
     """Return the keys of all questions of some cells."""
-    return [
-        exchange_key(cell, index, task)
-        for cell in cells
-        for index in range(cell.n)
-        for task in scene_tasks(draw_case(seed, cell, index), cell.tasks)
-    ]
+    return [key for cell in cells for key in _cell_keys(seed, cell)]
 
 
 def check_service(spec: ServerSpec, reply: Reply) -> None:
@@ -66,7 +68,7 @@ def score(exchange: Exchange, reply: Reply) -> Answer:
     }
 
 
-@contextmanager
+@contextlib.contextmanager
 def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
     """A pool that, whatever happens, lets requests on their way end and starts no other."""
     pool = ThreadPoolExecutor(max_workers=count)
@@ -98,12 +100,15 @@ def ask_cells(
         What was answered before is in the file.
     """
     stop = threading.Event()
+    # SGLang encodes the images of one batch together, on the CPU with attention that is quadratic in all their patches.
+    new_images = threading.Lock()
 
     def ask_scene(cell: Cell, index: int) -> None:
-        for exchange in make_exchanges(seed, cell, index, file.answers.keys()):
-            if stop.is_set():
-                return
-            reply = client.ask(exchange)
+        for number, exchange in enumerate(make_exchanges(seed, cell, index, file.answers.keys())):
+            with contextlib.nullcontext() if number else new_images:
+                if stop.is_set():
+                    return
+                reply = client.ask(exchange)
             check_service(spec, reply)
             file.append(score(exchange, reply))
             advance()

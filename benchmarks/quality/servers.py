@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -37,12 +38,14 @@ class ServerSpec:
     budget : share of the KV rows; None for stock.
     config : settings other than the defaults.
     variant : name of these settings in an ablation; empty for the defaults.
+    inputs : digest of a file that the settings do not hold, a calibration.
     """
 
     compressor: str
     budget: float | None = None
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     variant: str = ""
+    inputs: str = ""
 
     @property
     def slug(self) -> str:
@@ -50,7 +53,7 @@ class ServerSpec:
         parts = [self.compressor] + ([] if self.budget is None else [f"{self.budget:g}"])
         if self.config:
             parts.append(hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:8])
-        return "-".join(parts)
+        return "-".join(parts + ([self.inputs] if self.inputs else []))
 
     @property
     def label(self) -> str:
@@ -60,12 +63,7 @@ class ServerSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "compressor": self.compressor,
-            "budget": self.budget,
-            "config": self.config,
-            "variant": self.variant,
-        }
+        return dataclasses.asdict(self)
 
 
 def check_compressors(names: Sequence[str]) -> None:
@@ -94,14 +92,16 @@ def launch_config(spec: ServerSpec, calibration: Path | None, dynamic_share: flo
     return config
 
 
-def check_calibration(specs: Sequence[ServerSpec], calibration: Path) -> None:
-    """Raise ValueError when a compressor needs a calibration that is not there."""
-    needed = any(spec.compressor == "sparsemm" and "calibration" not in spec.config for spec in specs)
-    if needed and not calibration.is_file():
+def with_calibration(spec: ServerSpec, calibration: Path) -> ServerSpec:
+    """Return the spec with a digest of the calibration if it needs one; ValueError when that is not there."""
+    if spec.compressor != "sparsemm" or "calibration" in spec.config:
+        return spec
+    if not calibration.is_file():
         raise ValueError(
             f"--calibration: {calibration} is not a file, and sparsemm needs one; "
             "`hybridkv calibrate` makes it, or leave sparsemm out with --compressors"
         )
+    return dataclasses.replace(spec, inputs=hashlib.sha256(calibration.read_bytes()).hexdigest()[:8])
 
 
 def make_server(

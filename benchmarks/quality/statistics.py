@@ -94,7 +94,7 @@ def mcnemar(pairs: Pairs) -> float:
     """Return the two-sided exact p value of McNemar's test; 1 when the servers never differ."""
     n = pairs.first_only + pairs.second_only
     tail: int = sum(math.comb(n, i) for i in range(min(pairs.first_only, pairs.second_only) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, tail * 2.0 ** (1 - n))
 
 
 def coarse_kl(reference: TopLogprobs, other: TopLogprobs) -> float:

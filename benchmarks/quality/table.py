@@ -71,14 +71,19 @@ def _serve(settings: RunSettings, spec: ServerSpec, results: Results) -> Iterato
 
 
 def _ask_spec(
-    settings: RunSettings, spec: ServerSpec, cells: list[Cell], results: Results, advance: Callable[[int], None]
+    settings: RunSettings,
+    spec: ServerSpec,
+    cells: list[Cell],
+    results: Results,
+    advance: Callable[[], None],
+    skip: Callable[[int], None],
 ) -> Answers:
     """Ask a server what its file does not have; it is not started when nothing is left to ask."""
     keys = plan_keys(settings.seed, cells)
     with AnswerFile(settings.out, spec) as file:
-        asked = [key for key in keys if key in file.answers]
-        advance(len(asked))
-        if len(asked) < len(keys):
+        num_kept = sum(key in file.answers for key in keys)
+        skip(num_kept)
+        if num_kept < len(keys):
             with _serve(settings, spec, results) as client:
                 ask_cells(
                     spec,
@@ -87,7 +92,7 @@ def _ask_spec(
                     file,
                     seed=settings.seed,
                     concurrency=settings.concurrency,
-                    advance=lambda: advance(1),
+                    advance=advance,
                 )
         return {key: file.answers[key] for key in keys}
 
@@ -121,12 +126,16 @@ def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None
     results: Results = []
     errors: list[str] = []
     with _progress() as progress:
-        total = sum(len(plan_keys(settings.seed, cells)) for _, cells in plan)
-        bar = progress.add_task("", total=total)
+        bar = progress.add_task("", total=sum(len(plan_keys(settings.seed, cells)) for _, cells in plan))
+
+        def skip(count: int) -> None:
+            # Not as progress: the time left is estimated from the questions that are asked.
+            progress.update(bar, total=(progress.tasks[0].total or 0) - count)
+
         for spec, cells in plan:
             progress.update(bar, description=spec.label)
             try:
-                answers = _ask_spec(settings, spec, cells, results, lambda count: progress.advance(bar, count))
+                answers = _ask_spec(settings, spec, cells, results, lambda: progress.advance(bar), skip)
             except (ServerError, Unreachable, BadAnswer, NotCompressed) as error:
                 errors.append(f"{spec.label}: {error}")
                 print(f"error: {errors[-1]}", file=sys.stderr, flush=True)

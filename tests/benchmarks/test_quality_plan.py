@@ -14,9 +14,9 @@ from benchmarks.quality.presets import PRESETS, build_plan
 from benchmarks.quality.servers import (
     MEASURED,
     ServerSpec,
-    check_calibration,
     launch_config,
     model_fingerprint,
+    with_calibration,
 )
 from sglang_hybridkv.compressors import compressor_names
 
@@ -61,19 +61,26 @@ def test_choices_replace_those_of_the_preset() -> None:
     }
 
 
-def test_placeholders_are_filled_in_before_a_server_starts(tmp_path: Path) -> None:
+def test_placeholders_are_filled_in_before_a_server_starts() -> None:
     neither = ServerSpec("hybridkv", 0.1, {"dynamic_share": MEASURED, "static_weight": "uniform"}, "neither level")
     assert launch_config(neither, None, 0.75)["dynamic_share"] == 0.75
     with pytest.raises(ValueError, match="first"):
         launch_config(neither, None, None)
-    scores = tmp_path / "scores.json"
-    sparsemm = ServerSpec("sparsemm", 0.1)
+
+
+def test_a_calibration_has_to_be_there_and_is_part_of_what_was_asked(tmp_path: Path) -> None:
+    scores, sparsemm, hybridkv = tmp_path / "scores.json", ServerSpec("sparsemm", 0.1), ServerSpec("hybridkv", 0.1)
     with pytest.raises(ValueError, match="hybridkv calibrate"):
-        check_calibration([sparsemm], scores)
-    check_calibration([ServerSpec("hybridkv", 0.1)], scores)
-    scores.write_text("{}")
-    check_calibration([sparsemm], scores)
-    assert launch_config(sparsemm, scores, None)["calibration"] == str(scores)
+        with_calibration(sparsemm, scores)
+    assert with_calibration(hybridkv, scores) == hybridkv
+    seen = set()
+    for content in ("{}", "{ }"):
+        scores.write_text(content)
+        spec = with_calibration(sparsemm, scores)
+        assert launch_config(spec, scores, None)["calibration"] == str(scores)
+        assert ServerSpec(**spec.as_dict()) == spec
+        seen.add(spec.slug)
+    assert len(seen) == 2
 
 
 def test_flags_name_the_compressor() -> None:
@@ -120,6 +127,7 @@ def test_variants_keep_the_defaults_beside_them(tmp_path: Path) -> None:
         (["--scenes", "opera"], ["opera", "coherent"]),
         (["--contexts", "7"], ["7", "1600"]),
         (["--budgets", "0.1,1.5"], ["--budgets", "1.5"]),
+        (["--scenes", "page", "--tasks", "get"], ["--tasks"]),
         (["--n", "0"], ["--n", "0"]),
         (["--seed", "-1"], ["--seed", "-1"]),
         (["--concurrency", "0"], ["--concurrency", "0"]),

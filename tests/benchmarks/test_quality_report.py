@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.quality.cli import main
+from benchmarks.quality.report import BEGIN, END
 from benchmarks.quality.servers import ServerSpec
 from benchmarks.quality.store import AnswerFile
 
@@ -75,3 +76,15 @@ def test_a_broken_diagnosis_is_named(store: Path, capsys: pytest.CaptureFixture[
     (store / "diagnose.jsonl").write_text('{"layer": 0}\n')
     assert main(["report", "--out", str(store)]) == 2
     assert "diagnose.jsonl: line 1 " in capsys.readouterr().err
+
+
+def test_tables_replace_what_stands_between_the_marks(store: Path) -> None:
+    document = store / "quality.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        assert main(["report", "--out", str(store), "--markdown", str(document)]) == 0
+        head, rest = document.read_text().split(BEGIN)
+        written, tail = rest.split(END)
+        assert (head, tail) == ("before\n", "\nafter\n")
+        assert written.count("### ") == 2
+        assert "old" not in written
