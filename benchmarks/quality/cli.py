@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,16 +126,15 @@ def _plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def served_spec(client: Client) -> ServerSpec:
-    """Return what the server at --base-url says about itself; Unreachable when it says nothing."""
-    if client.get("/v1/models") is None:
+def served_spec(client: Client) -> tuple[ServerSpec, str]:
+    """Return what the server at --base-url says about itself, and its model; Unreachable when it says nothing."""
+    models = client.get("/v1/models")
+    if models is None:
         raise Unreachable(f"--base-url: {client.url} has no /v1/models; expected an OpenAI endpoint")
-    info = client.get("/server_info") or {}
-    name = info.get("kv_compressor") or "none"
-    if name == "none":
-        return ServerSpec(STOCK)
-    budget = info.get("kv_compressor_budget")
-    return ServerSpec(name, 0.1 if budget is None else float(budget), variant="as served")
+    model = (models.get("data") or [{}])[0].get("id", client.model)
+    states = (client.get("/server_info") or {}).get("internal_states") or [{}]
+    active = states[0].get("kv_compressor")
+    return ServerSpec(active["name"], active["budget"]) if active else ServerSpec(STOCK), model
 
 
 def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
@@ -142,12 +143,11 @@ def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
     if not any(plan_keys(args.seed, cells) for _, cells in plan):
         raise ValueError("--tasks: none of them can be asked of these scenes")
     if args.base_url:
-        client = Client(args.base_url, args.model)
-        spec = served_spec(client)
-        client.close()
+        with contextlib.closing(Client(args.base_url, args.model)) as client:
+            spec, model = served_spec(client)
         plan = [(spec, plan[0][1])]
-        identity = {"model": f"{args.model} at {client.url}", "seed": args.seed, "code": "served"}
-        name = "served"
+        identity = {"model": model, "seed": args.seed, "dtype": "served", "code": "served"}
+        name = "-".join([re.sub(r"[^\w.]+", "_", model), str(args.seed), "served"])
     else:
         check_compressors([spec.compressor for spec, _ in plan])
         args.calibration = args.calibration or args.model_path / CALIBRATION_FILE

@@ -32,6 +32,8 @@ def _order(row: Row) -> tuple[int, str, str, float]:
 def read_rows(folder: Path) -> list[Row]:
     """Return the rows of everything in a store, baselines first."""
     stored = read_answers(folder)
+    if not stored:
+        raise ValueError(f"--out: {folder} holds no answers; run python -m benchmarks.bench_quality --out first")
     rows = [row for spec, answers in stored for row in make_rows(spec, answers, stored)]
     return sorted(rows, key=_order)
 

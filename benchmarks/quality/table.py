@@ -18,7 +18,7 @@ from benchmarks.quality.presets import Plan
 from benchmarks.quality.rows import Answers, Row, dynamic_share, lookup_share, make_rows
 from benchmarks.quality.runs import NotCompressed, ask_cells, plan_keys
 from benchmarks.quality.servers import HYBRIDKV, STOCK, ServerSpec, launch_config, make_server
-from benchmarks.quality.store import AnswerFile
+from benchmarks.quality.store import AnswerFile, read_answers
 from benchmarks.scenes import LOOKUP_KINDS
 
 SMOKE_MARGIN = 0.03
@@ -125,6 +125,8 @@ def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None
     """
     results: Results = []
     errors: list[str] = []
+    # What this run does not ask again still compares: a running server is measured by itself.
+    earlier = read_answers(settings.out)
     with _progress() as progress:
         bar = progress.add_task("", total=sum(len(plan_keys(settings.seed, cells)) for _, cells in plan))
 
@@ -141,7 +143,7 @@ def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None
                 print(f"error: {errors[-1]}", file=sys.stderr, flush=True)
                 continue
             results.append((spec, answers))
-            emit(make_rows(spec, answers, results))
+            emit(make_rows(spec, answers, [*earlier, *results]))
     return results, errors
 
 

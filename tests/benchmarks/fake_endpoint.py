@@ -49,8 +49,8 @@ class FakeEndpoint:
         """Answer a GET."""
         if path == "/v1/models":
             return {"data": []}
-        name = "hybridkv" if self.record else None
-        return {"kv_compressor": name, "kv_compressor_budget": 0.1} if path == "/server_info" else None
+        state = {"kv_compressor": {"name": "hybridkv", "budget": 0.1}} if self.record else {}
+        return {"internal_states": [state]} if path == "/server_info" else None
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """Answer a chat request."""

@@ -183,6 +183,20 @@ def test_a_running_server_is_measured_as_what_it_is(endpoint, tmp_path, capsys) 
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {(row["compressor"], row["budget"], row["n"]) for row in rows} == {("hybridkv", 0.1, 3)}
     assert all({"commit", "machine", "versions", "model"} <= row.keys() for row in rows)
+    assert {row["delta_full"] for row in rows} == {None}
+
+
+def test_running_servers_of_one_folder_are_compared(endpoint, tmp_path, capsys) -> None:
+    command = [*ARGUMENTS, "--base-url", endpoint.url, "--out", str(tmp_path)]
+    endpoint.record = None
+    assert main(command) == 0
+    endpoint.record = COMPRESSED
+    endpoint.wrong = {"coherent/400/0/chain", "coherent/400/1/chain", "coherent/400/2/chain"}
+    capsys.readouterr()
+    assert main(command) == 0
+    rows = {row["task"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert (rows["chain"]["delta_full"], rows["list"]["delta_full"]) == (-1.0, 0.0)
+    assert (rows["chain"]["top1_agreement"], rows["list"]["top1_agreement"]) == (0.0, 1.0)
 
 
 def test_a_running_server_that_dies_says_how_to_go_on(endpoint, tmp_path, capsys) -> None:

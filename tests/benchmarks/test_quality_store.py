@@ -82,5 +82,4 @@ def test_a_store_that_cannot_be_written_or_read_is_one_sentence(tmp_path: Path) 
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(ValueError, match="cannot be written"):
             open_store(tmp_path / "locked" / "store", {})
-    with pytest.raises(ValueError, match="holds no answers"):
-        read_answers(tmp_path)
+    assert read_answers(tmp_path) == []
