@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.quality.cases import SECOND_TASKS
 from benchmarks.quality.report import name_of
@@ -53,9 +54,11 @@ def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], labe
     axes.set_title(f"{rows[0]['scene']} scenes, {rows[0]['context']:,} visual tokens")
     rows = _common_tasks(rows)
     for i, (name, curve) in enumerate(_curves(rows, place).items()):
+        # Strong colours first, then their pale twins.
+        colour = matplotlib.colormaps["tab20"]((2 * i + i // 10) % 20)
         own = name.split(",")[0] == HYBRIDKV
         style = {"linewidth": 2.5 if own else 1.2, "markersize": 7 if own else 5, "zorder": 3 if own else 2}
-        axes.plot(*zip(*curve, strict=True), marker=MARKERS[i % len(MARKERS)], label=name, **style)
+        axes.plot(*zip(*curve, strict=True), marker=MARKERS[i % len(MARKERS)], color=colour, label=name, **style)
     for name, dashes in zip(BASELINES, ("--", ":"), strict=True):
         group = [row for row in rows if row["compressor"] == name]
         if group:
@@ -109,7 +112,9 @@ def head_maps(heads: Sequence[dict[str, Any]], path: Path) -> Path:
     for axis, (name, total) in zip(axes, maps.items(), strict=True):
         values = np.divide(total, counts, out=np.full(shape, np.nan), where=counts > 0)
         image = axis.imshow(values, vmin=0, vmax=1, cmap=matplotlib.colormaps["viridis"], aspect="auto")
-        axis.set(title=name, xlabel="KV head", xticks=range(shape[1]))
+        axis.set(title=name, xlabel="KV head")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(axes), shrink=0.8)
     figure.savefig(path, dpi=150)

@@ -29,6 +29,9 @@ class FakeEndpoint:
     wrong : keys of questions that it answers wrongly.
     dies_after : answers after which it hangs up; None for never.
     asked : keys of scored questions, in order.
+    before : how many questions were asked before one that is scored.
+    most_new : most requests at once with images that were not seen before.
+    slow : when set, a request takes a while.
     """
 
     def __init__(self, cells: Sequence[Cell], seed: int = 0) -> None:
@@ -36,7 +39,8 @@ class FakeEndpoint:
         self.wrong: set[str] = set()
         self.dies_after: int | None = None
         self.asked: list[str] = []
-        self.before = 0
+        self.before = self.most_new = 0
+        self._images: dict[str, bool] = {}
         self.slow = threading.Event()
         self.url = ""
         self.exchanges = {}
@@ -64,6 +68,17 @@ class FakeEndpoint:
         self.asked.append(exchange.key)
         said = "nothing of the kind" if exchange.key in self.wrong else exchange.question.answer
         return self._answer(said, exchange.forced or "", forced or [])
+
+    @contextlib.contextmanager
+    def looking(self, messages: list[dict[str, Any]]) -> Iterator[None]:
+        """Keep count of the images that are being looked at for the first time."""
+        image = messages[0]["content"][0]["image_url"]["url"]
+        self._images.setdefault(image, True)
+        self.most_new = max(self.most_new, sum(self._images.values()))
+        if self.slow.is_set():
+            threading.Event().wait(0.2)
+        yield
+        self._images[image] = False
 
     def _answer(self, said: str, forced: str, write: list[int]) -> dict[str, Any]:
         tokens = [chr(i) for i in write] + [*said.replace(" ", " \0").split("\0"), END_OF_TURN]
@@ -96,9 +111,9 @@ def _handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
                 return self._send({"tokens": [ord(c) for c in body["prompt"]]})
             if endpoint.dies_after is not None and len(endpoint.asked) >= endpoint.dies_after:
                 return self.connection.close()
-            if endpoint.slow.is_set():
-                threading.Event().wait(0.2)
-            self._send(endpoint.chat(body))
+            with endpoint.looking(body["messages"]):
+                answer = endpoint.chat(body)
+            self._send(answer)
 
         def log_message(self, *_: Any) -> None:
             """Keep the test's output clean."""

@@ -78,6 +78,12 @@ def test_every_question_is_asked_once_and_scored(launched, endpoint, settings) -
     assert endpoint.before == 2 * 3
 
 
+def test_images_are_new_to_the_server_one_scene_at_a_time(launched, endpoint, settings) -> None:
+    endpoint.slow.set()
+    run(settings, HYBRIDKV)
+    assert endpoint.most_new == 1
+
+
 def test_rows_have_the_keys_of_the_contract_in_order(launched, settings) -> None:
     rows, _, _ = run(settings, ServerSpec("stock"), HYBRIDKV)
     for row in rows:
