@@ -22,6 +22,8 @@ HYBRIDKV = "hybridkv"
 MEASURED = "measured"
 """As `dynamic_share`: the share of dynamic heads that the default settings gave on the same prompts."""
 MIN_PROMPT_TOKENS = 64
+READY_SECONDS = 900.0
+"""A table runs for hours, maybe beside other work: a slow start is no reason to leave a server out."""
 CALIBRATION_FILE = "visual_head_scores.json"
 SOURCES = ("sglang_hybridkv", "hybridkv_kernels", "hybridkv_patches")
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
@@ -119,7 +121,7 @@ def make_server(
     )
     flags = [*recipe.flags, "--enable-custom-logit-processor"]
     flags += compression_flags(spec.budget, config, spec.compressor)
-    return Server(model, flags, recipe.env, log_dir=log_dir, name=spec.slug)
+    return Server(model, flags, recipe.env, log_dir=log_dir, name=spec.slug, ready_seconds=READY_SECONDS)
 
 
 def model_fingerprint(model: Path) -> str:
