@@ -8,7 +8,7 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve models train-tiny test test-fast test-sanitize lint format clean
+.PHONY: help setup demo serve quality models train-tiny test test-fast test-sanitize lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ serve: require-model $(ENVIRONMENT) ## serve MODEL=path with compression; ARGS="
 .PHONY: require-model
 require-model:
 	@test -n "$(MODEL)" || { echo "make serve: say which model, for instance: make serve MODEL=path/to/model" >&2; exit 2; }
+
+quality: $(ENVIRONMENT) ## exact answers of compressed servers beside stock; ARGS="--preset smoke --json" for the short one
+	$(PYTHON) -m benchmarks.bench_quality $(ARGS)
 
 models: $(ENVIRONMENT) ## write the tiny random-weight models of the tests to .models/
 	$(PYTHON) -m benchmarks.models.make_models

@@ -89,11 +89,13 @@ def engine_flags(
     )
 
 
-def compression_flags(budget: float | None, config: dict[str, Any] | None = None) -> list[str]:
+def compression_flags(
+    budget: float | None, config: dict[str, Any] | None = None, compressor: str = "hybridkv"
+) -> list[str]:
     """Return the flags that turn compression on; none of them for budget None (a stock server)."""
     if budget is None:
         return []
-    flags = ["--kv-compressor", "hybridkv", "--kv-compressor-budget", str(budget)]
+    flags = ["--kv-compressor", compressor, "--kv-compressor-budget", str(budget)]
     return flags + (["--kv-compressor-config", json.dumps(config)] if config else [])
 
 

@@ -1,0 +1,228 @@
+"""Command line of bench_quality."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import end_on_sigterm
+from benchmarks.provenance import REPOSITORY, run_metadata
+from benchmarks.quality.cases import CONTEXTS, TASKS
+from benchmarks.quality.client import Client, Unreachable
+from benchmarks.quality.presets import PRESETS, Plan, Preset, Variants, build_plan
+from benchmarks.quality.report import write_markdown, write_report
+from benchmarks.quality.rows import Row
+from benchmarks.quality.runs import plan_keys
+from benchmarks.quality.servers import (
+    CALIBRATION_FILE,
+    STOCK,
+    ServerSpec,
+    check_compressors,
+    code_fingerprint,
+    model_fingerprint,
+    with_calibration,
+)
+from benchmarks.quality.store import open_store
+from benchmarks.quality.table import RunSettings, run_plan, smoke_verdict
+from benchmarks.scenes import ARRANGEMENTS
+
+TINY_MODEL = REPOSITORY / "benchmarks" / "models" / "tiny-qwen2_5_vl-scenes"
+STORES = REPOSITORY / ".cache" / "quality"
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def _listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [convert(word.strip()) for word in text.split(",") if word.strip()]
+
+    parse.__name__ = f"comma-separated list of {convert.__name__}"
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench_quality",
+        description="Ask servers with and without compression the same questions; `report --out DIR` draws the result.",
+    )
+    parser.add_argument("--preset", default="headline", help=f"{', '.join(PRESETS)} (default: headline)")
+    parser.add_argument("--compressors", type=_listed(str), help="in place of the preset's; stock is always asked")
+    parser.add_argument("--budgets", type=_listed(float), help="shares of the KV rows, such as 0.1,0.05")
+    parser.add_argument("--tasks", type=_listed(str), help=", ".join(TASKS))
+    parser.add_argument("--scenes", type=_listed(str), help=", ".join(ARRANGEMENTS))
+    parser.add_argument("--contexts", type=_listed(int), help="visual tokens: " + ", ".join(map(str, CONTEXTS)))
+    parser.add_argument("--n", type=int, help="scenes of each cell")
+    parser.add_argument("--variants", help='settings of hybridkv by name, {"name": {"theta": 0.8}}: JSON or @file')
+    parser.add_argument(
+        "--model-path", type=Path, default=TINY_MODEL, help="checkpoint (default: the trained tiny one)"
+    )
+    parser.add_argument("--base-url", help="ask a server that runs already, in place of starting some")
+    parser.add_argument("--model", default="default", help="name of the model at --base-url")
+    parser.add_argument("--calibration", type=Path, help=f"of sparsemm (default: {CALIBRATION_FILE} beside the model)")
+    parser.add_argument("--dtype", help="as SGLang's --dtype")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
+    parser.add_argument("--out", type=Path, help="answers; what is there is not asked again (default: .cache/quality/)")
+    parser.add_argument("--ignore-code-change", action="store_true", help="go on with answers of an older version")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row; else a readable line a row")
+    return parser
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench_quality report", description="Tables and plots of stored answers.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the answers; the plots go there")
+    parser.add_argument("--markdown", type=Path, help="write the tables into this file, not to stdout")
+    return parser
+
+
+def parse_variants(text: str | None) -> Variants | None:
+    """Return the settings of --variants by name; ValueError in one sentence."""
+    if text is None:
+        return None
+    try:
+        variants = json.loads(Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text)
+    except OSError as error:
+        raise ValueError(f"--variants: {text[1:]} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--variants: not valid JSON ({error})") from None
+    if not isinstance(variants, dict) or not all(isinstance(config, dict) for config in variants.values()):
+        raise ValueError('--variants: expected {"name": {"field": value}}')
+    defaults: Variants = {"": {}}
+    return defaults | variants
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"--preset: {name!r} is unknown; legal: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    if args.concurrency < 1:
+        raise ValueError(f"--concurrency: expected at least 1, got {args.concurrency}")
+    if args.n is not None and args.n < 1:
+        raise ValueError(f"--n: expected at least 1, got {args.n}")
+    if args.seed < 0:
+        raise ValueError(f"--seed: expected at least 0, got {args.seed}")
+
+    def given(values: list[Any] | None) -> tuple[Any, ...] | None:
+        return tuple(values) if values else None
+
+    return build_plan(
+        _preset(args.preset),
+        compressors=args.compressors,
+        budgets=args.budgets,
+        tasks=given(args.tasks),
+        scenes=given(args.scenes),
+        contexts=given(args.contexts),
+        n=args.n,
+        variants=parse_variants(args.variants),
+    )
+
+
+def served_spec(client: Client) -> tuple[ServerSpec, str]:
+    """Return what the server at --base-url says about itself, and its model; Unreachable when it says nothing."""
+    models = client.get("/v1/models")
+    if models is None:
+        raise Unreachable(f"--base-url: {client.url} has no /v1/models; expected an OpenAI endpoint")
+    model = (models.get("data") or [{}])[0].get("id", client.model)
+    states = (client.get("/server_info") or {}).get("internal_states") or [{}]
+    active = states[0].get("kv_compressor")
+    return ServerSpec(active["name"], active["budget"]) if active else ServerSpec(STOCK), model
+
+
+def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
+    """Check everything that can be checked before a server starts."""
+    plan = _plan(args)
+    if not any(plan_keys(args.seed, cells) for _, cells in plan):
+        raise ValueError("--tasks: none of them can be asked of these scenes")
+    if args.base_url:
+        with contextlib.closing(Client(args.base_url, args.model)) as client:
+            spec, model = served_spec(client)
+        plan = [(spec, plan[0][1])]
+        identity = {"model": model, "seed": args.seed, "dtype": "served", "code": "served"}
+        name = "-".join([re.sub(r"[^\w.]+", "_", model), str(args.seed), "served"])
+    else:
+        check_compressors([spec.compressor for spec, _ in plan])
+        args.calibration = args.calibration or args.model_path / CALIBRATION_FILE
+        plan = [(with_calibration(spec, args.calibration), cells) for spec, cells in plan]
+        identity = {"model": model_fingerprint(args.model_path), "seed": args.seed, "dtype": args.dtype}
+        identity["code"] = code_fingerprint()
+        name = "-".join(str(value) for value in identity.values() if value is not None)
+    out = args.out or STORES / name
+    open_store(out, identity, ignore=("code",) if args.ignore_code_change else ())
+    settings = RunSettings(
+        out=out,
+        seed=args.seed,
+        concurrency=args.concurrency,
+        model=None if args.base_url else args.model_path,
+        dtype=args.dtype,
+        calibration=args.calibration,
+        base_url=args.base_url,
+        served_model=args.model,
+    )
+    return settings, plan
+
+
+def _emitter(args: argparse.Namespace) -> Callable[[list[Row]], None]:
+    origin = run_metadata() | {"model": args.model if args.base_url else args.model_path.name, "seed": args.seed}
+
+    def emit(rows: list[Row]) -> None:
+        for row in rows:
+            known = ", ".join(f"{key} {value}" for key, value in row.items() if value not in (None, "", {}))
+            print(json.dumps(row | origin) if args.json else known, flush=True)
+
+    return emit
+
+
+def _measure(arguments: Sequence[str]) -> int:
+    args = _parser().parse_args(arguments)
+    settings, plan = _prepare(args)
+    try:
+        results, errors = run_plan(settings, plan, _emitter(args))
+    except (KeyboardInterrupt, SystemExit):
+        print(f"interrupted: the answers so far are in {settings.out}; run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    if errors:
+        count = f"{len(errors)} of {len(plan)} servers"
+        print(
+            f"error: {count} could not be measured (see above); the answers so far are in {settings.out}, "
+            "run the same command to go on",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    if args.preset == "smoke" and not args.base_url:
+        verdict = smoke_verdict(results)
+        if verdict:
+            print(f"failed: {verdict}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    args = _report_parser().parse_args(arguments)
+    text, plots = write_report(args.out)
+    if args.markdown:
+        write_markdown(text, args.markdown)
+    else:
+        print(text)
+    for path in plots:
+        print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, or report; return the exit status: 1 a failed smoke test, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end_on_sigterm()
+    try:
+        return _report(arguments[1:]) if arguments[:1] == ["report"] else _measure(arguments)
+    except (ValueError, Unreachable, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT

@@ -1,0 +1,121 @@
+"""Plots of result rows: accuracy against budget, accuracy against memory, maps of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.quality.cases import SECOND_TASKS
+from benchmarks.quality.report import name_of
+from benchmarks.quality.rows import Row
+from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
+
+BASELINES = (STOCK, FULL)
+MARKERS = "osD^v<>Pp*XhHd"
+
+
+def _figure(columns: int = 1, size: tuple[float, float] = (7.0, 4.5)) -> Any:
+    # The module's own state stays untouched: no window system is asked for, no figure is kept.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[str, list[tuple[float, float]]]:
+    """Mean exact match over the tasks of each compressor, by place on the horizontal axis."""
+    points: dict[str, dict[float, list[Row]]] = {}
+    for row in rows:
+        if row["compressor"] not in BASELINES and row["budget"] is not None:
+            points.setdefault(name_of(row), {}).setdefault(row["budget"], []).append(row)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, by_budget in points.items():
+        for budget in sorted(by_budget):
+            group = by_budget[budget]
+            places = [where for where in map(place, group) if where is not None]
+            if places:
+                curves.setdefault(name, []).append((float(np.mean(places)), _mean_match(group)))
+    return curves
+
+
+def _mean_match(rows: Sequence[Row]) -> float:
+    return float(np.mean([row["exact_match"] for row in rows]))
+
+
+def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], label: str, path: Path) -> Path:
+    figure, (axes,) = _figure()
+    axes.set_title(f"{rows[0]['scene']} scenes, {rows[0]['context']:,} visual tokens")
+    rows = _common_tasks(rows)
+    for i, (name, curve) in enumerate(_curves(rows, place).items()):
+        # Strong colours first, then their pale twins.
+        colour = matplotlib.colormaps["tab20"]((2 * i + i // 10) % 20)
+        own = name.split(",")[0] == HYBRIDKV
+        style = {"linewidth": 2.5 if own else 1.2, "markersize": 7 if own else 5, "zorder": 3 if own else 2}
+        axes.plot(*zip(*curve, strict=True), marker=MARKERS[i % len(MARKERS)], color=colour, label=name, **style)
+    for name, dashes in zip(BASELINES, ("--", ":"), strict=True):
+        group = [row for row in rows if row["compressor"] == name]
+        if group:
+            axes.axhline(_mean_match(group), color="black", linestyle=dashes, linewidth=1, label=name)
+    axes.set(xlabel=label, ylabel="exact match, mean over the tasks asked of all", xscale="log", ylim=(-0.03, 1.03))
+    ticks = sorted({row["budget"] for row in rows if row["budget"] is not None and row["compressor"] != FULL})
+    axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _common_tasks(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the tasks that every server was asked; without second questions, which are not about the budget."""
+    asked: dict[tuple[str, float | None], set[str]] = {}
+    for row in rows:
+        asked.setdefault((name_of(row), row["budget"]), set()).add(row["task"])
+    common = set.intersection(*asked.values()) - set(SECOND_TASKS)
+    return [row for row in rows if row["task"] in common]
+
+
+def accuracy_by_budget(rows: Sequence[Row], path: Path) -> Path:
+    """Draw exact match against the budget, a curve a compressor, stock and full as lines."""
+    return _draw_curves(rows, lambda row: row["budget"], "budget", path)
+
+
+def accuracy_by_memory(rows: Sequence[Row], path: Path) -> Path:
+    """Draw exact match against the measured share of stock's device KV."""
+    return _draw_curves(rows, lambda row: row["resident_ratio"], "device KV, share of stock", path)
+
+
+def head_maps(heads: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Draw a map of layers and KV heads for the share of dynamic prompts and for each statistic.
+
+    Parameters
+    ----------
+    heads : rows of benchmarks.diagnose, one or more a head; several are averaged.
+    """
+    names = list(heads[0]["statistics"])
+    shape = (1 + max(head["layer"] for head in heads), 1 + max(head["kv_head"] for head in heads))
+    maps = {"dynamic": np.zeros(shape)} | {name: np.zeros(shape) for name in names}
+    counts = np.zeros(shape)
+    for head in heads:
+        where = head["layer"], head["kv_head"]
+        counts[where] += 1
+        maps["dynamic"][where] += head["is_dynamic"]
+        for name in names:
+            maps[name][where] += head["statistics"][name]
+    figure, axes = _figure(len(maps), (2.6, 3.2))
+    for axis, (name, total) in zip(axes, maps.items(), strict=True):
+        values = np.divide(total, counts, out=np.full(shape, np.nan), where=counts > 0)
+        image = axis.imshow(values, vmin=0, vmax=1, cmap=matplotlib.colormaps["viridis"], aspect="auto")
+        axis.set(title=name, xlabel="KV head")
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(axes), shrink=0.8)
+    figure.savefig(path, dpi=150)
+    return path

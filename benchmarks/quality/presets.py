@@ -1,0 +1,163 @@
+"""Named tables: which servers are asked which prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.cases import SECOND_TASKS, Cell
+from benchmarks.quality.servers import FULL, HYBRIDKV, MEASURED, STOCK, ServerSpec
+from benchmarks.scenes import LOOKUP_KINDS
+
+COMPARED = (
+    "hybridkv",
+    "snapkv",
+    "look-m",
+    "madakv",
+    "sparsemm",
+    "quest",
+    "adakv",
+    "pyramidkv",
+    "tgv-kv",
+    "expected-attention",
+    "random",
+)
+HEADLINE_BUDGETS = (0.1, 0.05)
+SCENE_TASKS = ("get", "list", "chain", "count", "main")
+HEADLINE_CELL = Cell("coherent", 1600, 120, (*SCENE_TASKS, *SECOND_TASKS))
+PLAIN_CELL = Cell("coherent", 1600, 40, SCENE_TASKS)
+OTHER_CELLS = (
+    Cell("coherent", 400, 40, SCENE_TASKS),
+    Cell("coherent", 2400, 40, SCENE_TASKS),
+    Cell("shuffled", 1600, 40, SCENE_TASKS),
+    Cell("page", 1600, 40, ("read",)),
+)
+
+Variants = dict[str, dict[str, Any]]
+"""Settings of hybridkv by name; "" are the defaults."""
+
+ABLATION: Variants = {
+    "": {},
+    "all static": {"theta": 0.0},
+    "all dynamic": {"theta": 1.01},
+    "no head level": {"static_weight": "uniform"},
+    # Every head the same budget: the dynamic ones together get their share of the heads. It differs a little from
+    # prompt to prompt; the mean over the prompts stands for it.
+    "neither level": {"static_weight": "uniform", "dynamic_share": MEASURED},
+}
+STATISTICS = ("sparsity", "top_mass", "hit_cv", "stability", "capture")
+
+
+def _one_at_a_time(**values: Sequence[Any]) -> Variants:
+    return {f"{name} {value}": {name: value} for name, choices in values.items() for value in choices}
+
+
+SWEEP: Variants = {
+    "": {},
+    **{
+        f"{statistic} at {theta}": {"statistic": statistic, "theta": theta}
+        for statistic, theta in itertools.product(STATISTICS, (0.3, 0.5, 0.7, 0.9))
+    },
+    **_one_at_a_time(
+        theta=(0.5, 0.7, 0.8, 0.95),
+        dynamic_share=(0.2, 0.4, 0.5, 0.7),
+        chunk_score=("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max"),
+        page_size=(8, 16, 32),
+        static_weight=("sparsity", "density", "uniform"),
+        text_share=(0.25, 0.5, 0.75, 1.0),
+        pool_kernel=(1, 5, 9),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A table.
+
+    Attributes
+    ----------
+    compressors, budgets : every compressor at every budget; stock is always there.
+    variants : of hybridkv.
+    cells : asked of stock, of `full` and at every budget that `cells_at` does not have.
+    cells_at : fewer, by budget.
+    """
+
+    compressors: tuple[str, ...]
+    budgets: tuple[float, ...]
+    cells: tuple[Cell, ...]
+    cells_at: dict[float, tuple[Cell, ...]] = dataclasses.field(default_factory=dict)
+    variants: Variants = dataclasses.field(default_factory=lambda: {"": {}})
+
+
+PRESETS = {
+    # For continuous integration: lookups only, and few enough for five minutes on two busy cores.
+    "smoke": Preset((HYBRIDKV,), (0.1,), (Cell("coherent", 1600, 32, LOOKUP_KINDS),)),
+    "headline": Preset((FULL, *COMPARED), HEADLINE_BUDGETS, (HEADLINE_CELL,)),
+    "full": Preset(
+        (FULL, *COMPARED),
+        (0.1, 0.05, 0.2, 0.5, 1.0),
+        (HEADLINE_CELL, *OTHER_CELLS),
+        {0.2: (PLAIN_CELL, *OTHER_CELLS), 0.5: (PLAIN_CELL,), 1.0: (PLAIN_CELL,)},
+    ),
+    "ablation": Preset((FULL, HYBRIDKV), (0.1,), (Cell("coherent", 1600, 60, SCENE_TASKS),), variants=ABLATION),
+    "sweep": Preset((FULL, HYBRIDKV), (0.1,), (Cell("coherent", 1600, 40, LOOKUP_KINDS),), variants=SWEEP),
+}
+
+Plan = list[tuple[ServerSpec, list[Cell]]]
+
+
+def _choose(
+    cells: Sequence[Cell],
+    tasks: tuple[str, ...] | None,
+    scenes: tuple[str, ...] | None,
+    contexts: tuple[int, ...] | None,
+    n: int | None,
+) -> list[Cell]:
+    """Return the preset's cells with the user's choices in their place; cells that it does not have are made."""
+    known = {(cell.scene, cell.context): cell for cell in cells}
+    chosen = []
+    for scene in scenes or dict.fromkeys(scene for scene, _ in known):
+        for context in contexts or [size for name, size in known if name == scene] or [1600]:
+            default = Cell(scene, context, 40, ("read",) if scene == "page" else SCENE_TASKS)
+            cell = known.get((scene, context), default)
+            chosen.append(dataclasses.replace(cell, tasks=tasks or cell.tasks, n=n or cell.n))
+    return chosen
+
+
+def build_plan(
+    preset: Preset,
+    *,
+    compressors: Sequence[str] | None = None,
+    budgets: Sequence[float] | None = None,
+    tasks: tuple[str, ...] | None = None,
+    scenes: tuple[str, ...] | None = None,
+    contexts: tuple[int, ...] | None = None,
+    n: int | None = None,
+    variants: Variants | None = None,
+) -> Plan:
+    """Return the servers in the order in which they run, each with its cells.
+
+    Baselines come first, hybridkv next: the rows of the others compare with them.
+
+    Parameters
+    ----------
+    preset : what is not given otherwise.
+    compressors, budgets, tasks, scenes, contexts, n, variants : in place of the preset's.
+    """
+    names = [name for name in (compressors or preset.compressors) if name != STOCK]
+    for budget in budgets or ():
+        if not 0 < budget <= 1:
+            raise ValueError(f"--budgets: expected numbers above 0 and at most 1, got {budget:g}")
+    cells = _choose(preset.cells, tasks, scenes, contexts, n)
+    plan: Plan = [(ServerSpec(STOCK), cells)]
+    if FULL in names:
+        plan.append((ServerSpec(FULL, 1.0), cells))
+    for name in sorted((name for name in names if name != FULL), key=lambda name: name != HYBRIDKV):
+        for budget in budgets or preset.budgets:
+            own = _choose(preset.cells_at.get(budget, preset.cells), tasks, scenes, contexts, n)
+            for variant, config in ((variants or preset.variants) if name == HYBRIDKV else {"": {}}).items():
+                plan.append((ServerSpec(name, budget, config, variant), own))
+    return plan

@@ -1,0 +1,126 @@
+"""Tables and plots of the answers in a store, or of result rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.cases import TASKS
+from benchmarks.quality.rows import Row, make_rows
+from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
+from benchmarks.quality.store import read_answers
+
+DIAGNOSIS_FILES = "diagnose*.jsonl"
+BEGIN = "<!-- written by bench_quality report -->"
+END = "<!-- end of what it writes -->"
+_FIRST = (STOCK, FULL, HYBRIDKV)
+
+
+def name_of(row: Row) -> str:
+    """Return compressor and variant in words."""
+    return f"{row['compressor']}, {row['variant']}" if row["variant"] else str(row["compressor"])
+
+
+def _order(row: Row) -> tuple[int, str, str, float]:
+    name = row["compressor"]
+    rank = _FIRST.index(name) if name in _FIRST else len(_FIRST)
+    return rank, name, row["variant"], -(row["budget"] or 1.0)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Return the rows of everything in a store, baselines first."""
+    stored = read_answers(folder)
+    if not stored:
+        raise ValueError(f"--out: {folder} holds no answers; run python -m benchmarks.bench_quality --out first")
+    rows = [row for spec, answers in stored for row in make_rows(spec, answers, stored)]
+    return sorted(rows, key=_order)
+
+
+def tables(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    """Group rows by scene and context: one table each."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["scene"], row["context"], _order(row))):
+        groups.setdefault((row["scene"], row["context"]), []).append(row)
+    return groups
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    worse = row["delta_full_high"] is not None and row["delta_full_high"] < 0
+    return f"{row['exact_match']:.3f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" + (" ▼" if worse else "")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(scene: str, context: int, rows: Sequence[Row]) -> list[str]:
+    tasks = sorted({row["task"] for row in rows}, key=TASKS.index)
+    servers: dict[tuple[str, float | None], dict[str, Row]] = {}
+    for row in rows:
+        servers.setdefault((name_of(row), row["budget"]), {})[row["task"]] = row
+    tokens = sorted({row["prompt_tokens"] for row in rows})
+    between = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
+    lines = [f"### {scene} scenes, {context:,} visual tokens ({between} prompt tokens)", ""]
+    lines.append(_line(["compressor", "budget", "n", *tasks, "resident"]))
+    lines.append(_line(["---"] * (4 + len(tasks))))
+    for (name, budget), by_task in servers.items():
+        resident = next((row["resident_ratio"] for row in by_task.values() if row["resident_ratio"]), None)
+        counts = sorted({row["n"] for row in by_task.values()})
+        n = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        cells = [_cell(by_task.get(task)) for task in tasks]
+        lines.append(_line([name, "" if budget is None else f"{budget:g}", n, *cells, _percent(resident)]))
+    return [*lines, ""]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return all tables. Exact match with its 95 % Wilson interval; ▼ where it is below full, paired, at 95 %."""
+    lines: list[str] = []
+    for (scene, context), group in tables(rows).items():
+        lines += _table(scene, context, group)
+    return "\n".join(lines)
+
+
+def write_markdown(text: str, path: Path) -> None:
+    """Write the tables: between the two marks where the file has them, else as the whole file."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    head, start, rest = old.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    marked = bool(start and end)
+    path.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}" if marked else text, encoding="utf-8")
+
+
+def read_diagnosis(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of one run of benchmarks.diagnose that describe a head; ValueError names file and line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if isinstance(row["layer"], int) and isinstance(row["kv_head"], int):
+                rows.append({"is_dynamic": row["is_dynamic"], "statistics": row["statistics"], **row})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: line {number} is not a row of benchmarks.diagnose ({error})") from None
+    return rows
+
+
+def write_report(folder: Path) -> tuple[str, list[Path]]:
+    """Draw all plots into the store's folder; return the tables and the plots' paths."""
+    from benchmarks.quality import plots
+
+    rows = read_rows(folder)
+    paths = []
+    for (scene, context), group in tables(rows).items():
+        paths.append(plots.accuracy_by_budget(group, folder / f"accuracy-{scene}-{context}.png"))
+        paths.append(plots.accuracy_by_memory(group, folder / f"memory-{scene}-{context}.png"))
+    for path in sorted(folder.glob(DIAGNOSIS_FILES)):
+        heads = read_diagnosis(path)
+        if heads:
+            paths.append(plots.head_maps(heads, folder / f"heads-{path.stem}.png"))
+    return markdown(rows), paths

@@ -1,0 +1,120 @@
+"""Ask every server its questions: concurrent, resumable, with proof that each prompt was compressed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+from benchmarks.quality.cases import (
+    Cell,
+    Exchange,
+    draw_case,
+    exchange_key,
+    make_exchanges,
+    scene_tasks,
+    words_right,
+)
+from benchmarks.quality.client import Client, Reply
+from benchmarks.quality.servers import STOCK, ServerSpec
+from benchmarks.quality.store import Answer, AnswerFile
+
+
+class NotCompressed(RuntimeError):
+    """The server answered without compressing, or compressed without being asked to."""
+
+
+@functools.cache
+def _cell_keys(seed: int, cell: Cell) -> list[str]:
+    tasks = [scene_tasks(draw_case(seed, cell, index), cell.tasks) for index in range(cell.n)]
+    return [exchange_key(cell, index, task) for index, asked in enumerate(tasks) for task in asked]
+
+
+def plan_keys(seed: int, cells: Sequence[Cell]) -> list[str]:
+    """Return the keys of all questions of some cells."""
+    return [key for cell in cells for key in _cell_keys(seed, cell)]
+
+
+def check_service(spec: ServerSpec, reply: Reply) -> None:
+    """Raise NotCompressed unless the request was served as the spec says."""
+    if spec.compressor == STOCK:
+        if reply.record is not None:
+            raise NotCompressed("the stock server says that a compressor is active")
+    elif reply.record is None:
+        raise NotCompressed(f"{spec.label}: the answer carries no proof that the prompt was compressed")
+    elif not reply.record["compressed"]:
+        raise NotCompressed(
+            f"{spec.label}: a prompt of {reply.prompt_tokens} tokens was served dense ({reply.record['reason']})"
+        )
+
+
+def score(exchange: Exchange, reply: Reply) -> Answer:
+    """Return the line that is kept of an answer."""
+    question, said = exchange.question, reply.text.strip()
+    return {
+        "key": exchange.key,
+        "question": question.text,
+        "answer": question.answer,
+        "said": said,
+        "right": said == question.answer,
+        "partial": words_right(said, question),
+        "prompt_tokens": reply.prompt_tokens,
+        "record": reply.record,
+        "tokens": reply.tokens,
+        "top": reply.top,
+    }
+
+
+@contextlib.contextmanager
+def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
+    """A pool that, whatever happens, lets requests on their way end and starts no other."""
+    pool = ThreadPoolExecutor(max_workers=count)
+    try:
+        yield pool
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def ask_cells(
+    spec: ServerSpec,
+    cells: Sequence[Cell],
+    client: Client,
+    file: AnswerFile,
+    *,
+    seed: int,
+    concurrency: int,
+    advance: Callable[[], Any],
+) -> None:
+    """Ask a running server whatever its file does not have yet.
+
+    The questions about one scene are asked one after the other, so that the radix tree has its images; scenes run
+    concurrently.
+
+    Raises
+    ------
+    Unreachable, BadAnswer, NotCompressed
+        What was answered before is in the file.
+    """
+    stop = threading.Event()
+    # SGLang encodes the images of one batch together, on the CPU with attention that is quadratic in all their patches.
+    new_images = threading.Lock()
+
+    def ask_scene(cell: Cell, index: int) -> None:
+        for number, exchange in enumerate(make_exchanges(seed, cell, index, file.answers.keys())):
+            with contextlib.nullcontext() if number else new_images:
+                if stop.is_set():
+                    return
+                reply = client.ask(exchange)
+            check_service(spec, reply)
+            file.append(score(exchange, reply))
+            advance()
+
+    with _workers(concurrency, stop) as pool:
+        futures = [pool.submit(ask_scene, cell, index) for cell in cells for index in range(cell.n)]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()

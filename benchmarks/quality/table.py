@@ -1,0 +1,161 @@
+"""Run a plan: start each server, ask it, print its rows; what fails is told at the end, what was answered is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.harness import ServerError
+from benchmarks.quality.cases import Cell
+from benchmarks.quality.client import BadAnswer, Client, Unreachable
+from benchmarks.quality.presets import Plan
+from benchmarks.quality.rows import Answers, Row, dynamic_share, lookup_share, make_rows
+from benchmarks.quality.runs import NotCompressed, ask_cells, plan_keys
+from benchmarks.quality.servers import HYBRIDKV, STOCK, ServerSpec, launch_config, make_server
+from benchmarks.quality.store import AnswerFile, read_answers
+from benchmarks.scenes import LOOKUP_KINDS
+
+SMOKE_MARGIN = 0.03
+SMOKE_LEAST = 0.5
+"""Stock must get this share right, or a comparison with it says nothing."""
+
+Results = list[tuple[ServerSpec, Answers]]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all servers of a run share.
+
+    Attributes
+    ----------
+    out : folder of the answers.
+    model : checkpoint; None with `base_url`.
+    base_url, served_model : a server that runs already, and its name for the model.
+    """
+
+    out: Path
+    seed: int
+    concurrency: int
+    model: Path | None = None
+    dtype: str | None = None
+    calibration: Path | None = None
+    base_url: str | None = None
+    served_model: str = "default"
+
+
+@contextlib.contextmanager
+def _serve(settings: RunSettings, spec: ServerSpec, results: Results) -> Iterator[Client]:
+    """Yield a client of the spec's server, which is stopped afterwards unless the user started it."""
+    with contextlib.ExitStack() as stack:
+        url = settings.base_url
+        if url is None:
+            assert settings.model is not None, "a run has a model or a server"
+            plain = next((a for s, a in results if s == ServerSpec(HYBRIDKV, spec.budget)), {})
+            config = launch_config(spec, settings.calibration, dynamic_share(plain))
+            server = make_server(
+                spec,
+                settings.model,
+                config,
+                dtype=settings.dtype,
+                log_dir=settings.out / "logs",
+                concurrency=settings.concurrency,
+            )
+            url = stack.enter_context(server).url
+        yield stack.enter_context(contextlib.closing(Client(url, settings.served_model)))
+
+
+def _ask_spec(
+    settings: RunSettings,
+    spec: ServerSpec,
+    cells: list[Cell],
+    results: Results,
+    advance: Callable[[], None],
+    skip: Callable[[int], None],
+) -> Answers:
+    """Ask a server what its file does not have; it is not started when nothing is left to ask."""
+    keys = plan_keys(settings.seed, cells)
+    with AnswerFile(settings.out, spec) as file:
+        num_kept = sum(key in file.answers for key in keys)
+        skip(num_kept)
+        if num_kept < len(keys):
+            with _serve(settings, spec, results) as client:
+                ask_cells(
+                    spec,
+                    cells,
+                    client,
+                    file,
+                    seed=settings.seed,
+                    concurrency=settings.concurrency,
+                    advance=advance,
+                )
+        return {key: file.answers[key] for key in keys}
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # rich would move lines from a redirected stdout to the terminal of stderr.
+    return Progress(
+        *columns, console=Console(stderr=True), speed_estimate_period=300, redirect_stdout=sys.stdout.isatty()
+    )
+
+
+def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None]) -> tuple[Results, list[str]]:
+    """Run all servers, one after the other.
+
+    Parameters
+    ----------
+    emit : takes the rows of each server when it is done.
+
+    Returns
+    -------
+    Answers of the servers that were asked everything, and one sentence for each of the others.
+    """
+    results: Results = []
+    errors: list[str] = []
+    # What this run does not ask again still compares: a running server is measured by itself.
+    earlier = read_answers(settings.out)
+    with _progress() as progress:
+        bar = progress.add_task("", total=sum(len(plan_keys(settings.seed, cells)) for _, cells in plan))
+
+        def skip(count: int) -> None:
+            # Not as progress: the time left is estimated from the questions that are asked.
+            progress.update(bar, total=(progress.tasks[0].total or 0) - count)
+
+        for spec, cells in plan:
+            progress.update(bar, description=spec.label)
+            try:
+                answers = _ask_spec(settings, spec, cells, results, lambda: progress.advance(bar), skip)
+            except (ServerError, Unreachable, BadAnswer, NotCompressed) as error:
+                errors.append(f"{spec.label}: {error}")
+                print(f"error: {errors[-1]}", file=sys.stderr, flush=True)
+                continue
+            results.append((spec, answers))
+            emit(make_rows(spec, answers, [*earlier, *results]))
+    return results, errors
+
+
+def smoke_verdict(results: Results) -> str | None:
+    """Return why the smoke test fails, in a sentence; None when it passes."""
+    shares = {spec.compressor: lookup_share(answers, LOOKUP_KINDS).value for spec, answers in results}
+    stock, ours = shares[STOCK], shares[HYBRIDKV]
+    if stock < SMOKE_LEAST:
+        return f"stock answers only {100 * stock:.1f} % of the lookups: the model is not fit for a comparison"
+    if ours < stock - SMOKE_MARGIN:
+        return (
+            f"{HYBRIDKV} answers {100 * ours:.1f} % of the lookups, stock {100 * stock:.1f} %: "
+            f"more than {100 * SMOKE_MARGIN:g} points below"
+        )
+    return None

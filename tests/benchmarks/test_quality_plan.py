@@ -1,0 +1,149 @@
+"""Which servers a preset starts, with which settings, and what the command line refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import compression_flags
+from benchmarks.quality.cases import TASKS
+from benchmarks.quality.cli import main, parse_variants
+from benchmarks.quality.presets import PRESETS, build_plan
+from benchmarks.quality.servers import (
+    MEASURED,
+    ServerSpec,
+    launch_config,
+    model_fingerprint,
+    with_calibration,
+)
+from sglang_hybridkv.compressors import compressor_names
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_baselines_come_first_then_hybridkv_and_no_server_twice(preset) -> None:
+    plan = build_plan(preset)
+    specs = [spec for spec, _ in plan]
+    assert specs[0] == ServerSpec("stock")
+    others = [spec.compressor for spec in specs if spec.compressor not in ("stock", "full", "hybridkv")]
+    assert [spec.compressor for spec in specs][-len(others) :] == others or not others
+    assert len({spec.slug for spec in specs}) == len(specs)
+    assert all(cells for _, cells in plan)
+
+
+def test_every_server_is_asked_at_most_what_stock_is_asked() -> None:
+    for preset in PRESETS.values():
+        (_, asked), *others = build_plan(preset)
+        scenes = {(cell.scene, cell.context): cell for cell in asked}
+        for _, cells in others:
+            for cell in cells:
+                baseline = scenes[cell.scene, cell.context]
+                assert cell.n <= baseline.n
+                assert set(cell.tasks) <= set(baseline.tasks)
+
+
+def test_headline_cells_have_the_sample_that_was_promised() -> None:
+    for spec, cells in build_plan(PRESETS["full"]):
+        for cell in cells:
+            headline = (cell.scene, cell.context) == ("coherent", 1600) and spec.budget in (0.1, 0.05)
+            assert cell.n >= (120 if headline else 40)
+
+
+def test_choices_replace_those_of_the_preset() -> None:
+    plan = build_plan(
+        PRESETS["headline"], compressors=["snapkv"], budgets=[0.3], tasks=("get",), scenes=("page", "coherent"), n=2
+    )
+    assert [spec.label for spec, _ in plan] == ["stock", "snapkv 0.3"]
+    assert {(cell.scene, cell.n, cell.tasks) for _, cells in plan for cell in cells} == {
+        ("page", 2, ("get",)),
+        ("coherent", 2, ("get",)),
+    }
+
+
+def test_placeholders_are_filled_in_before_a_server_starts() -> None:
+    neither = ServerSpec("hybridkv", 0.1, {"dynamic_share": MEASURED, "static_weight": "uniform"}, "neither level")
+    assert launch_config(neither, None, 0.75)["dynamic_share"] == 0.75
+    with pytest.raises(ValueError, match="first"):
+        launch_config(neither, None, None)
+
+
+def test_a_calibration_has_to_be_there_and_is_part_of_what_was_asked(tmp_path: Path) -> None:
+    scores, sparsemm, hybridkv = tmp_path / "scores.json", ServerSpec("sparsemm", 0.1), ServerSpec("hybridkv", 0.1)
+    with pytest.raises(ValueError, match="hybridkv calibrate"):
+        with_calibration(sparsemm, scores)
+    assert with_calibration(hybridkv, scores) == hybridkv
+    seen = set()
+    for content in ("{}", "{ }"):
+        scores.write_text(content)
+        spec = with_calibration(sparsemm, scores)
+        assert launch_config(spec, scores, None)["calibration"] == str(scores)
+        assert ServerSpec(**spec.as_dict()) == spec
+        seen.add(spec.slug)
+    assert len(seen) == 2
+
+
+def test_flags_name_the_compressor() -> None:
+    assert compression_flags(0.2, {"a": 1}, "snapkv") == [
+        "--kv-compressor",
+        "snapkv",
+        "--kv-compressor-budget",
+        "0.2",
+        "--kv-compressor-config",
+        '{"a": 1}',
+    ]
+    assert compression_flags(0.2)[1] == "hybridkv"
+    assert compression_flags(None, None, "snapkv") == []
+
+
+def test_fingerprint_follows_weights_and_config_but_not_the_calibration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3 << 20))
+    seen = [model_fingerprint(tmp_path)]
+    (tmp_path / "visual_head_scores.json").write_text("{}")
+    assert model_fingerprint(tmp_path) == seen[0]
+    for change in (b"x" + bytes((3 << 20) - 1), bytes((3 << 20) - 1) + b"x", bytes(3 << 20) + b"\0"):
+        weights.write_bytes(change)
+        seen.append(model_fingerprint(tmp_path))
+    (tmp_path / "config.json").write_text("{ }")
+    seen.append(model_fingerprint(tmp_path))
+    assert len(set(seen)) == 5
+
+
+def test_variants_keep_the_defaults_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "variants.json"
+    path.write_text('{"low": {"theta": 0.1}}')
+    assert parse_variants(f"@{path}") == parse_variants(path.read_text()) == {"": {}, "low": {"theta": 0.1}}
+    assert parse_variants(None) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "huge"], ["--preset", "huge", *PRESETS]),
+        (["--compressors", "zip"], ["--compressors", "zip", "stock", *compressor_names()]),
+        (["--tasks", "dance"], ["dance", *TASKS]),
+        (["--scenes", "opera"], ["opera", "coherent"]),
+        (["--contexts", "7"], ["7", "1600"]),
+        (["--budgets", "0.1,1.5"], ["--budgets", "1.5"]),
+        (["--scenes", "page", "--tasks", "get"], ["--tasks"]),
+        (["--n", "0"], ["--n", "0"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--concurrency", "0"], ["--concurrency", "0"]),
+        (["--variants", "{"], ["--variants", "JSON"]),
+        (["--variants", json.dumps({"a": 1})], ["--variants"]),
+        (["--variants", "@nowhere.json"], ["--variants", "nowhere.json"]),
+        (["--preset", "smoke", "--model-path", "nowhere"], ["--model-path", "nowhere", "config.json"]),
+        (["--preset", "smoke", "--out", "/dev/null"], ["--out", "/dev/null"]),
+        (["--base-url", "http://127.0.0.1:9"], ["127.0.0.1:9", "does not answer"]),
+        (["--base-url", "nonsense"], ["nonsense", "does not answer"]),
+        (["report", "--out", "nowhere"], ["--out", "nowhere", "no answers"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(arguments, words, capsys) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert [word for word in words if str(word) not in captured.err] == []

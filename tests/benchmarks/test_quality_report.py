@@ -1,0 +1,90 @@
+"""Tables and plots come from the answers in a store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.quality.cli import main
+from benchmarks.quality.report import BEGIN, END
+from benchmarks.quality.servers import ServerSpec
+from benchmarks.quality.store import AnswerFile
+
+COMPRESSORS = {"stock": [None], "full": [1.0], "hybridkv": [0.1, 0.5], "snapkv": [0.1, 0.5]}
+RIGHT = {"stock": 10, "full": 10, "hybridkv": 9, "snapkv": 1}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Answers of four servers to ten scenes each of two kinds."""
+    for name, budgets in COMPRESSORS.items():
+        for budget in budgets:
+            record = None if budget is None else {"resident_ratio": budget + 0.02, "host_bytes": 9}
+            with AnswerFile(tmp_path, ServerSpec(name, budget)) as file:
+                for scene, task in (("coherent", "get"), ("coherent", "list"), ("page", "read")):
+                    for i in range(10):
+                        key = f"{scene}/1600/{i}/{task}"
+                        right = i < RIGHT[name]
+                        answer = {"key": key, "right": right, "partial": float(right), "prompt_tokens": 1613}
+                        file.append(answer | {"record": record, "tokens": ["a"], "top": [{"a": -0.1}]})
+    return tmp_path
+
+
+def test_tables_have_a_line_a_server_and_a_column_a_task(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--out", str(store)]) == 0
+    text = capsys.readouterr().out
+    coherent, page = text.split("### ")[1:]
+    assert "| compressor | budget | n | get | list | resident |" in coherent
+    assert "| compressor | budget | n | read | resident |" in page
+    lines = [line for line in coherent.splitlines() if line.startswith("| ")][2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| stock", ""],
+        ["| full", "1"],
+        ["| hybridkv", "0.5"],
+        ["| hybridkv", "0.1"],
+        ["| snapkv", "0.5"],
+        ["| snapkv", "0.1"],
+    ]
+    assert "0.900 [0.60, 0.98]" in lines[3]
+    assert "12.0 %" in lines[3]
+    # One of ten is within chance, nine of ten are not.
+    assert ["▼" in line for line in lines] == [False] * 4 + [True] * 2
+
+
+def test_plots_are_pictures_with_something_in_them(store: Path) -> None:
+    heads = [
+        {"layer": layer, "kv_head": head, "is_dynamic": bool(head), "statistics": {"sparsity": 0.5, "capture": 0.1}}
+        for layer in range(3)
+        for head in range(2)
+    ]
+    mean = {"layer": "mean", "kv_head": "mean"}
+    (store / "diagnose-0.1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*heads, mean]))
+    assert main(["report", "--out", str(store), "--markdown", str(store / "tables.md")]) == 0
+    assert (store / "tables.md").read_text().count("### ") == 2
+    names = {"accuracy-coherent-1600", "memory-coherent-1600", "accuracy-page-1600", "memory-page-1600"}
+    pictures = {path.stem: path for path in store.glob("*.png")}
+    assert set(pictures) == names | {"heads-diagnose-0.1"}
+    for path in pictures.values():
+        with Image.open(path) as picture:
+            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 8
+
+
+def test_a_broken_diagnosis_is_named(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (store / "diagnose.jsonl").write_text('{"layer": 0}\n')
+    assert main(["report", "--out", str(store)]) == 2
+    assert "diagnose.jsonl: line 1 " in capsys.readouterr().err
+
+
+def test_tables_replace_what_stands_between_the_marks(store: Path) -> None:
+    document = store / "quality.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        assert main(["report", "--out", str(store), "--markdown", str(document)]) == 0
+        head, rest = document.read_text().split(BEGIN)
+        written, tail = rest.split(END)
+        assert (head, tail) == ("before\n", "\nafter\n")
+        assert written.count("### ") == 2
+        assert "old" not in written
