@@ -162,11 +162,15 @@ def _in_words(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return "one of " + ", ".join(json.dumps(value) for value in schema["enum"])
     words = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
-    bounds = " and ".join(f"{word} {schema[key]:g}" for key, word in words.items() if key in schema)
+    bounds = " and ".join(f"{word} {_plain(schema[key])}" for key, word in words.items() if key in schema)
     if "minimum" in schema and schema["minimum"] == schema.get("maximum"):
-        bounds = f"equal to {schema['minimum']:g}"
+        bounds = f"equal to {_plain(schema['minimum'])}"
     kind = _KINDS.get(schema.get("type", ""), "a value of another shape")
     return f"{kind} {bounds}".rstrip()
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _load(text: str | dict | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any, NoReturn
 
@@ -191,7 +192,7 @@ def _fields_in_words(config_class: type[CompressorConfig], known: dict[str, Any]
     for name, field in config_class.model_fields.items():
         if name in known and known[name] == defaults[name]:
             continue
-        default = f"default {defaults[name]}" if name in defaults else "required"
+        default = f"default {json.dumps(defaults[name])}" if name in defaults else "required"
         meaning = "" if name in known else f": {field.description}"
         words.append(f"{name} ({legal_values(name, config_class)}; {default}){meaning}")
     return ". ".join(words) + "." if words else ""

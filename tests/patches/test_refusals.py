@@ -5,9 +5,11 @@ import pytest
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
+from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt.settings import Settings
+from tests.builders import make_calibration
 
 SETTINGS = Settings("hybridkv", HybridKVConfig())
 DEFAULTS = {field.name: getattr(ServerArgs(model_path="m"), field.name) for field in msgspec.structs.fields(ServerArgs)}
@@ -101,3 +103,15 @@ def test_other_models_are_refused_with_the_list(architecture):
         refusals.check_model(model(architecture), SETTINGS)
     assert architecture in str(caught.value)
     assert ", ".join(refusals.ARCHITECTURES) in str(caught.value)
+
+
+def test_a_compressor_that_does_not_fit_the_model_is_refused_before_anything_is_loaded(tmp_path):
+    config_class = get_compressor("sparsemm").config_class
+    missing = Settings("sparsemm", config_class(calibration=str(tmp_path / "none.json")))
+    with pytest.raises(ValueError, match="none.json' cannot be read: No such file"):
+        refusals.check_model(model("LlamaForCausalLM"), missing)
+    foreign = Settings("sparsemm", config_class(calibration=str(make_calibration(tmp_path / "c.json", 2, 5))))
+    with pytest.raises(ValueError, match="2 layers of 5 KV heads, the model to serve has 2 of 2"):
+        refusals.check_model(model("LlamaForCausalLM"), foreign)
+    fitting = Settings("sparsemm", config_class(calibration=str(make_calibration(tmp_path / "c.json", 2, 2))))
+    refusals.check_model(model("LlamaForCausalLM"), fitting)

@@ -121,6 +121,7 @@ def test_help_explains_every_flag_and_field():
     assert "theta (a number at least 0 and at most 1.01; default 0.9): threshold" in words
     assert "calibration (a text; required): path" in words
     assert "Of quest, new or with another default: chunk_score" in words
+    assert "host_store_bytes (an integer at least 0 or null; default null): bytes" in words
 
 
 def test_refusal_raises_into_a_python_caller():

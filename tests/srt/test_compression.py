@@ -12,7 +12,8 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
-from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.compressors import get_compressor
+from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.spans import VisualSpan
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.compression import Compression, visual_spans
@@ -24,7 +25,7 @@ P, LAYERS, HEADS = 8, 2, 2
 NUM_HEADS = LAYERS * HEADS
 
 
-def make_compression(num_pages=60, host_pages=40, **config):
+def make_compression(num_pages=60, host_pages=40, name="hybridkv", **config):
     pool = HybridTokenToKVPool(
         size=num_pages * P,
         page_size=P,
@@ -38,8 +39,10 @@ def make_compression(num_pages=60, host_pages=40, **config):
     )
     allocator = HybridAllocator(num_pages * P, P, torch.float32, "cpu", pool, False)
     values = {"budget": 0.4, "page_size": P, "min_prompt_tokens": 2 * P, "min_head_pages": 1}
-    values["host_store_bytes"] = host_pages * pool.page_bytes
-    settings = Settings("hybridkv", HybridKVConfig(**values | config))
+    config_class = get_compressor(name).config_class
+    if issubclass(config_class, RetrievalConfig):
+        values["host_store_bytes"] = host_pages * pool.page_bytes
+    settings = Settings(name, config_class(**values | config))
     return Compression(settings, pool, allocator, num_rows=7, max_context=400)
 
 
@@ -184,6 +187,16 @@ def test_the_record_counts_every_page_of_the_request():
     held = compression.held()
     assert (held.device, held.stock) == (6 * compression.pool.page_bytes, 11 * compression.pool.page_bytes)
     assert compression.server_info()["compressed_requests"] == 1
+
+
+def test_without_retrieval_a_request_holds_its_budget_and_no_host_memory():
+    compression = make_compression(name="snapkv", budget=0.4)
+    assert compression.store.num_pages == 0
+    req = prepared(compression, prompt_len=10 * P)
+    assert not compression.ledger.get(1).retrieval
+    commit(compression, req, num_dynamic=0)
+    info = compression.request_info(req)
+    assert (info["resident_ratio"], info["host_bytes"], info["dynamic_heads"]) == (0.4, 0, 0)
 
 
 def test_a_retraction_before_the_commit_is_not_an_answer():

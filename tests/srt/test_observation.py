@@ -11,7 +11,7 @@ from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.geometry import prompt_geometry
 from sglang_hybridkv.spans import VisualSpan
 from sglang_hybridkv.srt.observation import PromptObserver
-from tests.builders import LAWS, fresh_generator, make_reservation
+from tests.builders import LAWS, fresh_generator, make_compressor, make_reservation
 
 LAYERS, W = 2, 8
 
@@ -134,3 +134,30 @@ def test_scores_are_those_of_the_text_after_the_last_image(spans, rows):
         torch.testing.assert_close((statistic[layer], salience[layer]), expected)
     assert not observer.is_final(4)
     assert not observer.is_interested(4)
+
+
+def test_methods_of_the_last_window_observe_it_whatever_it_shows():
+    observer = PromptObserver(make_compressor("snapkv", LAYERS, 2, observation_rows=W), LAYERS)
+    generator = fresh_generator()
+    q, keys = torch.randn(64, 4, 16, generator=generator), torch.randn(64, 2, 16, generator=generator)
+    observer.begin(4, reservation(spans=(VisualSpan(10, 60, "image"),)))
+    for _ in range(LAYERS):
+        observer.score(4, observer.keep_tail(4, 0, q, 0), keys, keys, torch.arange(64), 0.25)
+    _, _, salience = observer.finish(4)
+    torch.testing.assert_close(salience[0], score_heads(q[-W:], keys, scaling=0.25)[1])
+
+
+def test_methods_are_told_which_tokens_are_text_and_which_layer_it_is():
+    seen = []
+
+    class Spy(HybridKV):
+        def score_layer(self, *args, is_text, layer_idx, **kwargs):
+            seen.append((is_text.tolist(), layer_idx))
+            return super().score_layer(*args, is_text=is_text, layer_idx=layer_idx, **kwargs)
+
+    observer, q = PromptObserver(Spy(HybridKVConfig()), LAYERS), torch.randn(64, 4, 16, generator=fresh_generator())
+    observer.begin(4, reservation(spans=(VisualSpan(10, 59, "image"),)))
+    for layer in range(LAYERS):
+        observer.score(4, observer.keep_tail(4, layer, q, 0), q[:, :2], q[:, :2], torch.arange(64), 0.25)
+    mask = [not 10 <= token < 59 for token in range(64)]
+    assert seen == [(mask, 0), (mask, 1)]
