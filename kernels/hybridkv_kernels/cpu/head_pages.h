@@ -12,12 +12,24 @@ static inline int64_t head_page(const Args& a, int64_t row, int64_t linear) {
   return ((inside / a.num_kv_heads) * a.pages_per_layer + page) * a.num_kv_heads + inside % a.num_kv_heads;
 }
 
-// Summary vector `vector` of a dynamic head: K page, V page, next K page.
+// Summary vectors of one dynamic head: K page, V page, next K page. It keeps the address of the half it read last, for
+// those who read in order.
 template <typename Storage, int D, typename Args>
-static inline const Storage* summary(const Args& a, int64_t row, int64_t head, int64_t vector) {
-  const int64_t page = head_page(a, row, a.first_summary_page[head] + vector / (2 * a.page_size));
-  const void* half = vector / a.page_size % 2 ? a.v_flat : a.k_flat;
-  return static_cast<const Storage*>(half) + (page * a.page_size + vector % a.page_size) * D;
-}
+struct Summaries {
+  const Args& a;
+  int64_t row, head;
+  int64_t half = -1;
+  const Storage* rows = nullptr;
+
+  const Storage* operator()(int64_t vector) {
+    const int64_t wanted = vector / a.page_size;
+    if (wanted != half) {
+      const int64_t page = head_page(a, row, a.first_summary_page[head] + wanted / 2);
+      rows = static_cast<const Storage*>(wanted % 2 ? a.v_flat : a.k_flat) + page * a.page_size * D;
+      half = wanted;
+    }
+    return rows + (vector - wanted * a.page_size) * D;
+  }
+};
 
 }  // namespace HK_NAMESPACE

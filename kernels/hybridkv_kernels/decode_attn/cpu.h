@@ -85,7 +85,7 @@ void decode_attn(const DecodeArgs& a) {
   const int64_t layer_offset = int64_t(a.layer_idx) * a.pages_per_layer * a.page_size * a.num_kv_heads * D;
   const Storage *k_rows = k_pages + layer_offset, *v_rows = v_pages + layer_offset;
   const int group = a.num_q_heads / a.num_kv_heads;
-  const int vectors = a.estimate_vectors;
+  const int64_t vectors = a.estimate_vectors;
 
   std::vector<std::vector<int32_t>> absent(size_t(a.batch) * a.num_kv_heads);
 #pragma omp parallel for schedule(dynamic) num_threads(a.num_threads) if (vectors > 0)
@@ -141,17 +141,14 @@ void decode_attn(const DecodeArgs& a) {
     if (unit.end <= exact) continue;
     const auto& chunks = absent[size_t(unit.request) * a.num_kv_heads + unit.kv_head];
     const auto mean_key = [&](int64_t i) {
-      const int64_t part = i - exact;
-      return summary<Storage, D>(a, row, head, int64_t(chunks[size_t(part / vectors)]) * 2 * vectors + part % vectors);
+      const int64_t part = i - exact, chunk = chunks[size_t(part / vectors)];
+      return chunk * 2 * vectors + part % vectors;
     };
-    const auto mean_value = [&](int64_t i) {
-      const int64_t part = i - exact;
-      return summary<Storage, D>(a, row, head,
-                                 (int64_t(chunks[size_t(part / vectors)]) * 2 + 1) * vectors + part % vectors);
-    };
+    Summaries<Storage, D, DecodeArgs> keys{a, row, head}, values{a, row, head};
     // A mean stands for this many equal logits, whose sum of exponentials is exp(logit + log(tokens)).
-    split.attend(std::max(unit.begin, exact), unit.end, mean_key, mean_value,
-                 std::log(float(a.page_size) / float(vectors)));
+    const float bonus = std::log(float(a.page_size) / float(vectors));
+    split.attend(std::max(unit.begin, exact), unit.end, [&](int64_t i) { return keys(mean_key(i)); },
+                 [&](int64_t i) { return values(mean_key(i) + vectors); }, bonus);
   }
 
   auto* out = static_cast<Storage*>(a.out);

@@ -48,12 +48,13 @@ struct DynamicHead {
     for (int i = 0; i < group * D; ++i) q[i] = T::load(q_src[i]);
     for (int g = 0; g < group; ++g) q_norm[g] = std::sqrt(dot<D>(q + g * D, q + g * D));
     const bool is_box = a.chunk_score == HK_QUEST || a.chunk_score == HK_ARKVALE;
+    Summaries<Storage, D, RetrieveArgs> summary{a, row, head};
     for (int64_t c = 0; c < num_chunks; ++c) {
       float score = -std::numeric_limits<float>::infinity();
       const int64_t first = c * a.stored_vectors;
       for (int64_t v = first; v < first + a.summary_vectors; v += is_box ? 2 : 1) {
-        load_row<T, D>(summary<Storage, D>(a, row, head, v), low);
-        if (is_box) load_row<T, D>(summary<Storage, D>(a, row, head, v + 1), high);
+        load_row<T, D>(summary(v), low);
+        if (is_box) load_row<T, D>(summary(v + 1), high);
         score = std::max(score, chunk_score<D>(a, q, q_norm, group, low, high));
       }
       // NaN has no order, and std::nth_element leaves the array without one.
