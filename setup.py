@@ -12,7 +12,7 @@ setup(
             # from the first one, and those of isa_scalar run on any machine.
             sources=[f"{KERNELS}/cpu/{name}.cpp" for name in ("module", "isa_scalar", "isa_avx2", "isa_avx512")],
             depends=[
-                *(f"{KERNELS}/cpu/{name}" for name in ("args.h", "vec.h", "isa.inc")),
+                *(f"{KERNELS}/cpu/{name}" for name in ("args.h", "head_pages.h", "vec.h", "isa.inc")),
                 *(f"{KERNELS}/{op}/cpu.h" for op in ("decode_attn", "retrieve_chunks", "score_heads")),
             ],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],

@@ -184,6 +184,20 @@ class HeadPageTable:
             checks.check_range(f"table.first_head_page[{row}]", self.first_head_page[row, layer_idx], limit)
             checks.check_range(f"table.num_head_pages[{row}]", ends, limit)
 
+    def check_summaries(self, req_rows: torch.Tensor, layer_idx: int, num_vectors: int, views: HeadPageViews) -> None:
+        """The same for the residency map of their dynamic heads, and for summaries of `num_vectors` a chunk."""
+        for row in req_rows.tolist():
+            heads = self.is_dynamic[row, layer_idx].nonzero().squeeze(1)
+            if len(heads) == 0:
+                continue
+            num_chunks = int(self.num_chunks[row])
+            ids = self.buffer_page_ids(row, layer_idx, heads, self.num_head_pages[row, layer_idx, heads])
+            checks.check_range(f"views.chunk_of_head_page[{row}]", views.chunk_of_head_page[ids], num_chunks)
+            pages = -(-num_chunks * num_vectors // (2 * self.layout.page_size))
+            limit = int(self.num_pages[row]) * self.layout.head_pages_per_page - pages + 1
+            first = self.first_summary_page[row, layer_idx, heads]
+            checks.check_range(f"table.first_summary_page[{row}]", first, limit)
+
     def clear_all(self) -> None:
         """Make every row dense."""
         for tensor in (self.num_pages, self.covered, self.num_chunks, self.num_head_pages, self.is_dynamic):

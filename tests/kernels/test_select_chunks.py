@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hybridkv_kernels.select_chunks import (
     CHUNK_SCORES,
+    ESTIMATING_SCORES,
     forced_chunks,
     select_chunks,
     summarize_chunks,
@@ -93,6 +94,19 @@ def test_finer_means_are_the_means_of_the_parts_in_their_order(buffer, chunk_sco
     for part, start in enumerate(range(0, 8, 8 // vectors)):
         torch.testing.assert_close(summaries[:, :, part], keys[:, :, start : start + 8 // vectors].mean(2))
     torch.testing.assert_close(summaries.mean(2), summarize_chunks(keys, "mean_max")[:, :, 0])
+
+
+@LAWS
+@given(buffers(), st.sampled_from(ESTIMATING_SCORES))
+def test_mean_values_follow_the_keys_and_are_of_the_same_parts(buffer, chunk_score):
+    keys, vectors = buffer[0], summary_vectors(chunk_score)
+    values = keys.flip(0, 1, 2, 3) * 3 + 1
+    summaries = summarize_chunks(keys, chunk_score, values)
+    assert summaries.shape[2] == summary_vectors(chunk_score, estimate=True) == 2 * vectors
+    assert torch.equal(summaries[:, :, :vectors], summarize_chunks(keys, chunk_score))
+    for part, start in enumerate(range(0, 8, 8 // vectors)):
+        expected = values[:, :, start : start + 8 // vectors].mean(2)
+        torch.testing.assert_close(summaries[:, :, vectors + part], expected)
 
 
 @LAWS
@@ -218,6 +232,20 @@ def test_bad_arguments_are_named(name, bad):
 def test_bad_chunks_are_named(k, chunk_score, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
         summarize_chunks(k, chunk_score)
+
+
+@pytest.mark.parametrize(
+    "v",
+    [
+        torch.zeros(2, 5, 8),
+        torch.zeros(2, 5, 4, 4),
+        torch.zeros(2, 5, 8, 4, dtype=torch.float16),
+        torch.zeros(2, 5, 8, 4, device="meta"),
+    ],
+)
+def test_values_unlike_the_keys_are_named(v):
+    with pytest.raises(ValueError, match=r"^v: expected .*, got "):
+        summarize_chunks(torch.zeros(2, 5, 8, 4), "mean_max", v)
 
 
 def test_a_score_without_summaries_is_named():

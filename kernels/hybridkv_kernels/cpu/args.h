@@ -17,12 +17,17 @@ struct DecodeArgs {
   const int32_t* covered;         // [rows]
   const int32_t* first_head_page; // [rows, num_layers, num_kv_heads]
   const int32_t* num_head_pages;  // [rows, num_layers, num_kv_heads]
+  const int32_t* num_chunks;      // [rows]; this and the next three are read where chunks are estimated
+  const int32_t* first_summary_page; // [rows, num_layers, num_kv_heads]
+  const uint8_t* is_dynamic;      // [rows, num_layers, num_kv_heads]
+  const int32_t* chunk_of_head_page; // [head pages]
   const int32_t* req_to_token;    // [rows, max_context]
   const int64_t* req_rows;        // [batch]
   const int64_t* seq_lens;        // [batch]
   int64_t max_pages, max_context, split_rows;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
   int32_t type, num_threads;
+  int32_t estimate_vectors;       // mean keys a chunk, followed by as many mean values; 0: nothing is estimated
   float scaling;
 };
 
@@ -48,7 +53,7 @@ struct RetrieveArgs {
   const int64_t* req_rows;           // [batch]
   int64_t max_pages, max_host_pages;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
-  int32_t type, num_threads, chunk_score, summary_vectors, num_sink_chunks, num_recent_chunks;
+  int32_t type, num_threads, chunk_score, summary_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
 };
 
 enum HkStatistic : int32_t { HK_SPARSITY = 0, HK_TOP_MASS = 1, HK_HIT_CV = 2, HK_STABILITY = 3, HK_CAPTURE = 4 };

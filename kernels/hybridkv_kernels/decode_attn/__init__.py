@@ -1,10 +1,11 @@
-"""Decode attention over head pages and the dense tail, one softmax."""
+"""Decode attention over head pages, the dense tail and the means of what is not retrieved, one softmax."""
 
 import torch
 
 from hybridkv_kernels import checks, dispatch
 from hybridkv_kernels.decode_attn import cpu, naive
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.select_chunks import check_score, summary_vectors
 
 _IMPLEMENTATIONS = {"naive": naive.decode_attn, "cpu": cpu.decode_attn}
 
@@ -19,6 +20,7 @@ def decode_attn(
     seq_lens: torch.Tensor,
     *,
     scaling: float,
+    estimate: str | None = None,
 ) -> torch.Tensor:
     """Attention output of one new token per request, compressed or dense, in one call.
 
@@ -32,6 +34,11 @@ def decode_attn(
     req_to_token : [R, max_context], int32, contiguous. Token slots; read in [covered, seq_len) only.
     seq_lens : [B], integer. Logical lengths, the new token included; each at least covered + 1.
     scaling : factor of q . k before the softmax.
+    estimate : None, or the chunk score, one of `select_chunks.ESTIMATING_SCORES`, of summaries that carry mean values
+        (`summarize_chunks` with v). Each chunk that a dynamic head's buffer does not hold, by
+        `views.chunk_of_head_page`, then takes part through its V means: logit scaling * q . mean_key + log(P / V),
+        value mean_value. Static heads and dense requests have nothing to estimate. Where every chunk is resident the
+        result is that of None, bit for bit.
 
     Returns
     -------
@@ -40,12 +47,14 @@ def decode_attn(
     Raises
     ------
     ValueError
-        A shape, dtype or device is not as above, or the batch is empty.
+        A shape, dtype, device or name is not as above, or the batch is empty.
 
     Notes
     -----
     Every page of a head is full: budgets are whole pages and the rest of the prompt is in the tail. The order of
-    pages does not matter. Cost: bytes of the kept pages and of the tail. `naive` syncs; it is not capturable.
+    pages does not matter. Cost: bytes of the kept pages and of the tail; with `estimate` C * 2 V * D elements a dynamic
+    head more, C being its chunks that are not resident. `naive` syncs; it is not capturable. Source of `estimate`: the
+    estimation zone of RetroInfer (arXiv 2505.02922), with chunks in place of its clusters and every one of them in it.
     """
     layout = table.layout
     checks.check_shape("q", q, (None, None, None))
@@ -57,10 +66,14 @@ def decode_attn(
     checks.check_shape("req_to_token", req_to_token, (None, None))
     checks.check_dtype("req_to_token", req_to_token, (torch.int32,))
     checks.check_contiguous("req_to_token", req_to_token)
+    if estimate is not None:
+        check_score("estimate", estimate, estimate=True)
     if checks.is_debug():
         table.check_rows(req_rows, layer_idx)
+        if estimate is not None:
+            table.check_summaries(req_rows, layer_idx, summary_vectors(estimate, estimate=True), views)
         slots_per_layer = layout.pages_per_layer * layout.page_size
         for row, covered, seq_len in zip(req_rows, table.covered[req_rows.long()], seq_lens, strict=True):
             checks.check_range(f"req_to_token[{int(row)}]", req_to_token[row, covered:seq_len], slots_per_layer)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // layout.num_kv_heads)
-    return _IMPLEMENTATIONS[chosen](q, views, table, layer_idx, req_rows, req_to_token, seq_lens, scaling)
+    return _IMPLEMENTATIONS[chosen](q, views, table, layer_idx, req_rows, req_to_token, seq_lens, scaling, estimate)

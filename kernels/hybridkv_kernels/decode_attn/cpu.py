@@ -1,4 +1,4 @@
-"""C++ twin of `decode_attn`: one pass over pages and tail, split over threads."""
+"""C++ twin of `decode_attn`: one pass over pages, tail and estimated chunks, split over threads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,18 @@ import torch
 
 from hybridkv_kernels import cpu
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.select_chunks import summary_vectors
 
 SPLIT_ROWS = 1024  # rows of one unit of work: long enough to amortise the merge, short enough to share out
 
-_POINTERS = "q out k_flat v_flat pages num_pages covered first_head_page num_head_pages req_to_token req_rows seq_lens"
-_SIZES = "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads"
+_POINTERS = (
+    "q out k_flat v_flat pages num_pages covered first_head_page num_head_pages num_chunks first_summary_page "
+    "is_dynamic chunk_of_head_page req_to_token req_rows seq_lens"
+)
+_SIZES = (
+    "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
+    "estimate_vectors"
+)
 
 
 class DecodeArgs(ctypes.Structure):
@@ -35,6 +42,7 @@ def decode_attn(
     req_to_token: torch.Tensor,
     seq_lens: torch.Tensor,
     scaling: float,
+    estimate: str | None = None,
     *,
     isa: int | None = None,
     split_rows: int = SPLIT_ROWS,
@@ -57,6 +65,10 @@ def decode_attn(
                 table.covered,
                 table.first_head_page,
                 table.num_head_pages,
+                table.num_chunks,
+                table.first_summary_page,
+                table.is_dynamic,
+                views.chunk_of_head_page,
                 req_to_token,
                 req_rows,
                 seq_lens,
@@ -75,6 +87,7 @@ def decode_attn(
         q.shape[2],
         cpu.ELEMENT_TYPES[q.dtype],
         torch.get_num_threads(),
+        0 if estimate is None else summary_vectors(estimate),
         scaling,
     )
     cpu.call("hk_decode", arguments, isa)

@@ -1,8 +1,12 @@
 """Readable reference of `decode_attn`: one request at a time, all its heads at once."""
 
+import math
+
 import torch
 
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.retrieve_chunks.naive import read_summaries
+from hybridkv_kernels.select_chunks import summary_vectors
 
 
 def decode_attn(
@@ -14,6 +18,7 @@ def decode_attn(
     req_to_token: torch.Tensor,
     seq_lens: torch.Tensor,
     scaling: float,
+    estimate: str | None = None,
 ) -> torch.Tensor:
     """Arguments and result as the public function's."""
     k_rows, v_rows = views.layer_rows(layer_idx)
@@ -27,6 +32,14 @@ def decode_attn(
             mask = torch.cat((is_real, is_real.new_ones(len(is_real), keys.shape[1])), dim=1).unsqueeze(1)
             keys = torch.cat((views.k_pages[ids].flatten(1, 2), keys), dim=1)
             values = torch.cat((views.v_pages[ids].flatten(1, 2), values), dim=1)
+            if estimate is not None:
+                absent = absent_chunks(views, table, row, layer_idx)
+                # Nothing is appended where nothing is estimated: not even the rounding differs.
+                if absent.any():
+                    mean_keys, mean_values, bonus = estimated_rows(views, table, row, layer_idx, absent, estimate)
+                    exact = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+                    mask = torch.cat((exact, bonus.unsqueeze(1)), dim=2)
+                    keys, values = torch.cat((keys, mean_keys), dim=1), torch.cat((values, mean_values), dim=1)
         grouped = q[i].view(keys.shape[0], -1, q.shape[-1])
         attended = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         out[i] = attended.reshape(out[i].shape)
@@ -43,3 +56,31 @@ def layer_head_pages(table: HeadPageTable, row: int, layer_idx: int) -> tuple[to
     linear = (first[:, None] + places).where(in_head, owned)
     ids = table.layout.head_page_ids(table.pages[row], linear)
     return ids, in_head.repeat_interleave(table.layout.page_size, dim=1)
+
+
+def absent_chunks(views: HeadPageViews, table: HeadPageTable, row: int, layer_idx: int) -> torch.Tensor:
+    """[H, C], bool: chunks of the dynamic heads of one request's layer that their buffers do not hold."""
+    absent = table.is_dynamic[row, layer_idx][:, None].repeat(1, int(table.num_chunks[row]))
+    heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
+    if len(heads):
+        ids = table.buffer_page_ids(row, layer_idx, heads, table.num_head_pages[row, layer_idx, heads])
+        absent[heads[:, None], views.chunk_of_head_page[ids].to(torch.int64)] = False
+    return absent
+
+
+def estimated_rows(
+    views: HeadPageViews, table: HeadPageTable, row: int, layer_idx: int, absent: torch.Tensor, estimate: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean keys and values [H, C * V, D] of one request's layer, and what each adds to its logit [H, C * V], fp32.
+
+    A mean that stands for n tokens counts as n such rows: log(n). It is -inf for chunks that are not `absent` [H, C].
+    """
+    vectors, num_chunks = summary_vectors(estimate), absent.shape[1]
+    heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
+    summaries = read_summaries(views, table, row, layer_idx, heads, num_chunks, 2 * vectors)
+    means = views.k_pages.new_zeros(2, len(absent), num_chunks * vectors, summaries.shape[-1])
+    means[0, heads] = summaries[:, :, :vectors].flatten(1, 2)
+    means[1, heads] = summaries[:, :, vectors:].flatten(1, 2)
+    counted = absent.repeat_interleave(vectors, dim=1)
+    bonus = torch.full(counted.shape, math.log(table.layout.page_size / vectors), device=counted.device)
+    return means[0], means[1], bonus.masked_fill(~counted, float("-inf"))

@@ -5,7 +5,7 @@ import torch
 from hybridkv_kernels import checks, dispatch
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import cpu, naive
-from hybridkv_kernels.select_chunks import CHUNK_SCORES
+from hybridkv_kernels.select_chunks import check_score
 
 _IMPLEMENTATIONS = {"naive": naive.retrieve_chunks, "cpu": cpu.retrieve_chunks}
 
@@ -23,6 +23,7 @@ def retrieve_chunks(
     num_sink_chunks: int,
     num_recent_chunks: int,
     chunk_score: str,
+    estimate: bool = False,
 ) -> None:
     """Score the chunk summaries of every dynamic head, choose its top chunks, and fetch the missing ones.
 
@@ -36,6 +37,7 @@ def retrieve_chunks(
     layer_idx : layer within the pool, from 0.
     req_rows : [B], integer. Rows of `table`.
     num_sink_chunks, num_recent_chunks, chunk_score : as in `select_chunks`.
+    estimate : the summaries carry mean values, too (`summarize_chunks` with v); they are skipped here.
 
     Raises
     ------
@@ -57,8 +59,7 @@ def retrieve_chunks(
     checks.check_shape("counters", counters, (2,))
     checks.check_dtype("counters", counters, (torch.int64,))
     checks.check_shape("req_rows", req_rows, (q.shape[0],))
-    if chunk_score not in CHUNK_SCORES:
-        raise ValueError(f"chunk_score: expected one of {', '.join(CHUNK_SCORES)}, got {chunk_score!r}")
+    check_score("chunk_score", chunk_score, estimate=estimate)
     if checks.is_debug():
         table.check_rows(req_rows, layer_idx)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // table.layout.num_kv_heads)
@@ -74,4 +75,5 @@ def retrieve_chunks(
         num_sink_chunks,
         num_recent_chunks,
         chunk_score,
+        estimate,
     )

@@ -1,6 +1,7 @@
 // Chunk retrieval of all dynamic heads of one layer: score summaries, exact top chunks, fetch what is missing.
 #pragma once
 #include "../cpu/args.h"
+#include "../cpu/head_pages.h"
 #include "../cpu/vec.h"
 
 namespace HK_NAMESPACE {
@@ -41,27 +42,17 @@ struct DynamicHead {
   int64_t row, head, num_chunks, num_selected;
   int kv_head;
 
-  int64_t head_page(int64_t linear) const {
-    const int64_t per_page = int64_t(a.num_layers) * a.num_kv_heads, inside = linear % per_page;
-    const int64_t page = a.pages[row * a.max_pages + linear / per_page];
-    return ((inside / a.num_kv_heads) * a.pages_per_layer + page) * a.num_kv_heads + inside % a.num_kv_heads;
-  }
-
-  const Storage* summary(int64_t vector) const {
-    const int64_t page = head_page(a.first_summary_page[head] + vector / (2 * a.page_size));
-    const void* half = vector / a.page_size % 2 ? a.v_flat : a.k_flat;
-    return static_cast<const Storage*>(half) + (page * a.page_size + vector % a.page_size) * D;
-  }
-
   void score(const Storage* q_src, int group, std::vector<float>& scores) const {
     alignas(64) float q[kMaxGroup * D], low[D], high[D];
     float q_norm[kMaxGroup];
     for (int i = 0; i < group * D; ++i) q[i] = T::load(q_src[i]);
     for (int g = 0; g < group; ++g) q_norm[g] = std::sqrt(dot<D>(q + g * D, q + g * D));
     const bool is_box = a.chunk_score == HK_QUEST || a.chunk_score == HK_ARKVALE;
+    Summaries<Storage, D, RetrieveArgs> summary{a, row, head};
     for (int64_t c = 0; c < num_chunks; ++c) {
       float score = -std::numeric_limits<float>::infinity();
-      for (int64_t v = c * a.summary_vectors; v < (c + 1) * a.summary_vectors; v += is_box ? 2 : 1) {
+      const int64_t first = c * a.stored_vectors;
+      for (int64_t v = first; v < first + a.summary_vectors; v += is_box ? 2 : 1) {
         load_row<T, D>(summary(v), low);
         if (is_box) load_row<T, D>(summary(v + 1), high);
         score = std::max(score, chunk_score<D>(a, q, q_norm, group, low, high));
@@ -102,7 +93,7 @@ struct DynamicHead {
     for (int32_t c : selected) state[size_t(c)] = kMissing;
     std::vector<int64_t> victims;
     for (int64_t place = 0; place < num_selected; ++place) {
-      const int64_t page = head_page(a.first_head_page[head] + place);
+      const int64_t page = head_page(a, row, a.first_head_page[head] + place);
       uint8_t& held = state[size_t(a.chunk_of_head_page[page])];
       if (held == kMissing) held = kResident;
       else victims.push_back(page);

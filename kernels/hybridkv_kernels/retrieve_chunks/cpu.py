@@ -16,7 +16,7 @@ _POINTERS = (
 )
 _SIZES = (
     "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
-    "chunk_score summary_vectors num_sink_chunks num_recent_chunks"
+    "chunk_score summary_vectors stored_vectors num_sink_chunks num_recent_chunks"
 )
 
 
@@ -42,6 +42,7 @@ def retrieve_chunks(
     num_sink_chunks: int,
     num_recent_chunks: int,
     chunk_score: str,
+    estimate: bool = False,
     *,
     isa: int | None = None,
 ) -> None:
@@ -85,6 +86,7 @@ def retrieve_chunks(
         torch.get_num_threads(),
         CHUNK_SCORES.index(chunk_score),
         summary_vectors(chunk_score),
+        summary_vectors(chunk_score, estimate=estimate),
         num_sink_chunks,
         num_recent_chunks,
     )

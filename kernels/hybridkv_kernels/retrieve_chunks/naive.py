@@ -19,6 +19,7 @@ def retrieve_chunks(
     num_sink_chunks: int,
     num_recent_chunks: int,
     chunk_score: str,
+    estimate: bool = False,
 ) -> None:
     """Arguments as the public function's."""
     for i, row in enumerate(req_rows.tolist()):
@@ -26,10 +27,12 @@ def retrieve_chunks(
         if len(heads) == 0:
             continue
         num_chunks = int(table.num_chunks[row])
+        stored = summary_vectors(chunk_score, estimate=estimate)
+        summaries = read_summaries(views, table, row, layer_idx, heads, num_chunks, stored)
         num_pages = table.num_head_pages[row, layer_idx, heads].to(torch.int64)
         selected = select_chunks(
             q[i].view(table.layout.num_kv_heads, -1, q.shape[-1])[heads],
-            read_summaries(views, table, row, layer_idx, heads, num_chunks, summary_vectors(chunk_score)),
+            summaries[:, :, : summary_vectors(chunk_score)],
             num_pages,
             num_sink_chunks=num_sink_chunks,
             num_recent_chunks=num_recent_chunks,

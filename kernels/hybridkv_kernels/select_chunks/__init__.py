@@ -6,38 +6,53 @@ from hybridkv_kernels import checks
 from hybridkv_kernels.select_chunks import naive
 
 CHUNK_SCORES = ("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max")
+ESTIMATING_SCORES = ("mean_max", "mean_mean", "mean2_max", "mean4_max")  # their summaries are means, as a row is
 
 
-def summary_vectors(chunk_score: str) -> int:
-    """Vectors of head_dim that stand for one chunk: one mean, a minimum and a maximum, or a mean of each part."""
-    _check_score(chunk_score)
-    return naive.summary_vectors(chunk_score)
+def summary_vectors(chunk_score: str, *, estimate: bool = False) -> int:
+    """Vectors of head_dim on the device for one chunk.
+
+    One mean key, a minimum and a maximum, or a mean of each part; with `estimate` a mean value beside each mean key.
+
+    Raises
+    ------
+    ValueError
+        `chunk_score` is not one of CHUNK_SCORES, or with `estimate` not one of ESTIMATING_SCORES.
+    """
+    check_score("chunk_score", chunk_score, estimate=estimate)
+    return naive.summary_vectors(chunk_score) * (2 if estimate else 1)
 
 
-def summarize_chunks(k: torch.Tensor, chunk_score: str) -> torch.Tensor:
-    """Vectors that stand for each chunk of keys.
+def summarize_chunks(k: torch.Tensor, chunk_score: str, v: torch.Tensor | None = None) -> torch.Tensor:
+    """Vectors that stand for each chunk of keys, and of values where chunks are estimated.
 
     Parameters
     ----------
     k : [E, C, P, D], bf16 | fp16 | fp32. Keys after RoPE, E heads, C chunks of P tokens.
     chunk_score : "mean_max" | "mean_mean" (one vector: the mean) | "quest" | "arkvale" (minimum and maximum) |
         "mean2_max" | "mean4_max" (vector i: the mean of the i-th half or quarter of the tokens; P divides).
+    v : as k, or None. Values of the same tokens, for `decode_attn` with `estimate`; one of ESTIMATING_SCORES only.
 
     Returns
     -------
-    [E, C, V, D], dtype of k; V = `summary_vectors`.
+    [E, C, V, D], dtype of k; V = `summary_vectors`. With v [E, C, 2 V, D]: the V vectors of the keys, then the mean
+    values of the same V parts.
 
     Raises
     ------
     ValueError
-        A shape, dtype or name is not as above.
+        A shape, dtype, device or name is not as above.
     """
     checks.check_shape("k", k, (None, None, None, None))
     checks.check_dtype("k", k, checks.FLOATS)
+    check_score("chunk_score", chunk_score, estimate=v is not None)
     vectors = summary_vectors(chunk_score)
     if k.shape[2] % vectors:
         raise ValueError(f"k: expected a multiple of {vectors} tokens a chunk for {chunk_score}, got {k.shape[2]}")
-    return naive.summarize_chunks(k, chunk_score)
+    if v is not None:
+        checks.check_shape("v", v, tuple(k.shape))
+        checks.check_same("v", v, "k", k)
+    return naive.summarize_chunks(k, chunk_score, v)
 
 
 def select_chunks(
@@ -94,6 +109,9 @@ def top_chunks(scores: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor
     return naive.top_by_score(scores, num_selected)
 
 
-def _check_score(chunk_score: str) -> None:
-    if chunk_score not in CHUNK_SCORES:
-        raise ValueError(f"chunk_score: expected one of {', '.join(CHUNK_SCORES)}, got {chunk_score!r}")
+def check_score(name: str, chunk_score: str, *, estimate: bool) -> None:
+    """ValueError that names the argument unless it is a chunk score, with `estimate` one whose summaries are means."""
+    legal = ESTIMATING_SCORES if estimate else CHUNK_SCORES
+    if chunk_score not in legal:
+        where = " where chunks are estimated" if estimate else ""
+        raise ValueError(f"{name}: expected one of {', '.join(legal)}{where}, got {chunk_score!r}")

@@ -11,11 +11,13 @@ def summary_vectors(chunk_score: str) -> int:
     return _SUMMARY_VECTORS[chunk_score]
 
 
-def summarize_chunks(k: torch.Tensor, chunk_score: str) -> torch.Tensor:
+def summarize_chunks(k: torch.Tensor, chunk_score: str, v: torch.Tensor | None) -> torch.Tensor:
     """Minimum and maximum over the P tokens of each chunk, or the means of its equal parts."""
     if chunk_score in _BOXES:
         return torch.stack((k.amin(dim=2), k.amax(dim=2)), dim=2)
-    return k.float().unflatten(2, (summary_vectors(chunk_score), -1)).mean(dim=3).to(k.dtype)
+    rows = (k,) if v is None else (k, v)
+    means = [row.float().unflatten(2, (summary_vectors(chunk_score), -1)).mean(dim=3) for row in rows]
+    return torch.cat(means, dim=2).to(k.dtype)
 
 
 def select_chunks(

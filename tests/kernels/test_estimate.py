@@ -1,0 +1,403 @@
+"""Chunks that are not retrieved take part in decode attention through their means, against brute force in fp64."""
+
+import math
+
+import pytest
+import torch
+
+from hybridkv_kernels import cpu as kernels_cpu
+from hybridkv_kernels.decode_attn import cpu, decode_attn, naive
+from hybridkv_kernels.retrieve_chunks import retrieve_chunks
+from hybridkv_kernels.select_chunks import ESTIMATING_SCORES, summarize_chunks, summary_vectors
+from sglang_hybridkv.compaction import forced_chunk_counts
+from tests.builders import (
+    NAN,
+    NO_CPU_KERNELS,
+    TinyPool,
+    fresh_generator,
+    full_attention,
+    head_page,
+    instruction_sets,
+)
+from tests.kernels.finer import AnyScoreConfig
+from tests.kernels.test_retrieve_chunks import check_selection
+
+P = 8
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2e-2, 2e-2), torch.float16: (3e-3, 3e-3)}
+
+each_implementation = pytest.mark.usefixtures("kernels")
+each_score = pytest.mark.parametrize("chunk_score", ESTIMATING_SCORES)
+needs_library = pytest.mark.skipif(NO_CPU_KERNELS, reason="the C++ kernels were not compiled; there is no compiler")
+
+
+class EstimatingConfig(AnyScoreConfig):
+    """Room for mean values beside the mean keys."""
+
+    def summary_vectors_per_chunk(self) -> int:
+        return summary_vectors(self.chunk_score, estimate=True)
+
+
+class EstimatingPool(TinyPool):
+    """A pool whose compressed prompts have mean values beside the mean keys of their dynamic heads."""
+
+    def __init__(self, *, budget=0.3, chunk_score="mean_max", **shape):
+        config = EstimatingConfig(
+            budget=budget, chunk_score=chunk_score, theta=0.5, page_size=P, min_head_pages=1, min_prompt_tokens=1
+        )
+        super().__init__(fresh_generator(), config, **{"pages": 300, "host_pages": 120} | shape)
+
+    def compress(self, prompt, statistic=None, salience=None, **options):
+        """Every second head is dynamic, all of them with statistic 0."""
+        heads = self.layout.num_layers, self.layout.num_kv_heads
+        if statistic is None:
+            statistic = (torch.arange(heads[0] * heads[1]) % 2).view(heads).float()
+        super().compress(prompt, statistic, salience, **options)
+        for layer in range(heads[0]):
+            for head in self.dynamic_heads(prompt, layer):
+                keys, values = self.chunks(prompt, layer, head)
+                means = summarize_chunks(keys[None], self.config.chunk_score, values[None])[0]
+                for i, vector in enumerate(means.flatten(0, 1)):
+                    self.summary_row(prompt, layer, head, i).copy_(vector)
+
+    def dynamic_heads(self, prompt, layer):
+        return [head for head in range(self.layout.num_kv_heads) if self.is_dynamic(prompt, layer, head)]
+
+    def chunks(self, prompt, layer, head):
+        """Exact keys and values [C, P, D] of one head."""
+        covered = prompt.reservation.geometry.covered
+        return [rows[layer, head, :covered].view(-1, P, self.head_dim) for rows in (prompt.keys, prompt.values)]
+
+    def summary_row(self, prompt, layer, head, vector):
+        """[D]: place of a summary vector, in K page, V page, next K page of the head's summary pages."""
+        linear = int(self.table.first_summary_page[prompt.row, layer, head]) + vector // (2 * P)
+        page, inside = divmod(linear, self.layout.head_pages_per_page)
+        place = (prompt.reservation.pages[page], *divmod(inside, self.layout.num_kv_heads), P)
+        return head_page((self.keys, self.values)[vector // P % 2], *place)[vector % P]
+
+    def absent(self, prompt, layer, head):
+        """Chunks that a head does not hold; none of a static head."""
+        if not self.is_dynamic(prompt, layer, head):
+            return []
+        held = self.mapped_chunks(prompt, layer, head)
+        return [chunk for chunk in range(prompt.reservation.geometry.num_chunks) if chunk not in held]
+
+    def retrieve(self, prompts, layer_idx, q):
+        sinks, recent = forced_chunk_counts(self.config)
+        retrieve_chunks(
+            q,
+            self.views,
+            self.table,
+            self.store.k_pages,
+            self.store.v_pages,
+            self.counters,
+            layer_idx,
+            torch.tensor([p.row for p in prompts]),
+            num_sink_chunks=sinks,
+            num_recent_chunks=recent,
+            chunk_score=self.config.chunk_score,
+            estimate=True,
+        )
+
+    def arguments(self, prompts, layer, q):
+        return {
+            "q": q,
+            "views": self.views,
+            "table": self.table,
+            "layer_idx": layer,
+            "req_rows": torch.tensor([p.row for p in prompts]),
+            "req_to_token": self.req_to_token,
+            "seq_lens": torch.tensor([p.seq_len for p in prompts]),
+            "scaling": self.scaling,
+        }
+
+    def attend(self, prompts, layer, q, estimate=True, attend=decode_attn, **options):
+        score = self.config.chunk_score if estimate else None
+        return attend(**self.arguments(prompts, layer, q), estimate=score, **options)
+
+    def expected(self, prompt, layer, q):
+        """[H * G, D], fp64: each mean as the rows it stands for, all of them equal."""
+        parts = summary_vectors(self.config.chunk_score)
+        outputs = []
+        for head, query in enumerate(q.view(self.layout.num_kv_heads, self.group_size, self.head_dim)):
+            if prompt.reservation is None:
+                rows = [prompt.keys[layer, head], prompt.values[layer, head]]
+            else:
+                covered, absent = prompt.reservation.geometry.covered, self.absent(prompt, layer, head)
+                tail = (prompt.keys[layer, head, covered:], prompt.values[layer, head, covered:])
+                exact = self.held_rows(prompt, layer, head)
+                means = [
+                    rows[absent].double().unflatten(1, (parts, -1)).mean(2).to(self.dtype).flatten(0, 1)
+                    for rows in self.chunks(prompt, layer, head)
+                ]
+                rows = [
+                    torch.cat((held, mean.repeat_interleave(P // parts, dim=0), own))
+                    for held, mean, own in zip(exact, means, tail, strict=True)
+                ]
+            outputs.append(full_attention(query, rows[0][None], rows[1][None], self.scaling))
+        return torch.cat(outputs)
+
+    def check(self, prompts, layer, q, **options):
+        rtol, atol = TOLERANCE[self.dtype]
+        out = self.attend(prompts, layer, q, **options)
+        assert out.dtype == self.dtype
+        for mine, prompt, query in zip(out, prompts, q, strict=True):
+            torch.testing.assert_close(mine.double(), self.expected(prompt, layer, query), rtol=rtol, atol=atol)
+
+
+def mixed_pool(**options):
+    """Compressed requests of several lengths with static and dynamic heads, and two dense ones, in random order."""
+    pool = EstimatingPool(**options)
+    prompts = [pool.add_prompt(length) for length in (21 * P + 3, 3 * P, 9 * P, 33 * P + 1, 1)]
+    for i in (0, 2, 3):
+        pool.compress(prompts[i])
+        for _ in range(i + 1):
+            pool.append_token(prompts[i])
+    order = torch.randperm(len(prompts), generator=pool.generator)
+    return pool, [prompts[i] for i in order]
+
+
+def dynamic_pool(length=24 * P, **options):
+    """One compressed request; all its heads are dynamic."""
+    pool = EstimatingPool(**options)
+    prompt = pool.add_prompt(length)
+    pool.compress(prompt, torch.zeros(pool.layout.num_layers, pool.layout.num_kv_heads))
+    pool.append_token(prompt)
+    return pool, prompt
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    plain = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x: plain(x).fill_(NAN) if x.is_floating_point() else plain(x))
+
+
+@each_implementation
+@each_score
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_every_chunk_resident_nothing_changes_and_no_summary_is_read(dtype, chunk_score):
+    pool, prompts = mixed_pool(budget=1.0, chunk_score=chunk_score, dtype=dtype)
+    for prompt in prompts:
+        for layer in range(2 if prompt.reservation else 0):
+            for head in pool.dynamic_heads(prompt, layer):
+                for i in range(prompt.reservation.geometry.num_chunks * summary_vectors(chunk_score, estimate=True)):
+                    pool.summary_row(prompt, layer, head, i).fill_(NAN)
+    for layer in range(2):
+        q = pool.queries(len(prompts))
+        out = pool.attend(prompts, layer, q)
+        assert out.isfinite().all()
+        assert torch.equal(out, pool.attend(prompts, layer, q, estimate=False))
+
+
+@each_implementation
+@each_score
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("budget", [0.1, 0.5])
+def test_chunks_of_equal_rows_give_full_attention_whatever_is_resident(budget, dtype, chunk_score):
+    pool = EstimatingPool(budget=budget, chunk_score=chunk_score, dtype=dtype, group_size=3)
+    prompt = pool.add_prompt(24 * P)
+    for rows, stored in ((prompt.keys, pool.keys), (prompt.values, pool.values)):
+        rows.copy_(rows[:, :, ::P].repeat_interleave(P, dim=2))
+        stored[:, pool.req_to_token[prompt.row, : 24 * P].long()] = rows.transpose(1, 2)
+    pool.compress(prompt, torch.zeros(2, 2))
+    pool.append_token(prompt)
+    rtol, atol = TOLERANCE[dtype]
+    for step in range(4):
+        layer, q = step % 2, pool.queries(1)
+        if step:
+            pool.retrieve([prompt], layer, pool.queries(1))
+        assert all(pool.absent(prompt, layer, head) for head in range(2))
+        expected = full_attention(q[0], prompt.keys[layer], prompt.values[layer], pool.scaling)
+        torch.testing.assert_close(pool.attend([prompt], layer, q)[0].double(), expected, rtol=rtol, atol=atol)
+
+
+@each_implementation
+@each_score
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_softmax_over_held_rows_means_and_tail(dtype, chunk_score):
+    pool, prompts = mixed_pool(chunk_score=chunk_score, dtype=dtype, group_size=3)
+    for step in range(4):
+        layer = step % 2
+        pool.retrieve(prompts, layer, pool.queries(len(prompts)))
+        pool.check(prompts, layer, pool.queries(len(prompts)))
+
+
+@each_implementation
+@each_score
+def test_retrieval_reads_the_keys_of_the_summaries_only(chunk_score):
+    pool, prompts = mixed_pool(chunk_score=chunk_score, group_size=2)
+    vectors = summary_vectors(chunk_score)
+    for prompt in prompts:
+        for head in pool.dynamic_heads(prompt, 0):
+            for i in range(prompt.reservation.geometry.num_chunks * 2 * vectors):
+                if i // vectors % 2:
+                    pool.summary_row(prompt, 0, head, i).fill_(NAN)
+    q = pool.queries(len(prompts))
+    pool.retrieve(prompts, 0, q)
+    for prompt, query in zip(prompts, q, strict=True):
+        if prompt.reservation:
+            check_selection(pool, prompt, 0, query)
+
+
+@each_implementation
+@each_score
+def test_the_summaries_of_resident_chunks_do_not_count(chunk_score):
+    pool, prompt = dynamic_pool(chunk_score=chunk_score)
+    q, vectors = pool.queries(1), summary_vectors(chunk_score, estimate=True)
+    before = pool.attend([prompt], 0, q)
+    for head in range(2):
+        for chunk in pool.mapped_chunks(prompt, 0, head):
+            for i in range(chunk * vectors, (chunk + 1) * vectors):
+                pool.summary_row(prompt, 0, head, i).fill_(7.0)
+    assert torch.equal(pool.attend([prompt], 0, q), before)
+
+
+@each_implementation
+@pytest.mark.parametrize("vector", [0, 1])
+def test_poison_in_an_absent_chunk_is_seen_in_its_own_head(vector):
+    """The tests above can fail: its mean key and its mean value reach the output."""
+    pool, prompt = dynamic_pool()
+    chunk = pool.absent(prompt, 0, 1)[-1]
+    pool.summary_row(prompt, 0, 1, 2 * chunk + vector).fill_(NAN)
+    out = pool.attend([prompt], 0, pool.queries(1))[0].view(2, -1)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().any()
+
+
+@each_implementation
+def test_inputs_are_only_read():
+    pool, prompts = mixed_pool()
+    before = pool.keys.clone(), pool.values.clone(), pool.views.chunk_of_head_page.clone()
+    pool.attend(prompts, 1, pool.queries(len(prompts)))
+    for tensor, copy in zip((pool.keys, pool.values, pool.views.chunk_of_head_page), before, strict=True):
+        assert torch.equal(tensor.nan_to_num(9.0), copy.nan_to_num(9.0))
+
+
+@each_implementation
+@each_score
+def test_a_broad_head_comes_closer_to_full_attention(chunk_score):
+    """Small keys, so that all tokens count, and values that drift: what was not retrieved is missed."""
+    pool = EstimatingPool(budget=0.1, chunk_score=chunk_score)
+    prompt = pool.add_prompt(30 * P)
+    prompt.keys *= 0.1
+    prompt.values += torch.linspace(-3, 3, 30 * P)[:, None]
+    slots = pool.req_to_token[prompt.row, : 30 * P].long()
+    pool.keys[:, slots], pool.values[:, slots] = prompt.keys.transpose(1, 2), prompt.values.transpose(1, 2)
+    pool.compress(prompt, torch.zeros(2, 2))
+    pool.append_token(prompt)
+    q = pool.queries(1)
+    pool.retrieve([prompt], 0, q)
+    expected = full_attention(q[0], prompt.keys[0], prompt.values[0], pool.scaling)
+    with_means, without = ((pool.attend([prompt], 0, q, estimate)[0] - expected).norm() for estimate in (True, False))
+    assert with_means < without / 5
+
+
+@each_implementation
+def test_a_mean_counts_as_the_tokens_it_stands_for():
+    """All keys zero: the output is the plain mean of all values, which the means keep."""
+    pool, prompt = dynamic_pool()
+    out = pool.attend([prompt], 0, torch.zeros(1, 4, 32))[0].view(2, 2, 32)
+    for head in range(2):
+        expected = prompt.values[0, head].double().mean(0).expand(2, 32)
+        torch.testing.assert_close(out[head].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# The C++ twin: every instruction set, split, head size and thread count; what it does not write is NaN.
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_score
+def test_cpp_equals_naive_and_brute_force_for_any_split(chunk_score, dtype, isa):
+    pool, prompts = mixed_pool(chunk_score=chunk_score, dtype=dtype, group_size=7)
+    rtol, atol = TOLERANCE[dtype]
+    for step, split_rows in enumerate((1, 5, P, 31, cpu.SPLIT_ROWS)):
+        layer, q = step % 2, pool.queries(len(prompts))
+        pool.retrieve(prompts, layer, pool.queries(len(prompts)))
+        pool.check(prompts, layer, q, attend=cpu.decode_attn, isa=isa, split_rows=split_rows)
+        reference = pool.attend(prompts, layer, q, attend=naive.decode_attn)
+        mine = pool.attend(prompts, layer, q, attend=cpu.decode_attn, isa=isa, split_rows=split_rows)
+        torch.testing.assert_close(mine, reference, rtol=rtol, atol=atol)
+
+
+@needs_library
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("head_dim", kernels_cpu.HEAD_DIMS)
+def test_cpp_for_model_shapes(head_dim, isa):
+    for group_size in (1, 2, 5, 16):
+        pool, prompts = mixed_pool(head_dim=head_dim, group_size=group_size, chunk_score="mean2_max")
+        pool.check(prompts, 1, pool.queries(len(prompts)), attend=cpu.decode_attn, isa=isa)
+
+
+@needs_library
+def test_cpp_for_more_means_than_a_split():
+    options = {"chunk_score": "mean4_max", "budget": 0.1, "num_layers": 1, "pages": 1200, "host_pages": 400}
+    pool, prompt = dynamic_pool(400 * P + 5, **options)
+    assert min(len(pool.absent(prompt, 0, head)) * 4 for head in range(2)) > cpu.SPLIT_ROWS
+    pool.check([prompt], 0, pool.queries(1), attend=cpu.decode_attn)
+
+
+@needs_library
+def test_cpp_does_not_depend_on_the_number_of_threads():
+    (pool, prompts), outputs = mixed_pool(), []
+    q, before = pool.queries(len(prompts)), torch.get_num_threads()
+    for num_threads in (1, 2, 4):
+        torch.set_num_threads(num_threads)
+        outputs.append(pool.attend(prompts, 0, q, attend=cpu.decode_attn, split_rows=16))
+    torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@needs_library
+def test_cpp_leaves_static_heads_and_dense_requests_as_they_are():
+    pool, prompts = mixed_pool()
+    q = pool.queries(len(prompts))
+    same = [pool.attend(prompts, 0, q, estimate, cpu.decode_attn).view(len(q), 2, -1) for estimate in (True, False)]
+    for i, prompt in enumerate(prompts):
+        for head in range(2):
+            has_absent = prompt.reservation is not None and bool(pool.absent(prompt, 0, head))
+            assert torch.equal(same[0][i, head], same[1][i, head]) != has_absent
+
+
+# Bad input.
+
+
+@each_implementation
+@pytest.mark.parametrize("estimate", ["quest", "arkvale", "mean", ""])
+def test_scores_that_cannot_estimate_are_named(estimate):
+    pool, prompts = mixed_pool()
+    q = pool.queries(len(prompts))
+    message = f"expected one of mean_max, mean_mean, mean2_max, mean4_max where chunks are estimated, got '{estimate}'$"
+    with pytest.raises(ValueError, match=f"^estimate: {message}"):
+        decode_attn(**pool.arguments(prompts, 0, q), estimate=estimate)
+    pool.config = pool.config.model_copy(update={"chunk_score": estimate})
+    with pytest.raises(ValueError, match=f"^chunk_score: {message}"):
+        pool.retrieve(prompts, 0, q)
+    with pytest.raises(ValueError, match=f"^chunk_score: {message}"):
+        summary_vectors(estimate, estimate=True)
+    with pytest.raises(ValueError, match=f"^chunk_score: {message}"):
+        summarize_chunks(torch.zeros(1, 2, P, 4), estimate, torch.zeros(1, 2, P, 4))
+
+
+@each_implementation
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_debug_mode_names_chunks_and_summaries_out_of_range(monkeypatch, value):
+    monkeypatch.setenv("HYBRIDKV_DEBUG", "1")
+    pool, prompt = dynamic_pool()
+    q = pool.queries(1)
+    assert math.isfinite(float(pool.attend([prompt], 0, q).sum()))
+    heads = torch.tensor([0])
+    buffer = pool.table.buffer_page_ids(prompt.row, 0, heads, pool.table.num_head_pages[prompt.row, 0, heads])[0]
+    for name, tensor, place in (
+        ("views.chunk_of_head_page", pool.views.chunk_of_head_page, buffer[-1]),
+        ("table.first_summary_page", pool.table.first_summary_page, (prompt.row, 0, 0)),
+    ):
+        before = tensor[place].clone()
+        tensor[place] = value
+        with pytest.raises(ValueError, match=rf"^{name}\[{prompt.row}\]: expected 0 to \d+, got .*{value}"):
+            pool.attend([prompt], 0, q)
+        tensor[place] = before
