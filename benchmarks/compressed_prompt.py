@@ -141,10 +141,11 @@ class CompressedPrompt:
                 num_sink_chunks=sinks,
                 num_recent_chunks=recent,
                 chunk_score=config.chunk_score,
+                estimate=config.estimates,
             )
         lens = torch.tensor([position + 1])
         arguments = (q, self.views, self.table, layer_idx, rows, self.req_to_token, lens)
-        return decode_attn(*arguments, scaling=self.trace.scaling)[0]
+        return decode_attn(*arguments, scaling=self.trace.scaling, estimate=self.compressor.estimate)[0]
 
     def resident(self, layer_idx: int) -> torch.Tensor:
         """[H, covered], bool: prompt tokens whose rows are on the device now."""

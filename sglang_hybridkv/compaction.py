@@ -162,7 +162,8 @@ def _offload_layer(
     host_ids = table.host_chunk_ids(row, layer_idx, heads, num_chunks).to(store.k_pages.device)
     store.k_pages[host_ids] = keys.to(store.k_pages.device)
     store.v_pages[host_ids] = values.to(store.v_pages.device)
-    _write_summaries(views, table, row, layer_idx, heads, summarize_chunks(keys, config.chunk_score))
+    summaries = summarize_chunks(keys, config.chunk_score, values if config.estimates else None)
+    _write_summaries(views, table, row, layer_idx, heads, summaries)
 
 
 def _write_summaries(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hybridkv_kernels.select_chunks import summary_vectors
+from hybridkv_kernels.select_chunks import ESTIMATING_SCORES, summary_vectors
 
 BUDGET_FLAG = "--kv-compressor-budget"
 CONFIG_FLAG = "--kv-compressor-config"
@@ -60,6 +60,13 @@ ChunkScore = Annotated[
     Field(
         description="score of a chunk for a query group: max or mean over the group of q . mean key, Quest's min/max "
         "bound, ArkVale's centre plus half the extent, or the best of 2 or 4 mean keys a chunk"
+    ),
+]
+Unretrieved = Annotated[
+    Literal["drop", "estimate"],
+    Field(
+        description="chunks that a query does not retrieve: leave them out, or let their mean key and mean value stand "
+        "for them, which doubles the summaries and needs a chunk_score of means (RetroInfer, arXiv 2505.02922)"
     ),
 ]
 HostStoreBytes = Annotated[
@@ -112,12 +119,27 @@ class RetrievalConfig(CompressorConfig):
     """The same for methods with dynamic heads, which keep their rows in host memory and retrieve chunks."""
 
     chunk_score: ChunkScore = "mean_max"
+    unretrieved: Unretrieved = "drop"
     host_store_bytes: HostStoreBytes = None
     on_host_store_full: OnHostStoreFull = "dense"
 
+    @model_validator(mode="after")
+    def _only_means_estimate(self) -> RetrievalConfig:
+        if self.estimates and self.chunk_score not in ESTIMATING_SCORES:
+            raise ValueError(
+                f"chunk_score = {self.chunk_score!r} is not allowed with unretrieved = 'estimate'; "
+                f"legal: one of {', '.join(ESTIMATING_SCORES)}"
+            )
+        return self
+
+    @property
+    def estimates(self) -> bool:
+        """Whether mean values stand for the chunks that are not retrieved."""
+        return self.unretrieved == "estimate"
+
     def summary_vectors_per_chunk(self) -> int:
         """Vectors of head_dim that describe one chunk on the device."""
-        return summary_vectors(self.chunk_score)
+        return summary_vectors(self.chunk_score, estimate=self.estimates)
 
 
 Config = TypeVar("Config", bound=CompressorConfig)

@@ -20,6 +20,7 @@ _PAPER: dict[str, Any] = {
     "static_weight": "sparsity",
     "text_share": 1.0,
     "chunk_score": "mean_max",
+    "unretrieved": "drop",
     "observation_rows": 32,
     "num_sink_tokens": 4,
     "recent_window": 16,

@@ -117,6 +117,7 @@ class HybridAttnMixin(AttentionBackend):
             self.req_to_token_pool.req_to_token,
             forward_batch.seq_lens,
             scaling=layer.scaling,
+            estimate=compression.compressor.estimate,
         )
         return out.view(len(queries), -1)
 
@@ -135,6 +136,7 @@ class HybridAttnMixin(AttentionBackend):
             num_sink_chunks=num_sink_chunks,
             num_recent_chunks=num_recent_chunks,
             chunk_score=compression.config.chunk_score,
+            estimate=compression.config.estimates,
         )
 
 
