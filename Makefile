@@ -46,7 +46,7 @@ test-fast: $(ENVIRONMENT) ## the tests that start no server and take less than t
 # is. Leaks are those of the interpreter.
 KERNELS_CPP = kernels/hybridkv_kernels/cpu
 SANITIZED = build/sanitize/_cpu.so
-SANITIZED_TESTS = $(addprefix tests/kernels/test_,compact_kv.py decode_attn.py dispatch.py retrieve_chunks.py score_heads.py)
+SANITIZED_TESTS = $(addprefix tests/kernels/test_,compact_kv.py decode_attn.py dispatch.py estimate.py retrieve_chunks.py score_heads.py)
 
 $(SANITIZED): $(wildcard $(KERNELS_CPP)/*.* kernels/hybridkv_kernels/*/cpu.h)
 	mkdir -p $(@D)
