@@ -36,7 +36,7 @@ class HybridKVConfig(RetrievalConfig):
     preset: Literal["tuned", "paper"] = Field(
         "tuned", description="set of defaults: chosen by measured quality, or as the paper has them"
     )
-    statistic: Literal["sparsity", "top_mass", "hit_cv", "stability", "capture"] = Field(
+    statistic: Literal["sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture"] = Field(
         "sparsity", description="statistic S in [0, 1] of a head; static when S >= theta (inferred)"
     )
     theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(

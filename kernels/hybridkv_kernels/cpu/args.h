@@ -56,7 +56,9 @@ struct RetrieveArgs {
   int32_t type, num_threads, chunk_score, summary_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
 };
 
-enum HkStatistic : int32_t { HK_SPARSITY = 0, HK_TOP_MASS = 1, HK_HIT_CV = 2, HK_STABILITY = 3, HK_CAPTURE = 4 };
+enum HkStatistic : int32_t {
+  HK_SPARSITY = 0, HK_TOP_MASS = 1, HK_HIT_CV = 2, HK_STABILITY = 3, HK_CAPTURE = 4, HK_WORST_CAPTURE = 5
+};
 
 struct ScoreArgs {
   const void* q;            // [num_rows, num_q_heads, D]

@@ -5,7 +5,7 @@ import torch
 from hybridkv_kernels import checks, dispatch
 from hybridkv_kernels.score_heads import cpu, naive
 
-STATISTICS = ("sparsity", "top_mass", "hit_cv", "stability", "capture")
+STATISTICS = ("sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture")
 _IMPLEMENTATIONS = {"naive": naive.score_heads, "cpu": cpu.score_heads}
 
 
@@ -31,9 +31,9 @@ def score_heads(
     slots : [N], int64. Token slots of the prompt in that layer.
     scaling : factor of q . k before the softmax.
     statistic : one of STATISTICS. In [0, 1]; high means that the head is safe to prune: few tokens ("sparsity",
-        "top_mass"), or tokens that stay while the query moves ("hit_cv", "stability", "capture").
+        "top_mass"), or tokens that stay while the query moves ("hit_cv", "stability", "capture", "worst_capture").
     sparsity_fraction, mass_fraction, chunk_size : parameters of the statistics; see `naive`.
-    capture_fraction : share of the keys that "capture" keeps, in (0, 1).
+    capture_fraction : share of the keys that "capture" and "worst_capture" keep, in (0, 1).
 
     Returns
     -------
@@ -48,9 +48,9 @@ def score_heads(
     Notes
     -----
     Cost: reads q and k once; W * H * G * N fp32 of scratch. Source: METHOD 1 (HybridKV, arXiv 2604.05887; the
-    sparsity is VL-Cache's, per head; "hit_cv" is CateKV's). "stability" and "capture" are ours, after QUALITY, lesson 3
-    (heads that are sparse and move lose most); CateKV and HeteroCache also tell heads apart by drift. With one row
-    both are 0: what is not known to stay is dynamic.
+    sparsity is VL-Cache's, per head; "hit_cv" is CateKV's). "stability", "capture" and "worst_capture" (that of
+    the worst query head and row instead of the mean) are ours: heads that are sparse and move lose most when they are pruned. CateKV and
+    HeteroCache also tell heads apart by drift. With one row all three are 0: what is not known to stay is dynamic.
     """
     checks.check_shape("k", k, (None, None, None))
     if slots is not None:

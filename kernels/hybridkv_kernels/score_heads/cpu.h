@@ -7,13 +7,14 @@ namespace HK_NAMESPACE {
 
 constexpr int kKeyTile = 64;
 
-// Attention of one KV head: probs [W, N], averaged over the group.
+// Attention of one KV head: probs [W, N], averaged over the group, and queries [W, G, N].
 template <typename T, int D>
-static void observe_head(const ScoreArgs& a, int kv_head, float* probs) {
+static void observe_head(const ScoreArgs& a, int kv_head, float* probs, std::vector<float>& logits) {
   using Storage = typename T::Storage;
   const int group = a.num_q_heads / a.num_kv_heads;
   const int64_t num_tokens = a.num_tokens, num_queries = int64_t(a.num_rows) * group;
-  std::vector<float> q(size_t(num_queries) * D), logits(size_t(num_queries) * num_tokens), tile(kKeyTile * D);
+  std::vector<float> q(size_t(num_queries) * D), tile(kKeyTile * D);
+  logits.resize(size_t(num_queries) * size_t(num_tokens));
   for (int w = 0; w < a.num_rows; ++w)
     for (int g = 0; g < group; ++g) {
       const auto* src = static_cast<const Storage*>(a.q) + (int64_t(w) * a.num_q_heads + kv_head * group + g) * D;
@@ -42,6 +43,7 @@ static void observe_head(const ScoreArgs& a, int kv_head, float* probs) {
       const float factor = 1.f / (sum * float(group));
 #pragma omp simd
       for (int64_t j = 0; j < causal; ++j) row[j] += x[j] * factor;
+      for (int64_t j = 0; j < num_tokens; ++j) x[j] = j < causal ? x[j] / sum : 0.f;
     }
   }
 }
@@ -116,8 +118,8 @@ static double stability(const ScoreArgs& a, const float* probs) {
   return std::min(1.0, total / (a.num_rows - 1));
 }
 
-// A row's probability on the keys that the other rows want most, mean over rows; NaN counts as 0.
-static double capture(const ScoreArgs& a, const float* probs) {
+// A query's probability on the keys that its group wants most in the other rows, mean or minimum; NaN counts as 0.
+static double capture(const ScoreArgs& a, const float* probs, const float* queries) {
   if (a.num_rows == 1) return 0.0;
   const size_t num_tokens = size_t(a.num_tokens);
   std::vector<float> row(num_tokens);
@@ -126,7 +128,8 @@ static double capture(const ScoreArgs& a, const float* probs) {
     copy_ordered(probs + int64_t(w) * a.num_tokens, row);
     for (size_t j = 0; j < num_tokens; ++j) sum[j] += double(row[j]);
   }
-  double total = 0.0;
+  const int group = a.num_q_heads / a.num_kv_heads;
+  std::vector<double> captured(size_t(a.num_rows) * group, 0.0);
   for (int w = 0; w < a.num_rows; ++w) {
     copy_ordered(probs + int64_t(w) * a.num_tokens, row);
     for (size_t j = 0; j < num_tokens; ++j) ordered[j] = others[j] = sum[j] - double(row[j]);
@@ -134,19 +137,26 @@ static double capture(const ScoreArgs& a, const float* probs) {
     std::nth_element(ordered.begin(), last, ordered.end(), [](double x, double y) { return x > y; });
     const double level = *last;
     int64_t ties = a.num_captured - std::count_if(ordered.begin(), last, [=](double x) { return x > level; });
-    for (size_t j = 0; j < num_tokens; ++j)
-      if (others[j] > level || (others[j] == level && ties-- > 0)) total += double(row[j]);
+    for (size_t j = 0; j < num_tokens; ++j) {
+      if (!(others[j] > level || (others[j] == level && ties-- > 0))) continue;
+      for (int g = 0; g < group; ++g) {
+        const float p = queries[(size_t(w) * group + g) * num_tokens + j];
+        captured[size_t(w) * group + g] += std::isnan(p) ? 0.0 : double(p);
+      }
+    }
   }
-  return std::min(1.0, total / a.num_rows);
+  double total = 0.0, worst = 1.0;
+  for (double mass : captured) total += std::min(1.0, mass), worst = std::min(worst, mass);
+  return a.statistic == HK_WORST_CAPTURE ? worst : total / double(captured.size());
 }
 
-static double statistic(const ScoreArgs& a, const float* probs) {
+static double statistic(const ScoreArgs& a, const float* probs, const float* queries) {
   switch (a.statistic) {
     case HK_SPARSITY: return sparsity(a, probs);
     case HK_TOP_MASS: return top_mass(a, probs);
     case HK_HIT_CV: return hit_cv(a, probs);
     case HK_STABILITY: return stability(a, probs);
-    default: return capture(a, probs);
+    default: return capture(a, probs, queries);
   }
 }
 
@@ -154,9 +164,9 @@ template <typename T, int D>
 void score_heads(const ScoreArgs& a) {
 #pragma omp parallel for schedule(dynamic) num_threads(a.num_threads)
   for (int h = 0; h < a.num_kv_heads; ++h) {
-    std::vector<float> probs(size_t(a.num_rows) * a.num_tokens);
-    observe_head<T, D>(a, h, probs.data());
-    a.out_statistic[h] = float(statistic(a, probs.data()));
+    std::vector<float> probs(size_t(a.num_rows) * a.num_tokens), queries;
+    observe_head<T, D>(a, h, probs.data(), queries);
+    a.out_statistic[h] = float(statistic(a, probs.data(), queries.data()));
     float* salience = a.out_salience + int64_t(h) * a.num_tokens;
     std::fill(salience, salience + a.num_tokens, 0.f);
     for (int w = 0; w < a.num_rows; ++w) {

@@ -9,7 +9,7 @@ import torch
 from hybridkv_kernels import cpu
 from hybridkv_kernels.score_heads.naive import HIT_LEVEL, hit_ranks, num_captured
 
-_STATISTICS = {"sparsity": 0, "top_mass": 1, "hit_cv": 2, "stability": 3, "capture": 4}
+_STATISTICS = {"sparsity": 0, "top_mass": 1, "hit_cv": 2, "stability": 3, "capture": 4, "worst_capture": 5}
 _SIZES = "num_rows num_q_heads num_kv_heads head_dim type num_threads statistic chunk_size"
 
 

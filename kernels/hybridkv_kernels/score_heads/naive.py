@@ -21,7 +21,8 @@ def score_heads(
     capture_fraction: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistic [H] and salience [H, N]; arguments as the public function's."""
-    probs, causal = observed_attention(q, k if slots is None else k[slots], scaling)
+    queries, causal = query_attention(q, k if slots is None else k[slots], scaling)
+    probs = queries.mean(dim=1)
     if statistic == "sparsity":
         value = sparsity(probs, causal, sparsity_fraction)
     elif statistic == "top_mass":
@@ -31,18 +32,25 @@ def score_heads(
     elif statistic == "stability":
         value = stability(probs)
     else:
-        value = capture(probs, num_captured(probs.shape[-1], capture_fraction))
+        captured = capture(queries, num_captured(probs.shape[-1], capture_fraction))
+        value = captured.mean(dim=(1, 2)) if statistic == "capture" else captured.amin(dim=(1, 2))
     return value, probs.mean(dim=1)
 
 
 def observed_attention(q: torch.Tensor, k: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities [H, W, N] averaged over the group, and the causal mask [W, N]."""
+    queries, causal = query_attention(q, k, scaling)
+    return queries.mean(dim=1), causal
+
+
+def query_attention(q: torch.Tensor, k: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [H, G, W, N], and the causal mask [W, N]."""
     num_rows, num_tokens, num_kv_heads = q.shape[0], k.shape[0], k.shape[1]
     q_HGWD = q.float().view(num_rows, num_kv_heads, -1, q.shape[-1]).permute(1, 2, 0, 3)
     logits = q_HGWD @ k.float().permute(1, 2, 0).unsqueeze(1) * scaling
     positions = torch.arange(num_tokens, device=k.device)
     causal = positions <= positions[num_tokens - num_rows :, None]
-    return logits.masked_fill(~causal, float("-inf")).softmax(dim=-1).mean(dim=1), causal
+    return logits.masked_fill(~causal, float("-inf")).softmax(dim=-1), causal
 
 
 def sparsity(probs: torch.Tensor, causal: torch.Tensor, fraction: float) -> torch.Tensor:
@@ -85,17 +93,18 @@ def stability(probs: torch.Tensor) -> torch.Tensor:
     return torch.minimum(probs[:, :-1], probs[:, 1:]).sum(dim=-1).mean(dim=-1).clamp(max=1.0)
 
 
-def capture(probs: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """[H]: a row's probability on the `num_kept` keys that the other rows want most, mean over rows; 0 with one row.
+def capture(queries: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """[H, G, W]: each query's probability on the `num_kept` keys that the group wants most in the other rows.
 
-    What a pruned head would keep of a query that it has not seen. Ties go to the earlier key.
+    What a pruned head would keep of a query that it has not seen; 0 with one row. Ties go to the earlier key.
     """
-    if probs.shape[1] == 1:
-        return probs.new_zeros(len(probs))
+    if queries.shape[2] == 1:
+        return queries.new_zeros(queries.shape[:3])
+    probs = queries.mean(dim=1)
     # The sum of the other rows ranks as their mean does; in double, so that a row leaves no trace when it is taken out.
     others = probs.double().sum(dim=1, keepdim=True) - probs.double()
     kept = others.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
-    return probs.gather(-1, kept).sum(dim=-1).mean(dim=-1).clamp(max=1.0)
+    return queries.gather(-1, kept.unsqueeze(1).expand(-1, queries.shape[1], -1, -1)).sum(dim=-1).clamp(max=1.0)
 
 
 def num_captured(num_tokens: int, fraction: float) -> int:
