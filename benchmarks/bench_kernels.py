@@ -86,7 +86,7 @@ def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, sim
     num_layers, num_dynamic = LAYERS.get(context, 8), DYNAMIC_HEADS[variant]
     heads = num_layers * NUM_KV_HEADS
     share = num_dynamic / NUM_KV_HEADS
-    config = HybridKVConfig(budget=budget, theta=0.5, dynamic_share=share, static_weight="uniform")
+    config = HybridKVConfig(preset="paper", budget=budget, theta=0.5, dynamic_share=share, static_weight="uniform")
     geometry = prompt_geometry(context, budget, page_size=PAGE_SIZE, head_pages_per_page=heads, vectors_per_chunk=1)
     num_pages = context // PAGE_SIZE
     pages_per_layer = 2 + num_pages + geometry.num_pages

@@ -149,7 +149,9 @@ def diagnose(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]
         console.print(f"diagnose: prompt {i + 1} of {args.num_prompts}, {trace.prompt_len} tokens", style="dim")
     head = {"bench": "diagnose", "compressor": args.compressor, "budget": args.budget, "task": args.task}
     head |= {"scene": args.scene, "prompt_tokens": round(sum(prompt_lens) / len(prompt_lens)), "n": args.num_prompts}
-    config = compressor.config.model_dump(exclude_defaults=True, exclude={"budget"})
+    defaults = compressor.config_class.defaults()
+    config = {name: value for name, value in compressor.config.model_dump().items() if value != defaults.get(name)}
+    config.pop("budget", None)
     head |= {"full_accuracy": round(sum(accuracies) / len(accuracies), 4), "config": config}
     return [head | row for row in result_rows(measured)]
 

@@ -76,7 +76,7 @@ def test_both_budgets_must_agree():
     "values, legal",
     [
         ({"page_size": 12}, "one of 8, 16, 32, 64"),
-        ({"statistic": "entropy"}, 'one of "sparsity", "top_mass", "hit_cv", "stability", "capture"'),
+        ({"statistic": "entropy"}, 'one of "sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture"'),
         ({"preset": "best"}, 'one of "tuned", "paper"'),
         ({"theta": 2}, "a number at least 0 and at most 1.01"),
         ({"sparsity_fraction": 0}, "a number above 0 and below 1"),

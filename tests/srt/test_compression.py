@@ -41,7 +41,7 @@ def make_compression(num_pages=60, host_pages=40, name="hybridkv", **config):
     values = {"budget": 0.4, "page_size": P, "min_prompt_tokens": 2 * P, "min_head_pages": 1}
     config_class = get_compressor(name).config_class
     if issubclass(config_class, RetrievalConfig):
-        values["host_store_bytes"] = host_pages * pool.page_bytes
+        values |= {"host_store_bytes": host_pages * pool.page_bytes, "chunk_score": "mean_max"}
     settings = Settings(name, config_class(**values | config))
     return Compression(settings, pool, allocator, num_rows=7, max_context=400)
 
