@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.harness import Server, compression_flags, engine_flags
 from tests.e2e.checks import Reference, ask, assert_nothing_lost, assert_same
-from tests.e2e.conftest import CHUNK_TOKENS, POOL_TOKENS, STRICT_ENV, VL
+from tests.e2e.conftest import CHUNK_TOKENS, POOL_TOKENS, STRICT_ENV
 from tests.e2e.prompts import Vision, text
 
 pytestmark = pytest.mark.server
