@@ -301,6 +301,7 @@ class TinyPool:
             num_sink_chunks=num_sink_chunks,
             num_recent_chunks=num_recent_chunks,
             chunk_score=self.config.chunk_score,
+            estimate=self.config.estimates,
         )
 
     def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
@@ -316,6 +317,7 @@ class TinyPool:
             self.req_to_token,
             torch.tensor([p.seq_len for p in prompts]),
             scaling=self.scaling,
+            estimate=self.compressor.estimate,
         )
 
     def queries(self, num_requests: int) -> torch.Tensor:

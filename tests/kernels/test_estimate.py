@@ -7,9 +7,8 @@ import torch
 
 from hybridkv_kernels import cpu as kernels_cpu
 from hybridkv_kernels.decode_attn import cpu, decode_attn, naive
-from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from hybridkv_kernels.select_chunks import ESTIMATING_SCORES, summarize_chunks, summary_vectors
-from sglang_hybridkv.compaction import forced_chunk_counts
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from tests.builders import (
     NAN,
     NO_CPU_KERNELS,
@@ -19,7 +18,6 @@ from tests.builders import (
     head_page,
     instruction_sets,
 )
-from tests.kernels.finer import AnyScoreConfig
 from tests.kernels.test_retrieve_chunks import check_selection
 
 P = 8
@@ -31,19 +29,18 @@ each_score = pytest.mark.parametrize("chunk_score", ESTIMATING_SCORES)
 needs_library = pytest.mark.skipif(NO_CPU_KERNELS, reason="the C++ kernels were not compiled; there is no compiler")
 
 
-class EstimatingConfig(AnyScoreConfig):
-    """Room for mean values beside the mean keys."""
-
-    def summary_vectors_per_chunk(self) -> int:
-        return summary_vectors(self.chunk_score, estimate=True)
-
-
 class EstimatingPool(TinyPool):
     """A pool whose compressed prompts have mean values beside the mean keys of their dynamic heads."""
 
     def __init__(self, *, budget=0.3, chunk_score="mean_max", **shape):
-        config = EstimatingConfig(
-            budget=budget, chunk_score=chunk_score, theta=0.5, page_size=P, min_head_pages=1, min_prompt_tokens=1
+        config = HybridKVConfig(
+            budget=budget,
+            chunk_score=chunk_score,
+            unretrieved="estimate",
+            theta=0.5,
+            page_size=P,
+            min_head_pages=1,
+            min_prompt_tokens=1,
         )
         super().__init__(fresh_generator(), config, **{"pages": 300, "host_pages": 120} | shape)
 
@@ -53,12 +50,6 @@ class EstimatingPool(TinyPool):
         if statistic is None:
             statistic = (torch.arange(heads[0] * heads[1]) % 2).view(heads).float()
         super().compress(prompt, statistic, salience, **options)
-        for layer in range(heads[0]):
-            for head in self.dynamic_heads(prompt, layer):
-                keys, values = self.chunks(prompt, layer, head)
-                means = summarize_chunks(keys[None], self.config.chunk_score, values[None])[0]
-                for i, vector in enumerate(means.flatten(0, 1)):
-                    self.summary_row(prompt, layer, head, i).copy_(vector)
 
     def dynamic_heads(self, prompt, layer):
         return [head for head in range(self.layout.num_kv_heads) if self.is_dynamic(prompt, layer, head)]
@@ -81,23 +72,6 @@ class EstimatingPool(TinyPool):
             return []
         held = self.mapped_chunks(prompt, layer, head)
         return [chunk for chunk in range(prompt.reservation.geometry.num_chunks) if chunk not in held]
-
-    def retrieve(self, prompts, layer_idx, q):
-        sinks, recent = forced_chunk_counts(self.config)
-        retrieve_chunks(
-            q,
-            self.views,
-            self.table,
-            self.store.k_pages,
-            self.store.v_pages,
-            self.counters,
-            layer_idx,
-            torch.tensor([p.row for p in prompts]),
-            num_sink_chunks=sinks,
-            num_recent_chunks=recent,
-            chunk_score=self.config.chunk_score,
-            estimate=True,
-        )
 
     def arguments(self, prompts, layer, q):
         return {
