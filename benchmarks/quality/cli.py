@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.datasets import dataset_names
 from benchmarks.harness import end_on_sigterm
 from benchmarks.provenance import REPOSITORY, run_metadata
 from benchmarks.quality.cases import CONTEXTS, TASKS
 from benchmarks.quality.client import Client, Unreachable
+from benchmarks.quality.data import MAX_TOKENS, DataSet, check_stored, load_data
 from benchmarks.quality.presets import PRESETS, Plan, Preset, Variants, build_plan
 from benchmarks.quality.report import write_markdown, write_report
 from benchmarks.quality.rows import Row
@@ -57,7 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", type=_listed(str), help=", ".join(TASKS))
     parser.add_argument("--scenes", type=_listed(str), help=", ".join(ARRANGEMENTS))
     parser.add_argument("--contexts", type=_listed(int), help="visual tokens: " + ", ".join(map(str, CONTEXTS)))
-    parser.add_argument("--n", type=int, help="scenes of each cell")
+    parser.add_argument("--n", type=int, help="scenes of each cell; questions of each data set (default: all)")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="NAME=FOLDER",
+        help=f"ask a published data set in place of drawn scenes, may be repeated: {', '.join(dataset_names())}",
+    )
+    parser.add_argument("--max-tokens", type=int, help=f"longest answer to --data (default: {MAX_TOKENS})")
     parser.add_argument("--variants", help='settings of hybridkv by name, {"name": {"theta": 0.8}}: JSON or @file')
     parser.add_argument(
         "--model-path", type=Path, default=TINY_MODEL, help="checkpoint (default: the trained tiny one)"
@@ -103,6 +112,16 @@ def _preset(name: str) -> Preset:
     return PRESETS[name]
 
 
+def _data(args: argparse.Namespace) -> list[DataSet]:
+    if args.max_tokens is not None and (args.max_tokens < 1 or not args.data):
+        expected = "at least 1" if args.data else "only with --data"
+        raise ValueError(f"--max-tokens: expected {expected}, got {args.max_tokens}")
+    for flag in ("tasks", "scenes", "contexts"):
+        if args.data and getattr(args, flag):
+            raise ValueError(f"--{flag}: expected none with --data, which leaves the drawn scenes out")
+    return load_data(args.data or (), args.n, args.max_tokens or MAX_TOKENS)
+
+
 def _plan(args: argparse.Namespace) -> Plan:
     if args.concurrency < 1:
         raise ValueError(f"--concurrency: expected at least 1, got {args.concurrency}")
@@ -114,7 +133,8 @@ def _plan(args: argparse.Namespace) -> Plan:
     def given(values: list[Any] | None) -> tuple[Any, ...] | None:
         return tuple(values) if values else None
 
-    return build_plan(
+    data = _data(args)
+    plan = build_plan(
         _preset(args.preset),
         compressors=args.compressors,
         budgets=args.budgets,
@@ -124,6 +144,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         n=args.n,
         variants=parse_variants(args.variants),
     )
+    return [(spec, data) for spec, _ in plan] if data else plan
 
 
 def served_spec(client: Client) -> tuple[ServerSpec, str]:
@@ -155,8 +176,13 @@ def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
         identity = {"model": model_fingerprint(args.model_path), "seed": args.seed, "dtype": args.dtype}
         identity["code"] = code_fingerprint()
         name = "-".join(str(value) for value in identity.values() if value is not None)
+    data = [cell for cell in plan[0][1] if isinstance(cell, DataSet)]
+    if data:
+        identity["max_tokens"] = data[0].max_tokens
+        name += f"-data-{data[0].max_tokens}"
     out = args.out or STORES / name
     open_store(out, identity, ignore=("code",) if args.ignore_code_change else ())
+    check_stored(out, data)
     settings = RunSettings(
         out=out,
         seed=args.seed,
@@ -197,7 +223,7 @@ def _measure(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return BAD_INPUT
-    if args.preset == "smoke" and not args.base_url:
+    if args.preset == "smoke" and not args.base_url and not args.data:
         verdict = smoke_verdict(results)
         if verdict:
             print(f"failed: {verdict}", file=sys.stderr)

@@ -102,12 +102,12 @@ class Client:
             return None
         return answer if response.is_success and isinstance(answer, dict) else None
 
-    def ask(self, exchange: Exchange) -> Reply:
-        """Send the requests of an exchange and return the scored answer."""
+    def ask(self, exchange: Exchange, max_tokens: int = MAX_ANSWER_TOKENS) -> Reply:
+        """Send the requests of an exchange and return the scored answer, of at most `max_tokens`."""
         if exchange.first is not None:
             self._chat(exchange.first, {})
         if exchange.forced is None:
-            return self._chat(exchange.messages, {})
+            return self._chat(exchange.messages, {"max_tokens": max_tokens})
         return self._chat_forced(exchange.messages, exchange.forced)
 
     def _chat(self, messages: list[dict[str, Any]], extra: dict[str, Any]) -> Reply:

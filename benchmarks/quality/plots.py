@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.quality.cases import SECOND_TASKS
-from benchmarks.quality.report import name_of
+from benchmarks.quality.report import name_of, title
 from benchmarks.quality.rows import Row
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
 
@@ -30,7 +30,7 @@ def _figure(columns: int = 1, size: tuple[float, float] = (7.0, 4.5)) -> Any:
 
 
 def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[str, list[tuple[float, float]]]:
-    """Mean exact match over the tasks of each compressor, by place on the horizontal axis."""
+    """Mean exact match, or score of data sets, over the tasks of each compressor, by place on the horizontal axis."""
     points: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
         if row["compressor"] not in BASELINES and row["budget"] is not None:
@@ -46,12 +46,13 @@ def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[s
 
 
 def _mean_match(rows: Sequence[Row]) -> float:
-    return float(np.mean([row["exact_match"] for row in rows]))
+    return float(np.mean([row.get("score", row["exact_match"]) for row in rows]))
 
 
 def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], label: str, path: Path) -> Path:
     figure, (axes,) = _figure()
-    axes.set_title(f"{rows[0]['scene']} scenes, {rows[0]['context']:,} visual tokens")
+    axes.set_title(title(rows[0]))
+    measure = "score" if "score" in rows[0] else "exact match"
     rows = _common_tasks(rows)
     for i, (name, curve) in enumerate(_curves(rows, place).items()):
         # Strong colours first, then their pale twins.
@@ -63,7 +64,7 @@ def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], labe
         group = [row for row in rows if row["compressor"] == name]
         if group:
             axes.axhline(_mean_match(group), color="black", linestyle=dashes, linewidth=1, label=name)
-    axes.set(xlabel=label, ylabel="exact match, mean over the tasks asked of all", xscale="log", ylim=(-0.03, 1.03))
+    axes.set(xlabel=label, ylabel=f"{measure}, mean over the tasks asked of all", xscale="log", ylim=(-0.03, 1.03))
     ticks = sorted({row["budget"] for row in rows if row["budget"] is not None and row["compressor"] != FULL})
     axes.set_xticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
     axes.minorticks_off()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.cases import SECOND_TASKS, Cell
+from benchmarks.quality.data import Questions
 from benchmarks.quality.servers import FULL, HYBRIDKV, MEASURED, STOCK, ServerSpec
 from benchmarks.scenes import LOOKUP_KINDS
 
@@ -106,7 +107,7 @@ PRESETS = {
     "sweep": Preset((FULL, HYBRIDKV), (0.1,), (Cell("coherent", 1600, 40, LOOKUP_KINDS),), variants=SWEEP),
 }
 
-Plan = list[tuple[ServerSpec, list[Cell]]]
+Plan = list[tuple[ServerSpec, Sequence[Questions]]]
 
 
 def _choose(

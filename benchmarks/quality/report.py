@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.cases import TASKS
-from benchmarks.quality.rows import Row, make_rows
+from benchmarks.quality.data import RIGHT_OR_WRONG
+from benchmarks.quality.rows import Row, make_rows, task_order
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
 from benchmarks.quality.store import read_answers
 
@@ -38,10 +38,10 @@ def read_rows(folder: Path) -> list[Row]:
     return sorted(rows, key=_order)
 
 
-def tables(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+def tables(rows: Sequence[Row]) -> dict[tuple[str, int | None], list[Row]]:
     """Group rows by scene and context: one table each."""
-    groups: dict[tuple[str, int], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row["scene"], row["context"], _order(row))):
+    groups: dict[tuple[str, int | None], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["scene"], row["context"] or 0, _order(row))):
         groups.setdefault((row["scene"], row["context"]), []).append(row)
     return groups
 
@@ -49,6 +49,8 @@ def tables(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
+    if row.get("metric", RIGHT_OR_WRONG[0]) not in RIGHT_OR_WRONG:
+        return f"{row['score']:.3f} {row['metric']}"
     worse = row["delta_full_high"] is not None and row["delta_full_high"] < 0
     return f"{row['exact_match']:.3f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" + (" ▼" if worse else "")
 
@@ -61,14 +63,19 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(scene: str, context: int, rows: Sequence[Row]) -> list[str]:
-    tasks = sorted({row["task"] for row in rows}, key=TASKS.index)
+def title(row: Row) -> str:
+    """Return in words what a table is about."""
+    return f"{row['scene']} scenes, {row['context']:,} visual tokens" if row["context"] else str(row["scene"])
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    tasks = sorted({row["task"] for row in rows}, key=task_order)
     servers: dict[tuple[str, float | None], dict[str, Row]] = {}
     for row in rows:
         servers.setdefault((name_of(row), row["budget"]), {})[row["task"]] = row
     tokens = sorted({row["prompt_tokens"] for row in rows})
     between = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
-    lines = [f"### {scene} scenes, {context:,} visual tokens ({between} prompt tokens)", ""]
+    lines = [f"### {title(rows[0])} ({between} prompt tokens)", ""]
     lines.append(_line(["compressor", "budget", "n", *tasks, "resident"]))
     lines.append(_line(["---"] * (4 + len(tasks))))
     for (name, budget), by_task in servers.items():
@@ -83,8 +90,8 @@ def _table(scene: str, context: int, rows: Sequence[Row]) -> list[str]:
 def markdown(rows: Sequence[Row]) -> str:
     """Return all tables. Exact match with its 95 % Wilson interval; ▼ where it is below full, paired, at 95 %."""
     lines: list[str] = []
-    for (scene, context), group in tables(rows).items():
-        lines += _table(scene, context, group)
+    for group in tables(rows).values():
+        lines += _table(group)
     return "\n".join(lines)
 
 
@@ -117,8 +124,9 @@ def write_report(folder: Path) -> tuple[str, list[Path]]:
     rows = read_rows(folder)
     paths = []
     for (scene, context), group in tables(rows).items():
-        paths.append(plots.accuracy_by_budget(group, folder / f"accuracy-{scene}-{context}.png"))
-        paths.append(plots.accuracy_by_memory(group, folder / f"memory-{scene}-{context}.png"))
+        name = f"{scene}-{context}" if context else scene
+        paths.append(plots.accuracy_by_budget(group, folder / f"accuracy-{name}.png"))
+        paths.append(plots.accuracy_by_memory(group, folder / f"memory-{name}.png"))
     for path in sorted(folder.glob(DIAGNOSIS_FILES)):
         heads = read_diagnosis(path)
         if heads:

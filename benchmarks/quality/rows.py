@@ -1,4 +1,4 @@
-"""From answers to result rows: one row a server spec, scene, context and task."""
+"""From answers to result rows: one row a server spec, scene, context and task, or data set."""
 
 from __future__ import annotations
 
@@ -6,23 +6,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.cases import TASKS
+from benchmarks.quality.data import score_answers
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK, ServerSpec
 from benchmarks.quality.statistics import Interval, compare_answers, count_pairs, mcnemar, paired_difference, wilson
 from benchmarks.quality.store import Answer
 
 Row = dict[str, Any]
 Answers = Mapping[str, Answer]
-Group = tuple[str, int, str]
-"""Scene, context, task."""
+Group = tuple[str, int | None, str]
+"""Scene, context, task; for a data set its collection ("milebench"), no context, and its name ("milebench/WebQA")."""
+
+
+def task_order(task: str) -> tuple[int, str]:
+    """Sort key: drawn tasks in their order, then data sets by name."""
+    return (TASKS.index(task), "") if task in TASKS else (len(TASKS), task)
 
 
 def group_answers(answers: Answers) -> dict[Group, dict[str, Answer]]:
     """Split answers by scene, context and task, in the order of the tasks."""
     groups: dict[Group, dict[str, Answer]] = {}
     for key, answer in answers.items():
-        scene, context, _, task = key.split("/")
-        groups.setdefault((scene, int(context), task), {})[key] = answer
-    return dict(sorted(groups.items(), key=lambda item: (*item[0][:2], TASKS.index(item[0][2]))))
+        group: Group
+        if "metric" in answer:
+            group = answer["task"].split("/")[0], None, answer["task"]
+        else:
+            scene, context, _, task = key.split("/")
+            group = scene, int(context), task
+        groups.setdefault(group, {})[key] = answer
+    return dict(sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or 0, task_order(item[0][2]))))
 
 
 def _mean(values: Iterable[float | None], digits: int) -> float | None:
@@ -114,6 +125,7 @@ def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerS
                 "static_heads": _record_mean(group.values(), "static_heads", 2),
                 "dynamic_heads": _record_mean(group.values(), "dynamic_heads", 2),
                 "config": spec.config,
+                **score_answers(group.values()),
             }
         )
     return rows

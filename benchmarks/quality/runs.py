@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
+from benchmarks.harness import detect_device
 from benchmarks.quality.cases import (
     Cell,
     Exchange,
@@ -18,7 +19,8 @@ from benchmarks.quality.cases import (
     scene_tasks,
     words_right,
 )
-from benchmarks.quality.client import Client, Reply
+from benchmarks.quality.client import MAX_ANSWER_TOKENS, Client, Reply
+from benchmarks.quality.data import CaseExchange, DataSet, Questions, make_case_exchanges, score_case
 from benchmarks.quality.servers import STOCK, ServerSpec
 from benchmarks.quality.store import Answer, AnswerFile
 
@@ -33,9 +35,12 @@ def _cell_keys(seed: int, cell: Cell) -> list[str]:
     return [exchange_key(cell, index, task) for index, asked in enumerate(tasks) for task in asked]
 
 
-def plan_keys(seed: int, cells: Sequence[Cell]) -> list[str]:
-    """Return the keys of all questions of some cells."""
-    return [key for cell in cells for key in _cell_keys(seed, cell)]
+def plan_keys(seed: int, cells: Sequence[Questions]) -> list[str]:
+    """Return the keys of all questions of some cells or data sets."""
+    keys: list[str] = []
+    for cell in cells:
+        keys += [case.key for case in cell.cases] if isinstance(cell, DataSet) else _cell_keys(seed, cell)
+    return keys
 
 
 def check_service(spec: ServerSpec, reply: Reply) -> None:
@@ -54,13 +59,17 @@ def check_service(spec: ServerSpec, reply: Reply) -> None:
 def score(exchange: Exchange, reply: Reply) -> Answer:
     """Return the line that is kept of an answer."""
     question, said = exchange.question, reply.text.strip()
+    if isinstance(exchange, CaseExchange):
+        assert exchange.case is not None, "a question of a data set has its case"
+        scored = score_case(exchange.case, said)
+    else:
+        scored = {"right": said == question.answer, "partial": words_right(said, question)}
     return {
         "key": exchange.key,
         "question": question.text,
         "answer": question.answer,
         "said": said,
-        "right": said == question.answer,
-        "partial": words_right(said, question),
+        **scored,
         "prompt_tokens": reply.prompt_tokens,
         "record": reply.record,
         "tokens": reply.tokens,
@@ -79,9 +88,15 @@ def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _exchanges(seed: int, cell: Questions, index: int, skip: Container[str]) -> Iterator[Exchange]:
+    if isinstance(cell, DataSet):
+        return make_case_exchanges(cell, index, skip)
+    return make_exchanges(seed, cell, index, skip)
+
+
 def ask_cells(
     spec: ServerSpec,
-    cells: Sequence[Cell],
+    cells: Sequence[Questions],
     client: Client,
     file: AnswerFile,
     *,
@@ -91,8 +106,8 @@ def ask_cells(
 ) -> None:
     """Ask a running server whatever its file does not have yet.
 
-    The questions about one scene are asked one after the other, so that the radix tree has its images; scenes run
-    concurrently.
+    The questions about one scene are asked one after the other, so that the radix tree has its images; scenes, and the
+    questions of a data set, run concurrently.
 
     Raises
     ------
@@ -103,12 +118,16 @@ def ask_cells(
     # SGLang encodes the images of one batch together, on the CPU with attention that is quadratic in all their patches.
     new_images = threading.Lock()
 
-    def ask_scene(cell: Cell, index: int) -> None:
-        for number, exchange in enumerate(make_exchanges(seed, cell, index, file.answers.keys())):
-            with contextlib.nullcontext() if number else new_images:
+    # Of a data set every question has images of its own: one at a time, a GPU would have little to do.
+    together = all(isinstance(cell, DataSet) for cell in cells) and detect_device() != "cpu"
+
+    def ask_scene(cell: Questions, index: int) -> None:
+        max_tokens = cell.max_tokens if isinstance(cell, DataSet) else MAX_ANSWER_TOKENS
+        for number, exchange in enumerate(_exchanges(seed, cell, index, file.answers.keys())):
+            with contextlib.nullcontext() if number or together else new_images:
                 if stop.is_set():
                     return
-                reply = client.ask(exchange)
+                reply = client.ask(exchange, max_tokens)
             check_service(spec, reply)
             file.append(score(exchange, reply))
             advance()

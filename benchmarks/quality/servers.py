@@ -124,6 +124,16 @@ def make_server(
     return Server(model, flags, recipe.env, log_dir=log_dir, name=spec.slug, ready_seconds=READY_SECONDS)
 
 
+def add_file(digest: Any, path: Path) -> None:
+    """Update a digest with a file's name, its size and both of its ends: all of it where it is small."""
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}\n".encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(SAMPLED_BYTES))
+        stream.seek(max(0, size - SAMPLED_BYTES))
+        digest.update(stream.read(SAMPLED_BYTES))
+
+
 def model_fingerprint(model: Path) -> str:
     """Return a digest of a checkpoint: its small files, and size and both ends of each weight file."""
     if not (model / "config.json").is_file():
@@ -133,11 +143,7 @@ def model_fingerprint(model: Path) -> str:
         # The calibration belongs to a compressor, and result files are no part of the model.
         if path.name == CALIBRATION_FILE:
             continue
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(SAMPLED_BYTES))
-            stream.seek(max(0, path.stat().st_size - SAMPLED_BYTES))
-            digest.update(stream.read(SAMPLED_BYTES))
+        add_file(digest, path)
     return digest.hexdigest()[:12]
 
 

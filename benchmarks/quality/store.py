@@ -14,7 +14,8 @@ META_FILE = "run.json"
 ANSWERS = "answers"
 
 Answer = dict[str, Any]
-"""key, kind, question, answer, said, right, partial, prompt_tokens, tokens, top, record."""
+"""key, question, answer, said, right, partial, prompt_tokens, record, tokens, top; of a data set also task, metric,
+references, digest."""
 
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.harness import ServerError
-from benchmarks.quality.cases import Cell
 from benchmarks.quality.client import BadAnswer, Client, Unreachable
+from benchmarks.quality.data import Questions
 from benchmarks.quality.presets import Plan
 from benchmarks.quality.rows import Answers, Row, dynamic_share, lookup_share, make_rows
 from benchmarks.quality.runs import NotCompressed, ask_cells, plan_keys
@@ -73,7 +73,7 @@ def _serve(settings: RunSettings, spec: ServerSpec, results: Results) -> Iterato
 def _ask_spec(
     settings: RunSettings,
     spec: ServerSpec,
-    cells: list[Cell],
+    cells: Sequence[Questions],
     results: Results,
     advance: Callable[[], None],
     skip: Callable[[int], None],

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from benchmarks.quality.cases import END_OF_TURN, Cell, make_exchanges
+from benchmarks.quality.cases import END_OF_TURN, make_exchanges
+from benchmarks.quality.data import DataSet, Questions, make_case_exchanges
 
 COMPRESSED = {"compressed": True, "reason": None, "resident_ratio": 0.25, "host_bytes": 64, "static_heads": 3}
 COMPRESSED |= {"dynamic_heads": 1}
@@ -29,16 +30,18 @@ class FakeEndpoint:
     wrong : keys of questions that it answers wrongly.
     dies_after : answers after which it hangs up; None for never.
     asked : keys of scored questions, in order.
+    max_tokens : of the scored requests.
     before : how many questions were asked before one that is scored.
     most_new : most requests at once with images that were not seen before.
     slow : when set, a request takes a while.
     """
 
-    def __init__(self, cells: Sequence[Cell], seed: int = 0) -> None:
+    def __init__(self, cells: Sequence[Questions], seed: int = 0) -> None:
         self.record: dict[str, Any] | None = COMPRESSED
         self.wrong: set[str] = set()
         self.dies_after: int | None = None
         self.asked: list[str] = []
+        self.max_tokens: set[int] = set()
         self.before = self.most_new = 0
         self._images: dict[str, bool] = {}
         self.slow = threading.Event()
@@ -46,7 +49,9 @@ class FakeEndpoint:
         self.exchanges = {}
         for cell in cells:
             for index in range(cell.n):
-                for exchange in make_exchanges(seed, cell, index, ()):
+                is_data = isinstance(cell, DataSet)
+                made = make_case_exchanges(cell, index, ()) if is_data else make_exchanges(seed, cell, index, ())
+                for exchange in made:
                     self.exchanges.setdefault(_signature(exchange.messages), []).append(exchange)
 
     def get(self, path: str) -> dict[str, Any] | None:
@@ -66,13 +71,15 @@ class FakeEndpoint:
             self.before += 1
             return self._answer("whatever", "", [])
         self.asked.append(exchange.key)
+        self.max_tokens.add(body["max_tokens"])
         said = "nothing of the kind" if exchange.key in self.wrong else exchange.question.answer
         return self._answer(said, exchange.forced or "", forced or [])
 
     @contextlib.contextmanager
     def looking(self, messages: list[dict[str, Any]]) -> Iterator[None]:
         """Keep count of the images that are being looked at for the first time."""
-        image = messages[0]["content"][0]["image_url"]["url"]
+        parts = messages[0]["content"]
+        image = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
         self._images.setdefault(image, True)
         self.most_new = max(self.most_new, sum(self._images.values()))
         if self.slow.is_set():
