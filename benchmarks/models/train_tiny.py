@@ -47,6 +47,8 @@ from benchmarks.scenes import (
     draw_scene,
 )
 
+RESUMED_NOISE = 0.05
+"""Error of a trained tower, where it was not measured."""
 KIND_WEIGHTS = {"get": 1.0, "list": 2.0, "chain": 2.0, "count": 2.0, "main": 0.7, "read": 1.0}
 _USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 
@@ -373,7 +375,7 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=1600, help="of the language model; about a second each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="state_dict of an earlier run")
+    parser.add_argument("--resume", type=Path, help="state.pt of an earlier run; all else starts anew")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
@@ -382,13 +384,14 @@ def main() -> None:
     state = args.out / "state.pt"
     if args.resume:
         model.load_state_dict(torch.load(args.resume))
-        noise = 0.05
+        noise = RESUMED_NOISE
     else:
         noise = train_tower(model.model.visual, code, rng, args.tower_steps)
     print(f"tower: root mean square error {noise:.4f}", flush=True)
     trainer = Trainer(model, code, noise, rng)
     train_language_model(trainer, args.steps, 0.8, lambda: torch.save(model.state_dict(), state))
     save_checkpoint(model.to(torch.bfloat16), args.out)
+    state.unlink()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +47,12 @@ ABLATION: Variants = {
     # Every head the same budget: the dynamic ones together get their share of the heads. It differs a little from
     # prompt to prompt; the mean over the prompts stands for it.
     "neither level": {"static_weight": "uniform", "dynamic_share": MEASURED},
+    "paper": {"preset": "paper"},
 }
-STATISTICS = ("sparsity", "top_mass", "hit_cv", "stability", "capture")
+THETAS = {
+    **dict.fromkeys(("sparsity", "top_mass", "hit_cv", "stability", "capture"), (0.1, 0.3, 0.5, 0.7, 0.9)),
+    "worst_capture": (0.0001, 0.001, 0.01, 0.1),
+}
 
 
 def _one_at_a_time(**values: Sequence[Any]) -> Variants:
@@ -60,16 +63,19 @@ SWEEP: Variants = {
     "": {},
     **{
         f"{statistic} at {theta}": {"statistic": statistic, "theta": theta}
-        for statistic, theta in itertools.product(STATISTICS, (0.3, 0.5, 0.7, 0.9))
+        for statistic, thetas in THETAS.items()
+        for theta in thetas
     },
     **_one_at_a_time(
-        theta=(0.5, 0.7, 0.8, 0.95),
-        dynamic_share=(0.2, 0.4, 0.5, 0.7),
+        preset=("paper",),
+        dynamic_share=(0.2, 0.32, 0.5, 0.75, 0.9),
         chunk_score=("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max"),
         page_size=(8, 16, 32),
         static_weight=("sparsity", "density", "uniform"),
         text_share=(0.25, 0.5, 0.75, 1.0),
         pool_kernel=(1, 5, 9),
+        capture_fraction=(0.05, 0.1, 0.2),
+        unretrieved=("estimate",),
     ),
 }
 

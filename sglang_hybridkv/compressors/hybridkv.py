@@ -14,6 +14,7 @@ from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.select import text_first_order
 
 _PAPER: dict[str, Any] = {
+    "page_size": 16,
     "statistic": "sparsity",
     "theta": 0.9,
     "dynamic_share": 0.32,
@@ -26,15 +27,15 @@ _PAPER: dict[str, Any] = {
     "recent_window": 16,
     "pool_kernel": 5,
 }
-# Found on the trained tiny model, see docs/quality.md: few heads move, those are told by their worst query, and they
-# need most of the rows.
+# Found on the trained tiny model, see docs/quality.md: few heads move, those are told by their worst query, they need
+# most of the rows, and small chunks serve them better than finer scores of large ones.
 _TUNED: dict[str, Any] = {
     **_PAPER,
     "statistic": "worst_capture",
     "theta": 0.001,
     "dynamic_share": 0.75,
     "static_weight": "density",
-    "chunk_score": "mean2_max",
+    "page_size": 8,
 }
 # Defaults by preset; a field that the user gives wins. "paper" is METHOD sections 1 to 4.
 PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER, "tuned": _TUNED}

@@ -168,7 +168,7 @@ def test_without_a_compressor_sglang_decides(outcomes, case):
     assert not outcomes[case]["has_server_hooks"]
 
 
-@pytest.mark.parametrize("case, budget, page_size", [("defaults", 0.1, 16), ("budget", 0.5, 16), ("yaml", 0.25, 32)])
+@pytest.mark.parametrize("case, budget, page_size", [("defaults", 0.1, 8), ("budget", 0.5, 8), ("yaml", 0.25, 32)])
 def test_a_compressing_server_gets_its_page_size_and_backend(outcomes, case, budget, page_size):
     outcome = outcomes[case]
     assert (outcome["budget"], outcome["page_size"], outcome["attention_backend"]) == (

@@ -27,7 +27,7 @@ def test_without_a_compressor_the_arguments_are_stock(make, off):
 def test_compressor_arguments_become_settings(make, config):
     args = make(model_path="m", kv_compressor="hybridkv", kv_compressor_budget=0.5, kv_compressor_config=config)
     settings = settings_of(args)
-    assert (settings.config.budget, settings.config.theta, args.page_size) == (0.5, 0.0, 16)
+    assert (settings.config.budget, settings.config.theta, args.page_size) == (0.5, 0.0, settings.config.page_size)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_settings_survive_the_trip_to_the_scheduler():
 
 
 def test_a_page_size_that_agrees_is_fine():
-    assert parse(FLAG, "hybridkv", "--page-size", "16").page_size == 16
+    assert parse(FLAG, "hybridkv", "--page-size", "8").page_size == 8
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "1.5", "x", "nan", "inf", ""])
@@ -92,7 +92,7 @@ def test_bad_budget(capsys, budget):
         ((FLAG, "snapkv", CONFIG_FLAG, '{"theta": 0.5}'), ("no field 'theta'", "known fields: budget")),
         ((FLAG, "sparsemm"), (CONFIG_FLAG, "needs the field 'calibration'")),
         ((FLAG, "full", BUDGET_FLAG, "0.1"), (f"{BUDGET_FLAG} = 0.1", "legal: a number equal to 1")),
-        ((FLAG, "hybridkv", "--page-size", "1"), ("--page-size 1", "page_size 16", "make them equal")),
+        ((FLAG, "hybridkv", "--page-size", "1"), ("--page-size 1", "page_size 8", "make them equal")),
     ],
 )
 def test_bad_flags_end_with_one_sentence(capsys, argv, parts):

@@ -85,5 +85,5 @@ def test_report_is_added_only_when_compression_is_on(monkeypatch):
     monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", HybridKVConfig()))
     assert verify.report({"status": "ready"}, None) == {
         "status": "ready",
-        "kv_compressor": {"name": "hybridkv", "budget": 0.1, "page_size": 16},
+        "kv_compressor": {"name": "hybridkv", "budget": 0.1, "page_size": HybridKVConfig().page_size},
     }

@@ -96,11 +96,11 @@ def stability(probs: torch.Tensor) -> torch.Tensor:
 def capture(queries: torch.Tensor, num_kept: int) -> torch.Tensor:
     """[H, G, W]: each query's probability on the `num_kept` keys that the group wants most in the other rows.
 
-    What a pruned head would keep of a query that it has not seen; 0 with one row. Ties go to the earlier key.
+    What a pruned head would keep of a query that it has not seen; 0 with one row. Ties go to the earlier key, NaN is 0.
     """
     if queries.shape[2] == 1:
         return queries.new_zeros(queries.shape[:3])
-    probs = queries.mean(dim=1)
+    probs, queries = queries.mean(dim=1).nan_to_num(0.0), queries.nan_to_num(0.0)
     # The sum of the other rows ranks as their mean does; in double, so that a row leaves no trace when it is taken out.
     others = probs.double().sum(dim=1, keepdim=True) - probs.double()
     kept = others.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
