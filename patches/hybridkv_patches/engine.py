@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from hybridkv_patches.hook import Hook
-from hybridkv_patches.server_args import adopt, claim_page_size, make_settings, refuse
+from hybridkv_patches.server_args import adopt, claim_page_size, end_at_once, make_settings
 from sglang_hybridkv.srt import settings as settings_module
 
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
@@ -82,7 +82,7 @@ def check_reports(init_result: Any) -> None:
         "--kv-compressor is set but the scheduler process did not report compression; its log says why the plugin "
         "'hybridkv' was not loaded there"
     )
-    refuse(get_server_args(), RuntimeError(sentence))
+    end_at_once(get_server_args(), RuntimeError(sentence))
 
 
 HOOKS = (

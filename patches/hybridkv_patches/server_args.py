@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -94,6 +95,21 @@ def refuse(server_args: Any, error: Exception) -> NoReturn:
     """End a server that was started on the command line with one sentence; raise `error` into a Python caller."""
     if getattr(server_args, _FROM_CLI, False):
         _exit(str(error))
+    raise error
+
+
+def end_at_once(server_args: Any, error: Exception) -> NoReturn:
+    """As `refuse`, for a launcher that has started its other processes; ends them, too.
+
+    It cannot end as usual: the interpreter's exit terminates ZMQ contexts, which waits for ever for sockets that SGLang
+    has left open.
+    """
+    if getattr(server_args, _FROM_CLI, False):
+        from sglang.srt.utils import kill_process_tree
+
+        kill_process_tree(os.getpid(), include_parent=False)
+        print(f"sglang: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     raise error
 
 

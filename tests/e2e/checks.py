@@ -116,15 +116,26 @@ def held(server: Server) -> dict[str, int]:
     }
 
 
+def settle(server: Server) -> dict[str, int]:
+    """Wait until the server is idle, which it is a moment after its last answer; returns what it still holds."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while any(held(server).values()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return {name: value for name, value in held(server).items() if value}
+
+
+def flush_cache(server: Server) -> None:
+    """Forget the radix tree; SGLang refuses while a request runs."""
+    settle(server)
+    server.client.post("/flush_cache").raise_for_status()
+
+
 def assert_nothing_lost(server: Server, *, largest_prompt: Prompt | None = None) -> None:
     """The server settles with every device and host page free, no fault in its log, and answers.
 
     `largest_prompt` needs nearly the whole pool, so that a lost page or a pinned prefix would refuse it.
     """
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while any(held(server).values()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    left = {name: value for name, value in held(server).items() if value}
+    left = settle(server)
     assert not left, f"an idle server still holds {left}"
     if largest_prompt is not None:
         answer = ask(server, largest_prompt, 2)

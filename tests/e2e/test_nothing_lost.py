@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from benchmarks.harness import Server
-from tests.e2e.checks import ask, assert_compressed, assert_dense, assert_nothing_lost, loads, request_body
+from tests.e2e.checks import ask, assert_compressed, assert_dense, assert_nothing_lost, flush_cache, loads, request_body
 from tests.e2e.conftest import POOL_TOKENS, VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, Vision, text
 from tests.e2e.streams import stream
@@ -69,7 +69,7 @@ def test_first_token_ends_the_request(server: Server) -> None:
     """Its pages are reserved, filled and never committed."""
     prompt = text(8010, 601)
     first = ask(server, prompt, 2).ids[0]
-    server.client.post("/flush_cache").raise_for_status()
+    flush_cache(server)
     stop = {"ignore_eos": False, "stop_token_ids": [first]}
     answer = ask(server, prompt, 50, sampling_params=stop)
     assert answer.meta["completion_tokens"] == 1

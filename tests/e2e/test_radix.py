@@ -18,6 +18,7 @@ from tests.e2e.checks import (
     assert_nothing_lost,
     assert_same,
     assert_same_first_token,
+    flush_cache,
     loads,
     request_body,
 )
@@ -136,7 +137,7 @@ def test_evicting_the_exact_prompt_leaves_its_request_alone(tenth: Server) -> No
     prompt, filler = text(4400, 800), [text(4401 + i, 4700) for i in range(2)]
     alone = ask(tenth, prompt, 200)
     assert_compressed(alone)
-    tenth.client.post("/flush_cache").raise_for_status()
+    flush_cache(tenth)
     with stream(tenth, request_body(prompt, 200)) as answers:
         next(answers)
         for other in filler:

@@ -18,7 +18,12 @@ DEFAULTS = {field.name: getattr(ServerArgs(model_path="m"), field.name) for fiel
 def resolved(**changes):
     """Resolved arguments of a server that compression works with, except for `changes`."""
     graphs = CudaGraphConfig(PhaseConfig("disabled"), PhaseConfig("disabled"))
-    fitting = {"device": "cpu", "attention_backend": "torch_native", "page_size": SETTINGS.config.page_size, "cuda_graph_config": graphs}
+    fitting = {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "page_size": SETTINGS.config.page_size,
+        "cuda_graph_config": graphs,
+    }
     return types.SimpleNamespace(**{**DEFAULTS, **fitting, **changes})
 
 
