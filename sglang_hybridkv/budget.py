@@ -2,7 +2,7 @@
 
 Webster's method hands out seats one by one to the largest weight / (2 seats + 1). Floors are seats everybody has
 from the start, a head that holds the whole prompt leaves the race, and the order of the race does not depend on
-the number of seats. So the laws of METHOD section 2 hold by construction: the sum is the budget, every head has
+the number of seats. So the laws of a budget hold by construction: the sum is the budget, every head has
 its floor, a larger budget never takes a page from any head, and budget 1.0 gives every head everything. Both
 levels, the split between head types and the weights inside a type, are weights of the same race.
 """

@@ -34,7 +34,12 @@ def compress_prompt(
     views, table, store : written in place; the prompt's own slots are only read.
     row : the request's row, bound in `table`.
     slots : [covered], int64. Token slots of the page-aligned prompt.
-    statistic, salience : [L, H] and [L, H, >= covered], fp32. From `score_heads`, layer by layer.
+    statistic, salience : [L, H] and [L, H, >= covered], fp32. From `Compressor.score_layer`, layer by layer.
+
+    Raises
+    ------
+    ValueError
+        The compressor's plan or ranking breaks the contract; nothing of the pool was written.
 
     Notes
     -----
@@ -46,8 +51,9 @@ def compress_prompt(
     pooled = pool_salience(salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
     observation = PromptObservation(statistic, pooled, is_text, geometry.num_chunks)
     plan = compressor.plan(observation, geometry.total_head_pages, retrieval=reservation.retrieval)
-    place_heads(table, row, plan, geometry)
     kept = kept_tokens(compressor, observation, plan)
+    _check_plan(compressor, plan, kept, reservation)
+    place_heads(table, row, plan, geometry)
     _move_kept_rows(views, table, row, slots, kept, plan.is_dynamic)
     for layer_idx in range(views.layout.num_layers):
         if compressor.merges and not kept[layer_idx].all():
@@ -80,7 +86,7 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     page_size = observation.page_size
     order = compressor.rank_tokens(observation, plan)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, places)
+    rank = torch.full_like(order, order.shape[-1]).scatter_(-1, order, places)
     static = rank < (plan.num_head_pages * page_size).unsqueeze(-1)
     if not compressor.retrieves:
         return static
@@ -90,6 +96,31 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     chunks = top_chunks(scores.masked_fill(forced, float("inf")), counts)
     dynamic = chunks.repeat_interleave(page_size, dim=1).view_as(static)
     return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
+
+
+def _check_plan(compressor: Compressor, plan: HeadPlan, kept: torch.Tensor, reservation: Reservation) -> None:
+    """Refuse what would write to pages of other requests, or leave rows that nobody wrote."""
+    geometry, counts = reservation.geometry, plan.num_head_pages
+    # One sync; finding the kept rows needs one anyway.
+    total, least, most, num_dynamic, is_whole = torch.stack(
+        (
+            counts.sum(),
+            counts.min(),
+            counts.max(),
+            plan.is_dynamic.sum(),
+            (kept.sum(-1) == counts * (geometry.covered // geometry.num_chunks)).all().long(),
+        )
+    ).tolist()
+    origin = f"KV compressor {compressor.name!r}"
+    if total > geometry.total_head_pages or least < 1 or most > geometry.num_chunks:
+        raise ValueError(
+            f"{origin}: num_head_pages = {least} to {most}, {total} in all; legal: 1 to {geometry.num_chunks} a head, "
+            f"at most {geometry.total_head_pages} in all"
+        )
+    if num_dynamic and not reservation.retrieval:
+        raise ValueError(f"{origin}: is_dynamic = {num_dynamic} heads; legal: none without retrieval")
+    if not is_whole:
+        raise ValueError(f"{origin}: rank_tokens must name each token once a head")
 
 
 def forced_chunk_counts(config: CompressorConfig) -> tuple[int, int]:

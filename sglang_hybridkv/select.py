@@ -64,7 +64,7 @@ def text_first_order(
 
     Returns
     -------
-    [L, H, N], int64. Token positions, the ones to keep first. Source: METHOD 3.
+    [L, H, N], int64. Token positions, the ones to keep first. Source: HybridKV (arXiv 2604.05887), text-prior pruning.
     """
     text_rank = _rank(salience.masked_fill(~is_text, -1.0))
     preferred = is_text & (text_rank < (text_share * num_kept).unsqueeze(-1))

@@ -10,9 +10,12 @@ from pydantic import Field, model_validator
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.budget import apportion, head_weights
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
-from sglang_hybridkv.config import RetrievalConfig
+from sglang_hybridkv.config import PageSize, RetrievalConfig
 from sglang_hybridkv.select import text_first_order
 
+# Defaults by preset; a field that the user gives wins. "paper" is the published method, its open choices inferred.
+# "tuned" is what the fields say, found on the trained tiny model, see docs/quality.md: few heads move, those are told
+# by their worst query, they need most of the rows, and small chunks serve them better than finer scores of large ones.
 _PAPER: dict[str, Any] = {
     "page_size": 16,
     "statistic": "sparsity",
@@ -27,31 +30,21 @@ _PAPER: dict[str, Any] = {
     "recent_window": 16,
     "pool_kernel": 5,
 }
-# Found on the trained tiny model, see docs/quality.md: few heads move, those are told by their worst query, they need
-# most of the rows, and small chunks serve them better than finer scores of large ones.
-_TUNED: dict[str, Any] = {
-    **_PAPER,
-    "statistic": "worst_capture",
-    "theta": 0.001,
-    "dynamic_share": 0.75,
-    "static_weight": "density",
-    "page_size": 8,
-}
-# Defaults by preset; a field that the user gives wins. "paper" is METHOD sections 1 to 4.
-PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER, "tuned": _TUNED}
+PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER, "tuned": {}}
 
 
 class HybridKVConfig(RetrievalConfig):
     """Settings of HybridKV; "inferred" marks a choice that the published text does not fix."""
 
+    page_size: PageSize = 8
     preset: Literal["tuned", "paper"] = Field(
         "tuned", description="set of defaults: chosen by measured quality, or as the paper has them"
     )
     statistic: Literal["sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture"] = Field(
-        "sparsity", description="statistic S in [0, 1] of a head; static when S >= theta (inferred)"
+        "worst_capture", description="statistic S in [0, 1] of a head; static when S >= theta (inferred)"
     )
     theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(
-        0.9, description="threshold of the statistic; 0 makes every head static, above 1 every head dynamic"
+        0.001, description="threshold of the statistic; 0 makes every head static, above 1 every head dynamic"
     )
     sparsity_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="'sparsity' counts keys below this fraction of a row's largest probability (inferred)"
@@ -60,13 +53,13 @@ class HybridKVConfig(RetrievalConfig):
         0.9, description="'top_mass' counts the keys that hold this share of the probability (inferred)"
     )
     capture_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="'capture' looks at this share of the keys, the most salient ones"
+        0.1, description="'capture' and 'worst_capture' look at this share of the keys, the most salient ones"
     )
     dynamic_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.32, description="r: share of the budget that goes to the dynamic heads (inferred from the latency table)"
+        0.75, description="r: share of the budget that goes to the dynamic heads"
     )
     static_weight: Literal["sparsity", "density", "uniform"] = Field(
-        "sparsity", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
+        "density", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
     )
     text_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         1.0,
@@ -78,11 +71,6 @@ class HybridKVConfig(RetrievalConfig):
     def _fill_from_the_preset(cls, values: Any) -> Any:
         preset = values.get("preset", "tuned") if isinstance(values, dict) else None
         return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """Values of all fields under the default preset."""
-        return super().defaults() | PRESETS["tuned"]
 
 
 class HybridKV(Compressor):
@@ -104,7 +92,7 @@ class HybridKV(Compressor):
         is_text: torch.Tensor,
         layer_idx: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """METHOD section 1: the configured statistic, and mean probability as salience."""
+        """The configured statistic, and mean probability as salience."""
         config = self.config
         return score_heads(
             q,
@@ -119,7 +107,7 @@ class HybridKV(Compressor):
         )
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
-        """METHOD sections 1 and 2; no host sync."""
+        """Types by threshold, budgets by type and weight; no host sync."""
         config, statistic = self.config, observation.statistic
         is_dynamic = statistic < config.theta if retrieval else torch.zeros_like(statistic, dtype=torch.bool)
         weights = head_weights(statistic.flatten(), is_dynamic.flatten(), config.dynamic_share, config.static_weight)
@@ -128,7 +116,7 @@ class HybridKV(Compressor):
         return HeadPlan(is_dynamic, pages.view_as(statistic))
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
-        """METHOD section 3."""
+        """Text first, then salient visual tokens."""
         return text_first_order(
             observation.salience,
             observation.is_text,

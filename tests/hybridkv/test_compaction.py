@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.retrieve_chunks.naive import read_summaries
+from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.compressors.snapkv import SnapKV
 from sglang_hybridkv.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
 
@@ -285,3 +287,51 @@ def test_two_prompts_do_not_disturb_each_other():
     for layer in range(2):
         for head in range(2):
             assert pool.held_tokens(second, layer, head)
+
+
+class Careless(SnapKV):
+    """A compressor that breaks the contract in one way."""
+
+    def __init__(self, fault):
+        super().__init__(SnapKV.config_class(budget=0.3, min_prompt_tokens=1, min_head_pages=1))
+        self.fault = fault
+
+    def plan(self, observation, total_head_pages, *, retrieval):
+        plan = super().plan(observation, total_head_pages, retrieval=retrieval)
+        pages, is_dynamic = plan.num_head_pages.clone(), plan.is_dynamic.clone()
+        if self.fault == "budget":
+            pages += 1
+        elif self.fault == "empty head":
+            pages[0, 0] = 0
+        elif self.fault == "prompt":
+            pages[0, 0], pages[0, 1:], pages[1:] = observation.num_pages + 1, 1, 1
+        elif self.fault == "dynamic":
+            is_dynamic[-1, -1] = True
+        return HeadPlan(is_dynamic, pages)
+
+    def rank_tokens(self, observation, plan):
+        order = super().rank_tokens(observation, plan)
+        if self.fault == "repeated token":
+            order[0, 0, 1] = order[0, 0, 0]
+        return order
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("budget", r"'snapkv': num_head_pages = \d+ to \d+, \d+ in all; legal: 1 to 20 a head, at most \d+ in all"),
+        ("empty head", "num_head_pages = 0 to "),
+        ("prompt", "num_head_pages = 1 to 21, "),
+        ("dynamic", "'snapkv': is_dynamic = 1 heads; legal: none without retrieval"),
+        ("repeated token", "'snapkv': rank_tokens must name each token once a head"),
+    ],
+)
+def test_a_plan_that_breaks_the_contract_writes_nothing(fault, sentence):
+    pool = TinyPool(fresh_generator(), compressor=Careless(fault))
+    prompt = pool.add_prompt(20 * pool.config.page_size)
+    keys, values, pages = pool.keys.clone(), pool.values.clone(), pool.table.num_head_pages.clone()
+    with pytest.raises(ValueError, match=sentence):
+        pool.compress(prompt, retrieval=False)
+    assert torch.equal(pool.keys.nan_to_num(7.0), keys.nan_to_num(7.0))
+    assert torch.equal(pool.values.nan_to_num(7.0), values.nan_to_num(7.0))
+    assert torch.equal(pool.table.num_head_pages, pages)

@@ -36,7 +36,7 @@ def fetch_chunks(
     Notes
     -----
     A chunk that stays keeps its head page, so a buffer is not in position order. Cost: 2 P D itemsize bytes a
-    moved chunk over the host link. Source: METHOD 4.
+    moved chunk over the host link. Source: HybridKV (arXiv 2604.05887).
     """
     num_heads, num_chunks = selected.shape
     checks.check_dtype("selected", selected, (torch.bool,))

@@ -46,7 +46,8 @@ def retrieve_chunks(
 
     Notes
     -----
-    Cost: the summaries once, and 2 P D itemsize bytes a missing chunk over the host link. Source: METHOD 4.
+    Cost: the summaries once, and 2 P D itemsize bytes a missing chunk over the host link. Source: HybridKV
+    (arXiv 2604.05887), its chunk-wise retrieval.
     """
     checks.check_shape("q", q, (None, None, None))
     checks.check_dtype("q", q, checks.FLOATS)

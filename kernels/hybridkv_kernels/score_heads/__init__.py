@@ -47,7 +47,7 @@ def score_heads(
 
     Notes
     -----
-    Cost: reads q and k once; W * H * G * N fp32 of scratch. Source: METHOD 1 (HybridKV, arXiv 2604.05887; the
+    Cost: reads q and k once; W * H * G * N fp32 of scratch. Source: HybridKV (arXiv 2604.05887; the
     sparsity is VL-Cache's, per head; "hit_cv" is CateKV's). "stability", "capture" and "worst_capture" (that of the
     worst query head and row instead of the mean) are ours: heads that are sparse and move lose most when they are
     pruned. CateKV and HeteroCache also tell heads apart by drift. With one row all three are 0: what is not known to

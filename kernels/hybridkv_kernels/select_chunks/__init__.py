@@ -86,9 +86,9 @@ def select_chunks(
 
     Notes
     -----
-    Cost: reads q and the summaries once. Source: METHOD 4; Quest (arXiv 2406.10774), ArkVale (NeurIPS 2024).
-    "mean2_max" and "mean4_max" score finer than they move, after QUALITY, lesson 2: the mean of 16 neighbours that
-    have nothing in common says little of any of them.
+    Cost: reads q and the summaries once. Source: HybridKV (arXiv 2604.05887), Quest (arXiv
+    2406.10774), ArkVale (NeurIPS 2024). "mean2_max" and "mean4_max" score finer than they move: the mean of 16
+    neighbours that have nothing in common says little of any of them.
     """
     checks.check_shape("q", q, (None, None, None))
     checks.check_dtype("q", q, checks.FLOATS)
