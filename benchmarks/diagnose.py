@@ -38,7 +38,13 @@ def all_statistics(trace: Trace, compressor: Compressor) -> dict[str, torch.Tens
         name: torch.stack(
             [
                 score_heads(
-                    q[end - rows : end], k[:end], scaling=trace.scaling, statistic=name, chunk_size=config.page_size
+                    q[end - rows : end],
+                    k[:end],
+                    scaling=trace.scaling,
+                    statistic=name,
+                    chunk_size=config.page_size,
+                    num_sinks=config.num_sink_tokens,
+                    num_recent=config.recent_window,
                 )[0]
                 for q, k in zip(trace.q, trace.k, strict=True)
             ]
@@ -60,7 +66,7 @@ def measure_prompt(trace: Trace, compressor: Compressor) -> dict[str, torch.Tens
     output_error : norm of the difference to the output of full attention, over the norm of that.
     captured_mass : probability of full attention on the rows that the step attended to, mean over the group.
     needle_survival : 1 when the prompt key with the largest probability was among those rows, else 0.
-    STATISTICS : of `score_heads` with its default parameters, whichever the compressor uses.
+    STATISTICS : of `score_heads` with its default fractions, whichever the compressor uses.
     """
     prompt = CompressedPrompt(trace, compressor)
     num_layers, length, num_kv_heads, _ = trace.k.shape

@@ -53,7 +53,7 @@ class HybridKVConfig(RetrievalConfig):
         0.9, description="'top_mass' counts the keys that hold this share of the probability (inferred)"
     )
     capture_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="'capture' and 'worst_capture' look at this share of the keys, the most salient ones"
+        0.1, description="'capture' and 'worst_capture' keep this share of the keys: sinks, recent, most salient"
     )
     dynamic_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         0.75, description="r: share of the budget that goes to the dynamic heads"
@@ -103,6 +103,8 @@ class HybridKV(Compressor):
             sparsity_fraction=config.sparsity_fraction,
             mass_fraction=config.mass_fraction,
             capture_fraction=config.capture_fraction,
+            num_sinks=config.num_sink_tokens,
+            num_recent=config.recent_window,
             chunk_size=config.page_size,
         )
 

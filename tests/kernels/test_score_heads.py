@@ -91,22 +91,32 @@ def plain_stability(rows):
     return sum(common) / len(common) if common else 0.0
 
 
-def plain_capture(rows, queries, fraction):
+def plain_capture(rows, queries, fraction, num_sinks, num_recent):
     if len(rows) == 1:
         return [0.0]
     num_kept, captured = math.ceil(fraction * len(rows[0])), []
     for i in range(len(rows)):
         others = [sum(column) for column in zip(*rows[:i], *rows[i + 1 :], strict=True)]
-        ranked = sorted(range(len(rows[0])), key=lambda token: (-others[token], token))
+        own = len(rows[0]) - len(rows) + i
+        forced = [token < num_sinks or own - num_recent < token <= own for token in range(len(rows[0]))]
+        wanted = [math.inf if kept else mass for kept, mass in zip(forced, others, strict=True)]
+        ranked = sorted(range(len(wanted)), key=lambda token: (-wanted[token], token))
         captured += [sum(query[token] for token in ranked[:num_kept]) for query in queries[i]]
     return captured
 
 
 @pytest.mark.usefixtures("kernels")
 @LAWS
-@given(prompts(), st.sampled_from(STATISTICS), st.sampled_from([0.01, 0.3]), st.sampled_from([0.5, 0.9]))
-def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
+@given(
+    prompts(),
+    st.sampled_from(STATISTICS),
+    st.sampled_from([0.01, 0.3]),
+    st.sampled_from([0.5, 0.9]),
+    st.sampled_from([(0, 0), (1, 2), (4, 16)]),
+)
+def test_equals_the_plain_loops(prompt, statistic, fraction, mass, forced):
     q, k = prompt
+    num_sinks, num_recent = forced
     value, salience = score_heads(
         q,
         k,
@@ -116,6 +126,8 @@ def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
         mass_fraction=mass,
         chunk_size=8,
         capture_fraction=fraction,
+        num_sinks=num_sinks,
+        num_recent=num_recent,
     )
     probs = plain_probabilities(q, k, 0.4)
     expected = [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in probs]
@@ -126,8 +138,8 @@ def test_equals_the_plain_loops(prompt, statistic, fraction, mass):
         "top_mass": lambda rows, _: plain_top_mass(rows, mass),
         "hit_cv": lambda rows, _: plain_hit_cv(rows, 8),
         "stability": lambda rows, _: plain_stability(rows),
-        "capture": lambda rows, queries: statistics.fmean(plain_capture(rows, queries, exact_fraction)),
-        "worst_capture": lambda rows, queries: min(plain_capture(rows, queries, exact_fraction)),
+        "capture": lambda rows, queries: statistics.fmean(plain_capture(rows, queries, exact_fraction, *forced)),
+        "worst_capture": lambda rows, queries: min(plain_capture(rows, queries, exact_fraction, *forced)),
     }[statistic]
     # A probability may sit on a threshold: at most one key per head may fall on the other side.
     one_key = {
@@ -293,6 +305,33 @@ def test_all_keys_capture_all_of_it():
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("statistic", ["capture", "worst_capture"])
+def test_sinks_and_recent_keys_are_captured_whatever_other_rows_want(statistic):
+    # Every query wants its own key, the one before it and the first of the prompt; only the last is wanted by others.
+    q, k = torch.zeros(8, 1, 32), torch.zeros(100, 1, 32)
+    k[0, 0, 31] = k[91, 0, 30] = 1.0
+    for row in range(8):
+        k[92 + row, 0, row] = 1.0
+        q[row, 0, [row, (row - 1) % 31, 31]] = 40.0
+
+    def captured(num_sinks, num_recent):
+        value, _ = score_heads(
+            q,
+            k,
+            scaling=1.0,
+            statistic=statistic,
+            capture_fraction=0.03,
+            num_sinks=num_sinks,
+            num_recent=num_recent,
+        )
+        return value.item()
+
+    assert captured(1, 2) == pytest.approx(1.0)
+    assert captured(1, 2) > captured(1, 1) >= captured(0, 0)
+    assert captured(0, 0) < 0.9
+
+
+@pytest.mark.usefixtures("kernels")
 def test_capture_gives_ties_to_the_earlier_key():
     """Uniform rows: each kept key holds the same mass, but a key that only later rows see comes last."""
     value, _ = score_heads(torch.zeros(3, 1, 32), torch.zeros(30, 1, 32), scaling=1.0, statistic="capture")
@@ -346,6 +385,8 @@ def test_half_precision_is_computed_in_fp32(dtype):
         ("capture_fraction", 1.0),
         ("capture_fraction", -0.1),
         ("capture_fraction", NAN),
+        ("num_sinks", -1),
+        ("num_recent", -1),
     ],
 )
 def test_bad_arguments_are_named(name, bad):
@@ -389,8 +430,8 @@ def test_more_rows_than_slots_are_refused(num_rows):
 # The C++ twin.
 
 
-def check_twins(q, pool, slots, statistic, isa):
-    arguments = (q, pool, slots, 0.2, statistic, 0.1, 0.9, 16, 0.1)
+def check_twins(q, pool, slots, statistic, isa, forced=(0, 0)):
+    arguments = (q, pool, slots, 0.2, statistic, 0.1, 0.9, 16, 0.1, *forced)
     value, salience = cpu.score_heads(*arguments, isa=isa)
     expected_value, expected = naive.score_heads(*arguments)
     torch.testing.assert_close(salience, expected, rtol=1e-4, atol=1e-7)
@@ -410,7 +451,7 @@ def test_cpp_equals_naive(head_dim, dtype, isa):
         pool = torch.full((150, 3, head_dim), NAN, dtype=dtype)
         slots = torch.randperm(150, generator=generator)[:130]
         pool[slots] = torch.randn(130, 3, head_dim, generator=generator).to(dtype)
-        check_twins(q, pool, slots, STATISTICS[group % len(STATISTICS)], isa)
+        check_twins(q, pool, slots, STATISTICS[group % len(STATISTICS)], isa, forced=(2, 3))
 
 
 @needs_library
@@ -425,7 +466,7 @@ def test_cpp_equals_naive_over_lengths_and_threads(num_tokens, statistic, isa):
             for num_rows in {1, min(num_tokens, 16), min(num_tokens, 33)}:
                 q = torch.randn(num_rows, 4, 32, generator=generator)
                 pool = torch.randn(num_tokens, 2, 32, generator=generator)
-                check_twins(q, pool, torch.arange(num_tokens), statistic, isa)
+                check_twins(q, pool, torch.arange(num_tokens), statistic, isa, forced=(num_rows % 5, num_rows // 2))
     finally:
         torch.set_num_threads(before)
 

@@ -67,7 +67,7 @@ struct ScoreArgs {
   float* out_statistic;     // [num_kv_heads]
   float* out_salience;      // [num_kv_heads, num_tokens]
   int64_t num_tokens, low_rank, high_rank, num_captured;
-  int32_t num_rows, num_q_heads, num_kv_heads, head_dim, type, num_threads, statistic, chunk_size;
+  int32_t num_rows, num_q_heads, num_kv_heads, head_dim, type, num_threads, statistic, chunk_size, num_sinks, num_recent;
   float scaling, sparsity_fraction, mass_fraction, hit_level;
 };
 

@@ -20,6 +20,8 @@ def score_heads(
     mass_fraction: float = 0.9,
     chunk_size: int = 16,
     capture_fraction: float = 0.1,
+    num_sinks: int = 0,
+    num_recent: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistic and salience of each KV head of one layer, from the last W queries of a prompt.
 
@@ -34,6 +36,8 @@ def score_heads(
         "top_mass"), or tokens that stay while the query moves ("hit_cv", "stability", "capture", "worst_capture").
     sparsity_fraction, mass_fraction, chunk_size : parameters of the statistics; see `naive`.
     capture_fraction : share of the keys that "capture" and "worst_capture" keep, in (0, 1).
+    num_sinks, num_recent : keys that these two keep before all others: the first of the prompt, and those that end
+        with the query's own. They count towards the share.
 
     Returns
     -------
@@ -68,7 +72,20 @@ def score_heads(
         raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}")
     if not 0 < capture_fraction < 1:
         raise ValueError(f"capture_fraction: expected a number above 0 and below 1, got {capture_fraction!r}")
+    for name, number in (("num_sinks", num_sinks), ("num_recent", num_recent)):
+        if number < 0:
+            raise ValueError(f"{name}: expected a number of keys, got {number}")
     chosen = dispatch.choose(k.device, k.dtype, head_dim, q.shape[1] // num_kv_heads)
     return _IMPLEMENTATIONS[chosen](
-        q, k, slots, scaling, statistic, sparsity_fraction, mass_fraction, chunk_size, capture_fraction
+        q,
+        k,
+        slots,
+        scaling,
+        statistic,
+        sparsity_fraction,
+        mass_fraction,
+        chunk_size,
+        capture_fraction,
+        num_sinks,
+        num_recent,
     )

@@ -118,7 +118,8 @@ static double stability(const ScoreArgs& a, const float* probs) {
   return std::min(1.0, total / (a.num_rows - 1));
 }
 
-// A query's probability on the keys that its group wants most in the other rows, mean or minimum; NaN counts as 0.
+// A query's probability on sinks, recent keys and those that its group wants most in the other rows, mean or minimum;
+// NaN counts as 0.
 static double capture(const ScoreArgs& a, const float* probs, const float* queries) {
   if (a.num_rows == 1) return 0.0;
   const size_t num_tokens = size_t(a.num_tokens);
@@ -132,7 +133,11 @@ static double capture(const ScoreArgs& a, const float* probs, const float* queri
   std::vector<double> captured(size_t(a.num_rows) * group, 0.0);
   for (int w = 0; w < a.num_rows; ++w) {
     copy_ordered(probs + int64_t(w) * a.num_tokens, row);
-    for (size_t j = 0; j < num_tokens; ++j) ordered[j] = others[j] = sum[j] - double(row[j]);
+    for (size_t j = 0; j < num_tokens; ++j) others[j] = sum[j] - double(row[j]);
+    const int64_t own = a.num_tokens - a.num_rows + w, first_recent = std::max<int64_t>(own + 1 - a.num_recent, 0);
+    std::fill(others.begin() + first_recent, others.begin() + own + 1, INFINITY);
+    std::fill_n(others.begin(), std::min<int64_t>(a.num_sinks, a.num_tokens), INFINITY);
+    ordered = others;
     const auto last = ordered.begin() + (a.num_captured - 1);
     std::nth_element(ordered.begin(), last, ordered.end(), [](double x, double y) { return x > y; });
     const double level = *last;

@@ -10,7 +10,7 @@ from hybridkv_kernels import cpu
 from hybridkv_kernels.score_heads.naive import HIT_LEVEL, hit_ranks, num_captured
 
 _STATISTICS = {"sparsity": 0, "top_mass": 1, "hit_cv": 2, "stability": 3, "capture": 4, "worst_capture": 5}
-_SIZES = "num_rows num_q_heads num_kv_heads head_dim type num_threads statistic chunk_size"
+_SIZES = "num_rows num_q_heads num_kv_heads head_dim type num_threads statistic chunk_size num_sinks num_recent"
 
 
 class ScoreArgs(ctypes.Structure):
@@ -34,6 +34,8 @@ def score_heads(
     mass_fraction: float,
     chunk_size: int,
     capture_fraction: float,
+    num_sinks: int = 0,
+    num_recent: int = 0,
     *,
     isa: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +61,8 @@ def score_heads(
         torch.get_num_threads(),
         _STATISTICS[statistic],
         chunk_size,
+        num_sinks,
+        num_recent,
         scaling,
         sparsity_fraction,
         mass_fraction,

@@ -19,6 +19,8 @@ def score_heads(
     mass_fraction: float,
     chunk_size: int,
     capture_fraction: float,
+    num_sinks: int = 0,
+    num_recent: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Statistic [H] and salience [H, N]; arguments as the public function's."""
     queries, causal = query_attention(q, k if slots is None else k[slots], scaling)
@@ -32,7 +34,7 @@ def score_heads(
     elif statistic == "stability":
         value = stability(probs)
     else:
-        captured = capture(queries, num_captured(probs.shape[-1], capture_fraction))
+        captured = capture(queries, num_captured(probs.shape[-1], capture_fraction), num_sinks, num_recent)
         value = captured.mean(dim=(1, 2)) if statistic == "capture" else captured.amin(dim=(1, 2))
     return value, probs.mean(dim=1)
 
@@ -93,8 +95,8 @@ def stability(probs: torch.Tensor) -> torch.Tensor:
     return torch.minimum(probs[:, :-1], probs[:, 1:]).sum(dim=-1).mean(dim=-1).clamp(max=1.0)
 
 
-def capture(queries: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """[H, G, W]: each query's probability on the `num_kept` keys that the group wants most in the other rows.
+def capture(queries: torch.Tensor, num_kept: int, num_sinks: int, num_recent: int) -> torch.Tensor:
+    """[H, G, W]: each query's probability on `num_kept` keys: sinks, recent ones, what the other rows want most.
 
     What a pruned head would keep of a query that it has not seen; 0 with one row. Ties go to the earlier key, NaN is 0.
     """
@@ -103,6 +105,11 @@ def capture(queries: torch.Tensor, num_kept: int) -> torch.Tensor:
     probs, queries = queries.mean(dim=1).nan_to_num(0.0), queries.nan_to_num(0.0)
     # The sum of the other rows ranks as their mean does; in double, so that a row leaves no trace when it is taken out.
     others = probs.double().sum(dim=1, keepdim=True) - probs.double()
+    num_rows, num_tokens = queries.shape[2:]
+    key = torch.arange(num_tokens, device=queries.device)
+    own = key[num_tokens - num_rows :, None]
+    forced = (key < num_sinks) | ((key <= own) & (key > own - num_recent))
+    others = others.masked_fill(forced, float("inf"))
     kept = others.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
     return queries.gather(-1, kept.unsqueeze(1).expand(-1, queries.shape[1], -1, -1)).sum(dim=-1).clamp(max=1.0)
 
