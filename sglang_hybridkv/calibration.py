@@ -12,7 +12,7 @@ Score = Annotated[float, Field(ge=0.0)]
 
 
 class CalibratedModel(BaseModel):
-    """The model that was calibrated; fingerprint is free text that names its weights, or null."""
+    """The model that was calibrated; fingerprint is the SHA-256 of its config.json, or null where that is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -47,13 +47,17 @@ class Calibration(BaseModel):
         return self
 
 
-def load_calibration(path: str | Path, num_layers: int, num_kv_heads: int) -> Calibration:
+def load_calibration(
+    path: str | Path, num_layers: int, num_kv_heads: int, fingerprint: str | None = None
+) -> Calibration:
     """Read and check the scores of a model of `num_layers` layers of `num_kv_heads` KV heads.
+
+    Where `fingerprint` and the file's are both known, they have to be the same.
 
     Raises
     ------
     ValueError
-        One sentence: the file cannot be read, is damaged, or belongs to a model of another shape.
+        One sentence: the file cannot be read, is damaged, or belongs to another model.
     """
     source = f"calibration file {str(path)!r}"
     recipe = "write one with `hybridkv calibrate`"
@@ -73,5 +77,10 @@ def load_calibration(path: str | Path, num_layers: int, num_kv_heads: int) -> Ca
         raise ValueError(
             f"{source} belongs to {model.name!r} with {model.num_layers} layers of {model.num_kv_heads} KV heads, the "
             f"model to serve has {num_layers} of {num_kv_heads}; {recipe} for it"
+        )
+    if fingerprint and model.fingerprint and fingerprint != model.fingerprint:
+        raise ValueError(
+            f"{source} belongs to {model.name!r}, whose config.json has the SHA-256 {model.fingerprint[:12]}, "
+            f"the model to serve has {fingerprint[:12]}; {recipe} for it"
         )
     return calibration

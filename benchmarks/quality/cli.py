@@ -33,6 +33,7 @@ from benchmarks.quality.servers import (
 from benchmarks.quality.store import open_store
 from benchmarks.quality.table import RunSettings, run_plan, smoke_verdict
 from benchmarks.scenes import ARRANGEMENTS
+from sglang_hybridkv.compressors import get_compressor
 
 TINY_MODEL = REPOSITORY / "benchmarks" / "models" / "tiny-qwen2_5_vl-scenes"
 STORES = REPOSITORY / ".cache" / "quality"
@@ -155,7 +156,11 @@ def served_spec(client: Client) -> tuple[ServerSpec, str]:
     model = (models.get("data") or [{}])[0].get("id", client.model)
     states = (client.get("/server_info") or {}).get("internal_states") or [{}]
     active = states[0].get("kv_compressor")
-    return ServerSpec(active["name"], active["budget"]) if active else ServerSpec(STOCK), model
+    if not active:
+        return ServerSpec(STOCK), model
+    usual = get_compressor(active["name"]).config_class.defaults()
+    config = {name: value for name, value in active["config"].items() if name != "budget" and value != usual.get(name)}
+    return ServerSpec(active["name"], active["budget"], config), model
 
 
 def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:

@@ -89,8 +89,11 @@ class Compressor:
         config = self.config
         return config.chunk_score if isinstance(config, RetrievalConfig) and config.estimates else None
 
-    def bind(self, num_layers: int, num_kv_heads: int) -> None:
-        """Meet the model, in the launcher and in the scheduler; ValueError in one sentence when it does not fit."""
+    def bind(self, num_layers: int, num_kv_heads: int, fingerprint: str | None = None) -> None:
+        """Meet the model, in the launcher and in the scheduler; ValueError in one sentence when it does not fit.
+
+        `fingerprint` is the SHA-256 of the model's config.json; None in the scheduler, and where it is not in a folder.
+        """
 
     def score_layer(
         self,

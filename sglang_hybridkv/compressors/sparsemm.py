@@ -35,9 +35,9 @@ class SparseMM(Compressor):
     config_class = SparseMMConfig
     config: SparseMMConfig
 
-    def bind(self, num_layers: int, num_kv_heads: int) -> None:
+    def bind(self, num_layers: int, num_kv_heads: int, fingerprint: str | None = None) -> None:
         """Read the scores; ValueError when they are missing, damaged or another model's."""
-        calibration = load_calibration(self.config.calibration, num_layers, num_kv_heads)
+        calibration = load_calibration(self.config.calibration, num_layers, num_kv_heads, fingerprint)
         self.scores = torch.tensor(calibration.scores, dtype=torch.float64)
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:

@@ -186,6 +186,7 @@ class Compression:
         return {
             "name": self.settings.name,
             "budget": self.config.budget,
+            "config": self.config.model_dump(mode="json"),
             "page_size": self.shape.page_size,
             "kernels": self.kernels,
             "host_store_bytes": self.store.num_pages * self.store.page_bytes,

@@ -6,7 +6,9 @@ A row goes when a test proves the combination.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sglang_hybridkv.compressors import get_compressor
@@ -173,7 +175,9 @@ def check_model(model_config: Any, settings: Settings) -> None:
     if architecture not in ARCHITECTURES:
         raise _refused(f"--model-path of a {architecture}", settings, f"supported are {', '.join(ARCHITECTURES)}")
     compressor = get_compressor(settings.name)(settings.config)
-    compressor.bind(model_config.num_hidden_layers, model_config.get_total_num_kv_heads())
+    config = Path(model_config.model_path) / "config.json"
+    fingerprint = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None
+    compressor.bind(model_config.num_hidden_layers, model_config.get_total_num_kv_heads(), fingerprint)
 
 
 def _check_cuda_graphs(view: Any, settings: Settings) -> None:

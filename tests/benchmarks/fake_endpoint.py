@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.quality.cases import END_OF_TURN, make_exchanges
 from benchmarks.quality.data import DataSet, Questions, make_case_exchanges
+from sglang_hybridkv.compressors import get_compressor
 
 COMPRESSED = {"compressed": True, "reason": None, "resident_ratio": 0.25, "host_bytes": 64, "static_heads": 3}
 COMPRESSED |= {"dynamic_heads": 1}
@@ -27,6 +28,7 @@ class FakeEndpoint:
     Attributes
     ----------
     record : of every request; None for a stock server.
+    config : settings of the compressor other than the defaults.
     wrong : keys of questions that it answers wrongly.
     dies_after : answers after which it hangs up; None for never.
     asked : keys of scored questions, in order.
@@ -38,6 +40,7 @@ class FakeEndpoint:
 
     def __init__(self, cells: Sequence[Questions], seed: int = 0) -> None:
         self.record: dict[str, Any] | None = COMPRESSED
+        self.config: dict[str, Any] = {}
         self.wrong: set[str] = set()
         self.dies_after: int | None = None
         self.asked: list[str] = []
@@ -58,7 +61,8 @@ class FakeEndpoint:
         """Answer a GET."""
         if path == "/v1/models":
             return {"data": []}
-        state = {"kv_compressor": {"name": "hybridkv", "budget": 0.1}} if self.record else {}
+        config = get_compressor("hybridkv").config_class(budget=0.1, **self.config).model_dump(mode="json")
+        state = {"kv_compressor": {"name": "hybridkv", "budget": 0.1, "config": config}} if self.record else {}
         return {"internal_states": [state]} if path == "/server_info" else None
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -192,6 +192,17 @@ def test_a_running_server_is_measured_as_what_it_is(endpoint, tmp_path, capsys) 
     assert {row["delta_full"] for row in rows} == {None}
 
 
+def test_servers_with_other_settings_are_other_rows(endpoint, tmp_path, capsys) -> None:
+    command = [*ARGUMENTS, "--base-url", endpoint.url, "--out", str(tmp_path)]
+    assert main(command) == 0
+    endpoint.config = {"theta": 0.25}
+    endpoint.wrong = {"coherent/400/0/chain"}
+    assert main(command) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    chains = [(row["config"], row["exact_match"]) for row in rows if row["task"] == "chain"]
+    assert chains == [({}, 1.0), ({"theta": 0.25}, pytest.approx(2 / 3, abs=1e-3))]
+
+
 def test_running_servers_of_one_folder_are_compared(endpoint, tmp_path, capsys) -> None:
     command = [*ARGUMENTS, "--base-url", endpoint.url, "--out", str(tmp_path)]
     endpoint.record = None

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.server
 SERVER_FIELDS = {
     "name",
     "budget",
+    "config",
     "page_size",
     "compressed_requests",
     "dense_requests",

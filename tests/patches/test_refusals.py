@@ -1,3 +1,4 @@
+import hashlib
 import types
 
 import msgspec
@@ -90,9 +91,11 @@ def test_the_rust_server_is_refused(monkeypatch):
     assert sentence() == "SGLANG_RUST_SERVER cannot be combined with --kv-compressor hybridkv; unset it"
 
 
-def model(architecture):
+def model(architecture, path="org/name"):
     config = types.SimpleNamespace(architectures=[architecture])
-    return types.SimpleNamespace(hf_config=config, num_hidden_layers=2, get_total_num_kv_heads=lambda: 2)
+    return types.SimpleNamespace(
+        hf_config=config, model_path=str(path), num_hidden_layers=2, get_total_num_kv_heads=lambda: 2
+    )
 
 
 @pytest.mark.parametrize("architecture", refusals.ARCHITECTURES)
@@ -120,3 +123,23 @@ def test_a_compressor_that_does_not_fit_the_model_is_refused_before_anything_is_
         refusals.check_model(model("LlamaForCausalLM"), foreign)
     fitting = Settings("sparsemm", config_class(calibration=str(make_calibration(tmp_path / "c.json", 2, 2))))
     refusals.check_model(model("LlamaForCausalLM"), fitting)
+
+
+def test_a_calibration_of_another_model_of_the_same_shape_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    described = {"name": "m", "num_layers": 2, "num_kv_heads": 2, "head_dim": 32}
+    config_class = get_compressor("sparsemm").config_class
+
+    def settings(fingerprint):
+        facts = described | {"fingerprint": fingerprint}
+        return Settings(
+            "sparsemm", config_class(calibration=str(make_calibration(tmp_path / "c.json", 2, 2, model=facts)))
+        )
+
+    served = model("LlamaForCausalLM", tmp_path)
+    with pytest.raises(ValueError, match=f"SHA-256 {'a' * 12}, the model to serve has {digest[:12]}; write one with"):
+        refusals.check_model(served, settings("a" * 64))
+    refusals.check_model(served, settings(digest))
+    refusals.check_model(served, settings(None))
+    refusals.check_model(model("LlamaForCausalLM"), settings("a" * 64))
