@@ -15,14 +15,15 @@ _LEAST_WEIGHT = 1e-6  # relative to the mean: a head without weight still takes 
 
 
 def head_weights(
-    statistic: torch.Tensor, is_dynamic: torch.Tensor, dynamic_share: float, static_weight: str
+    statistic: torch.Tensor, is_dynamic: torch.Tensor, dynamic_share: float | torch.Tensor, static_weight: str
 ) -> torch.Tensor:
     """Weights of all heads: level 1 splits by `dynamic_share`, level 2 weighs static heads, dynamic ones share evenly.
 
     Parameters
     ----------
     statistic, is_dynamic : [E], fp32 in [0, 1] and bool.
-    dynamic_share : r in [0, 1], share of the budget for the dynamic heads; all of it goes to the only type there is.
+    dynamic_share : r in [0, 1], share of the budget for the dynamic heads, a number or a scalar tensor; all of it goes
+        to the only type there is.
     static_weight : "sparsity" (S) | "density" (1 - S) | "uniform".
 
     Returns
@@ -35,6 +36,12 @@ def head_weights(
     weights = (1.0 - dynamic_share) * static / static.sum().clamp(min=_LEAST_WEIGHT)
     weights += dynamic_share * is_dynamic / is_dynamic.sum().clamp(min=1)
     return weights + _LEAST_WEIGHT / len(weights)
+
+
+def share_by_ratio(is_dynamic: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Return the scalar share, fp64, with which a dynamic head gets `ratio` times what static heads get on average."""
+    num_dynamic = is_dynamic.sum(dtype=torch.float64)
+    return ratio * num_dynamic / (ratio * num_dynamic + (is_dynamic.numel() - num_dynamic))
 
 
 def apportion(weights: torch.Tensor, total: int, floor: int, cap: int) -> torch.Tensor:

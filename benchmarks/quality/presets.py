@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality.cases import SECOND_TASKS, Cell
 from benchmarks.quality.data import Questions
-from benchmarks.quality.servers import FULL, HYBRIDKV, MEASURED, STOCK, ServerSpec
+from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK, ServerSpec
 from benchmarks.scenes import LOOKUP_KINDS
 
 COMPARED = (
@@ -44,9 +44,7 @@ ABLATION: Variants = {
     "all static": {"theta": 0.0},
     "all dynamic": {"theta": 1.01},
     "no head level": {"static_weight": "uniform"},
-    # Every head the same budget: the dynamic ones together get their share of the heads. It differs a little from
-    # prompt to prompt; the mean over the prompts stands for it.
-    "neither level": {"static_weight": "uniform", "dynamic_share": MEASURED},
+    "neither level": {"static_weight": "uniform", "dynamic_ratio": 1.0},
     "paper": {"preset": "paper"},
 }
 THETAS = {
@@ -69,6 +67,7 @@ SWEEP: Variants = {
     **_one_at_a_time(
         preset=("paper",),
         dynamic_share=(0.2, 0.32, 0.5, 0.75, 0.9),
+        dynamic_ratio=(1.0, 2.0, 4.0, 8.0),
         chunk_score=("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max"),
         page_size=(8, 16, 32),
         static_weight=("sparsity", "density", "uniform"),

@@ -131,17 +131,6 @@ def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerS
     return rows
 
 
-def dynamic_share(answers: Answers) -> float | None:
-    """Return the mean share of dynamic heads over some prompts; None without a record of them."""
-    shares = []
-    for answer in answers.values():
-        record = answer["record"] or {}
-        heads = record.get("static_heads", 0) + record.get("dynamic_heads", 0)
-        if heads:
-            shares.append(record["dynamic_heads"] / heads)
-    return _mean(shares, 4)
-
-
 def lookup_share(answers: Answers, kinds: Sequence[str]) -> Interval:
     """Return the share of right answers over some tasks together."""
     chosen = {key: answer for key, answer in answers.items() if key.rsplit("/", 1)[1] in kinds}

@@ -19,8 +19,6 @@ from sglang_hybridkv.compressors import compressor_names
 STOCK = "stock"
 FULL = "full"
 HYBRIDKV = "hybridkv"
-MEASURED = "measured"
-"""As `dynamic_share`: the share of dynamic heads that the default settings gave on the same prompts."""
 MIN_PROMPT_TOKENS = 64
 READY_SECONDS = 900.0
 """A table runs for hours, maybe beside other work: a slow start is no reason to leave a server out."""
@@ -76,19 +74,14 @@ def check_compressors(names: Sequence[str]) -> None:
             raise ValueError(f"--compressors: {name!r} is unknown; legal: {', '.join(legal)}")
 
 
-def launch_config(spec: ServerSpec, calibration: Path | None, dynamic_share: float | None) -> dict[str, Any]:
-    """Return the settings that the server is started with: placeholders and what prompts this short need are filled in.
+def launch_config(spec: ServerSpec, calibration: Path | None) -> dict[str, Any]:
+    """Return the settings that the server is started with: what prompts this short need is filled in.
 
     Parameters
     ----------
     calibration : file of visual-head scores for `sparsemm`.
-    dynamic_share : stands for MEASURED.
     """
     config = {"min_prompt_tokens": MIN_PROMPT_TOKENS, **spec.config}
-    if config.get("dynamic_share") == MEASURED:
-        if dynamic_share is None:
-            raise ValueError(f"{spec.label} needs the answers of {HYBRIDKV} {spec.budget:g} without settings first")
-        config["dynamic_share"] = dynamic_share
     if spec.compressor == "sparsemm" and "calibration" not in config:
         config["calibration"] = str(calibration)
     return config

@@ -15,7 +15,7 @@ from benchmarks.harness import ServerError
 from benchmarks.quality.client import BadAnswer, Client, Unreachable
 from benchmarks.quality.data import Questions
 from benchmarks.quality.presets import Plan
-from benchmarks.quality.rows import Answers, Row, dynamic_share, lookup_share, make_rows
+from benchmarks.quality.rows import Answers, Row, lookup_share, make_rows
 from benchmarks.quality.runs import NotCompressed, ask_cells, plan_keys
 from benchmarks.quality.servers import HYBRIDKV, STOCK, ServerSpec, launch_config, make_server
 from benchmarks.quality.store import AnswerFile, read_answers
@@ -50,14 +50,13 @@ class RunSettings:
 
 
 @contextlib.contextmanager
-def _serve(settings: RunSettings, spec: ServerSpec, results: Results) -> Iterator[Client]:
+def _serve(settings: RunSettings, spec: ServerSpec) -> Iterator[Client]:
     """Yield a client of the spec's server, which is stopped afterwards unless the user started it."""
     with contextlib.ExitStack() as stack:
         url = settings.base_url
         if url is None:
             assert settings.model is not None, "a run has a model or a server"
-            plain = next((a for s, a in results if s == ServerSpec(HYBRIDKV, spec.budget)), {})
-            config = launch_config(spec, settings.calibration, dynamic_share(plain))
+            config = launch_config(spec, settings.calibration)
             server = make_server(
                 spec,
                 settings.model,
@@ -74,7 +73,6 @@ def _ask_spec(
     settings: RunSettings,
     spec: ServerSpec,
     cells: Sequence[Questions],
-    results: Results,
     advance: Callable[[], None],
     skip: Callable[[int], None],
 ) -> Answers:
@@ -84,7 +82,7 @@ def _ask_spec(
         num_kept = sum(key in file.answers for key in keys)
         skip(num_kept)
         if num_kept < len(keys):
-            with _serve(settings, spec, results) as client:
+            with _serve(settings, spec) as client:
                 ask_cells(
                     spec,
                     cells,
@@ -137,7 +135,7 @@ def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None
         for spec, cells in plan:
             progress.update(bar, description=spec.label)
             try:
-                answers = _ask_spec(settings, spec, cells, results, lambda: progress.advance(bar), skip)
+                answers = _ask_spec(settings, spec, cells, lambda: progress.advance(bar), skip)
             except (ServerError, Unreachable, BadAnswer, NotCompressed) as error:
                 errors.append(f"{spec.label}: {error}")
                 print(f"error: {errors[-1]}", file=sys.stderr, flush=True)

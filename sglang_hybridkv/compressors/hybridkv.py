@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 
 from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.budget import apportion, head_weights
+from sglang_hybridkv.budget import apportion, head_weights, share_by_ratio
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.config import PageSize, RetrievalConfig
 from sglang_hybridkv.select import text_first_order
@@ -55,8 +55,11 @@ class HybridKVConfig(RetrievalConfig):
     capture_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="'capture' and 'worst_capture' keep this share of the keys: sinks, recent, most salient"
     )
-    dynamic_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.75, description="r: share of the budget that goes to the dynamic heads"
+    dynamic_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="r: share of the budget that goes to the dynamic heads; null: dynamic_ratio decides"
+    )
+    dynamic_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = Field(
+        3.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
     )
     static_weight: Literal["sparsity", "density", "uniform"] = Field(
         "density", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
@@ -112,7 +115,10 @@ class HybridKV(Compressor):
         """Types by threshold, budgets by type and weight; no host sync."""
         config, statistic = self.config, observation.statistic
         is_dynamic = statistic < config.theta if retrieval else torch.zeros_like(statistic, dtype=torch.bool)
-        weights = head_weights(statistic.flatten(), is_dynamic.flatten(), config.dynamic_share, config.static_weight)
+        share = config.dynamic_share
+        if share is None:
+            share = share_by_ratio(is_dynamic, config.dynamic_ratio)
+        weights = head_weights(statistic.flatten(), is_dynamic.flatten(), share, config.static_weight)
         floor = min(config.min_head_pages, observation.num_pages)
         pages = apportion(weights, total_head_pages, floor, observation.num_pages)
         return HeadPlan(is_dynamic, pages.view_as(statistic))

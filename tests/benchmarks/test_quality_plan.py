@@ -12,7 +12,6 @@ from benchmarks.quality.cases import TASKS
 from benchmarks.quality.cli import main, parse_variants
 from benchmarks.quality.presets import PRESETS, build_plan
 from benchmarks.quality.servers import (
-    MEASURED,
     ServerSpec,
     launch_config,
     model_fingerprint,
@@ -61,11 +60,11 @@ def test_choices_replace_those_of_the_preset() -> None:
     }
 
 
-def test_placeholders_are_filled_in_before_a_server_starts() -> None:
-    neither = ServerSpec("hybridkv", 0.1, {"dynamic_share": MEASURED, "static_weight": "uniform"}, "neither level")
-    assert launch_config(neither, None, 0.75)["dynamic_share"] == 0.75
-    with pytest.raises(ValueError, match="first"):
-        launch_config(neither, None, None)
+def test_short_prompts_are_compressed_too_unless_the_variant_says_otherwise() -> None:
+    assert launch_config(ServerSpec("hybridkv", 0.1), None) == {"min_prompt_tokens": 64}
+    own = {"min_prompt_tokens": 600, "theta": 0.5}
+    assert launch_config(ServerSpec("hybridkv", 0.1, own), None) == own
+    assert launch_config(ServerSpec("sparsemm", 0.1), Path("c.json"))["calibration"] == "c.json"
 
 
 def test_a_calibration_has_to_be_there_and_is_part_of_what_was_asked(tmp_path: Path) -> None:
@@ -77,7 +76,7 @@ def test_a_calibration_has_to_be_there_and_is_part_of_what_was_asked(tmp_path: P
     for content in ("{}", "{ }"):
         scores.write_text(content)
         spec = with_calibration(sparsemm, scores)
-        assert launch_config(spec, scores, None)["calibration"] == str(scores)
+        assert launch_config(spec, scores)["calibration"] == str(scores)
         assert ServerSpec(**spec.as_dict()) == spec
         seen.add(spec.slug)
     assert len(seen) == 2

@@ -118,12 +118,6 @@ def test_rows_compare_with_full_and_with_hybridkv_on_the_same_prompts(launched, 
     assert (chain["resident_ratio"], chain["host_bytes"], chain["dynamic_heads"]) == (0.25, 64, 1)
 
 
-def test_the_budget_without_levels_follows_the_measured_share_of_heads(launched, settings) -> None:
-    neither = ServerSpec("hybridkv", 0.1, {"dynamic_share": "measured"}, "neither level")
-    run(settings, ServerSpec("stock"), HYBRIDKV, neither)
-    assert launched[neither.slug]["dynamic_share"] == 0.25
-
-
 def test_what_was_answered_is_not_asked_again(launched, endpoint, settings) -> None:
     first, _, _ = run(settings, HYBRIDKV)
     launched.clear()

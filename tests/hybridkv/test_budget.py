@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.budget import apportion, head_weights
+from sglang_hybridkv.budget import apportion, head_weights, share_by_ratio
 from tests.builders import LAWS
 
 shares = st.floats(0.0, 1.0)
@@ -122,6 +122,18 @@ def test_level_one_splits_by_the_dynamic_share(values, num_dynamic, share, weigh
     total = 400 * len(values)
     seats = apportion(weights, total, 0, total)
     assert abs(int(seats[is_dynamic].sum()) / total - share) <= len(values) / total
+
+
+@LAWS
+@given(st.lists(st.floats(0.05, 0.95), min_size=2, max_size=16), st.integers(0, 16), st.floats(0.25, 8.0), weightings)
+def test_a_ratio_holds_however_many_heads_are_dynamic(values, num_dynamic, ratio, weighting):
+    is_dynamic = torch.arange(len(values)) < num_dynamic
+    share = share_by_ratio(is_dynamic, ratio)
+    weights = head_weights(torch.tensor(values), is_dynamic, share, weighting)
+    if 0 < num_dynamic < len(values):
+        assert weights[is_dynamic].mean() / weights[~is_dynamic].mean() == pytest.approx(ratio, rel=1e-3)
+    else:
+        assert share == (num_dynamic > 0)
 
 
 @LAWS

@@ -13,7 +13,8 @@ def observed(draw):
     """A compressor, an observation, and a legal budget in head pages."""
     config = HybridKVConfig(
         theta=draw(st.sampled_from([0.0, 0.5, 0.9, 1.01])),
-        dynamic_share=draw(st.floats(0.0, 1.0)),
+        dynamic_share=draw(st.none() | st.floats(0.0, 1.0)),
+        dynamic_ratio=draw(st.sampled_from([0.1, 1.0, 3.0])),
         min_head_pages=draw(st.integers(1, 4)),
         static_weight=draw(st.sampled_from(["sparsity", "density", "uniform"])),
     )
