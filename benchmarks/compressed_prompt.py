@@ -13,7 +13,7 @@ from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageV
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
 from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
-from sglang_hybridkv.compressors import Compressor, get_compressor
+from sglang_hybridkv.compressors import Compressor, PromptLayer, get_compressor
 from sglang_hybridkv.config import RetrievalConfig, parse_config
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
@@ -39,12 +39,14 @@ def observe(
         rows = num_observation_rows(trace.spans, end, rows)
     scores = [
         compressor.score_layer(
-            trace.q[layer_idx, max(0, end - rows) : end].contiguous(),
-            *views.layer_rows(layer_idx),
-            slots,
-            scaling=trace.scaling,
-            is_text=text_mask(trace.spans, end),
-            layer_idx=layer_idx,
+            PromptLayer(
+                trace.q[layer_idx, max(0, end - rows) : end].contiguous(),
+                *views.layer_rows(layer_idx),
+                slots,
+                trace.scaling,
+                text_mask(trace.spans, end),
+                layer_idx,
+            )
         )
         for layer_idx in range(len(trace.q))
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 
 from sglang_hybridkv.compressors.adakv import AdaKV
-from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
 from sglang_hybridkv.compressors.expected_attention import ExpectedAttention
 from sglang_hybridkv.compressors.full import Full
 from sglang_hybridkv.compressors.hybridkv import HybridKV
@@ -90,6 +90,7 @@ __all__ = [
     "NONE",
     "Compressor",
     "HeadPlan",
+    "PromptLayer",
     "PromptObservation",
     "compressor_names",
     "get_compressor",

@@ -17,6 +17,39 @@ _LEAST_SUM = 1e-30  # all weights 0 means all equal
 
 
 @dataclasses.dataclass(frozen=True)
+class PromptLayer:
+    """One layer of a prompt, right after its attention.
+
+    Attributes
+    ----------
+    q : [W, H * G, D], contiguous. Queries after RoPE of the last W prompt tokens, in order.
+    k_rows, v_rows : [slots, H, D]. The layer's keys after RoPE and values in the pool; only read.
+    slots : [N], int64. Token slots of the whole prompt; W <= N.
+    scaling : factor of q . k before the softmax.
+    is_text : [N], bool. False where the token came from an image or a video.
+    layer_idx : from 0.
+    """
+
+    q: torch.Tensor
+    k_rows: torch.Tensor
+    v_rows: torch.Tensor
+    slots: torch.Tensor
+    scaling: float
+    is_text: torch.Tensor
+    layer_idx: int
+
+    @property
+    def k(self) -> torch.Tensor:
+        """[N, H, D], a copy. Keys of the prompt."""
+        return self.k_rows[self.slots]
+
+    @property
+    def v(self) -> torch.Tensor:
+        """[N, H, D], a copy. Values of the prompt."""
+        return self.v_rows[self.slots]
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptObservation:
     """What prefill saw of one prompt; all tensors on the device of the KV pool.
 
@@ -95,32 +128,14 @@ class Compressor:
         `fingerprint` is the SHA-256 of the model's config.json; None in the scheduler, and where it is not in a folder.
         """
 
-    def score_layer(
-        self,
-        q: torch.Tensor,
-        k_rows: torch.Tensor,
-        v_rows: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        scaling: float,
-        is_text: torch.Tensor,
-        layer_idx: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Look at one layer of a prompt, right after its attention.
-
-        Parameters
-        ----------
-        q : [W, H * G, D], contiguous. Queries after RoPE of the last W prompt tokens, in order.
-        k_rows, v_rows : [slots, H, D]. The layer's keys after RoPE and values in the pool; only read.
-        slots : [N], int64. Token slots of the whole prompt; W <= N.
-        scaling : factor of q . k before the softmax.
-        is_text : [N], bool.
 
         Returns
         -------
         statistic [H] and salience [H, N], fp32, on q's device; salience is not negative.
         """
-        return score_heads(q, k_rows, slots, scaling=scaling, chunk_size=self.config.page_size)
+        return score_heads(layer.q, layer.k_rows, layer.slots, scaling=layer.scaling, chunk_size=self.config.page_size)
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
         """Type and pages of every head; without `retrieval` no head may be dynamic."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_hybridkv.compressors.base import Compressor
+from sglang_hybridkv.compressors.base import Compressor, PromptLayer
 from sglang_hybridkv.config import CompressorConfig, ObservationRows, PoolKernel
 
 
@@ -28,28 +28,18 @@ class ExpectedAttention(Compressor):
     name = "expected-attention"
     config_class = ExpectedAttentionConfig
 
-    def score_layer(
-        self,
-        q: torch.Tensor,
-        k_rows: torch.Tensor,
-        v_rows: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        scaling: float,
-        is_text: torch.Tensor,
-        layer_idx: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Statistic 0, and the expected attention of each token. Cost: H G N D^2 operations, H G N fp32 of scratch."""
-        num_rows, _, head_dim = q.shape
-        k_HND = k_rows[slots].float().transpose(0, 1)
-        q_HGWD = q.float().view(num_rows, len(k_HND), -1, head_dim).permute(1, 2, 0, 3)
+        num_rows, _, head_dim = layer.q.shape
+        k_HND = layer.k.float().transpose(0, 1)
+        q_HGWD = layer.q.float().view(num_rows, len(k_HND), -1, head_dim).permute(1, 2, 0, 3)
         mean = q_HGWD.mean(dim=2, keepdim=True)
         centred = q_HGWD - mean
         covariance = centred.transpose(-1, -2) @ centred / num_rows
         k_H1ND = k_HND.unsqueeze(1)
         spread = ((k_H1ND @ covariance) * k_H1ND).sum(-1)
-        logits = (k_H1ND @ mean.transpose(-1, -2)).squeeze(-1) * scaling + spread * (scaling**2 / 2)
-        num_sinks = min(self.config.num_sink_tokens, len(slots) - 1)
+        logits = (k_H1ND @ mean.transpose(-1, -2)).squeeze(-1) * layer.scaling + spread * (layer.scaling**2 / 2)
+        num_sinks = min(self.config.num_sink_tokens, len(layer.slots) - 1)
         logits[..., :num_sinks] = float("-inf")
-        expected = logits.softmax(dim=-1).mean(dim=1) * v_rows[slots].float().norm(dim=-1).transpose(0, 1)
+        expected = logits.softmax(dim=-1).mean(dim=1) * layer.v.float().norm(dim=-1).transpose(0, 1)
         return torch.zeros_like(expected[:, 0]), expected

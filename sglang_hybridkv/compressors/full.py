@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from sglang_hybridkv.compressors.base import Compressor
+from sglang_hybridkv.compressors.base import Compressor, PromptLayer
 from sglang_hybridkv.config import CompressorConfig
 
 
@@ -23,17 +23,7 @@ class Full(Compressor):
     name = "full"
     config_class: ClassVar[type[CompressorConfig]] = FullConfig
 
-    def score_layer(
-        self,
-        q: torch.Tensor,
-        k_rows: torch.Tensor,
-        v_rows: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        scaling: float,
-        is_text: torch.Tensor,
-        layer_idx: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros."""
-        salience = torch.zeros(k_rows.shape[1], len(slots), device=q.device)
-        return torch.zeros(len(salience), device=q.device), salience
+        salience = torch.zeros(layer.k_rows.shape[1], len(layer.slots), device=layer.q.device)
+        return torch.zeros(len(salience), device=layer.q.device), salience

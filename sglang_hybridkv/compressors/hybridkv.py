@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.budget import apportion, head_weights, share_by_ratio
-from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
 from sglang_hybridkv.config import PageSize, RetrievalConfig
 from sglang_hybridkv.select import text_first_order
 
@@ -84,24 +84,14 @@ class HybridKV(Compressor):
     observed_rows = "text"
     config: HybridKVConfig
 
-    def score_layer(
-        self,
-        q: torch.Tensor,
-        k_rows: torch.Tensor,
-        v_rows: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        scaling: float,
-        is_text: torch.Tensor,
-        layer_idx: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """The configured statistic, and mean probability as salience."""
         config = self.config
         return score_heads(
-            q,
-            k_rows,
-            slots,
-            scaling=scaling,
+            layer.q,
+            layer.k_rows,
+            layer.slots,
+            scaling=layer.scaling,
             statistic=config.statistic,
             sparsity_fraction=config.sparsity_fraction,
             mass_fraction=config.mass_fraction,

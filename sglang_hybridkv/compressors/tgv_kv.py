@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hybridkv_kernels.score_heads.naive import observed_attention
-from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
 from sglang_hybridkv.config import CompressorConfig, PoolKernel, RecentWindow
 
 
@@ -30,26 +30,16 @@ class TGVKV(Compressor):
     config_class = TGVKVConfig
     observed_rows = "text"
 
-    def score_layer(
-        self,
-        q: torch.Tensor,
-        k_rows: torch.Tensor,
-        v_rows: torch.Tensor,
-        slots: torch.Tensor,
-        *,
-        scaling: float,
-        is_text: torch.Tensor,
-        layer_idx: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Mass from text to images, and the score of each token; equal for all heads. Scratch: H W N fp32."""
-        probs, causal = observed_attention(q, k_rows[slots], scaling)
-        attention, num_rows = probs.mean(dim=0), len(q)
+        probs, causal = observed_attention(layer.q, layer.k, layer.scaling)
+        attention, num_rows = probs.mean(dim=0), len(layer.q)
         among_rows = attention[:, -num_rows:]
         row_weights = among_rows.sum(dim=0) / causal[:, -num_rows:].sum(dim=0)
         visual = row_weights @ attention
-        salience = torch.where(is_text, attention.sum(dim=0), visual)
-        mass = attention[:, ~is_text].sum()
-        num_kv_heads = k_rows.shape[1]
+        salience = torch.where(layer.is_text, attention.sum(dim=0), visual)
+        mass = attention[:, ~layer.is_text].sum()
+        num_kv_heads = layer.k_rows.shape[1]
         return mass.expand(num_kv_heads), salience.expand(num_kv_heads, -1)
 
     def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from sglang_hybridkv.compressors import Compressor
+from sglang_hybridkv.compressors import Compressor, PromptLayer
 from sglang_hybridkv.ledger import Reservation
 from sglang_hybridkv.spans import num_observation_rows, text_mask
 
@@ -103,15 +103,10 @@ class PromptObserver:
             rows = num_observation_rows(prompt.reservation.spans, len(slots), compressor.config.observation_rows)
             tail = tail[-rows:]
         prompt.is_text = prompt.is_text.to(tail.device)
-        statistic, salience = compressor.score_layer(
-            tail.contiguous(),
-            k_rows,
-            v_rows,
-            slots,
-            scaling=scaling,
-            is_text=prompt.is_text,
-            layer_idx=len(prompt.statistic),
+        layer = PromptLayer(
+            tail.contiguous(), k_rows, v_rows, slots, scaling, prompt.is_text, layer_idx=len(prompt.statistic)
         )
+        statistic, salience = compressor.score_layer(layer)
         prompt.statistic.append(statistic)
         prompt.salience.append(salience)
         return len(prompt.statistic) == self.num_layers

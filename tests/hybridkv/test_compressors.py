@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.compaction import kept_tokens
-from sglang_hybridkv.compressors import BUILT_IN, Compressor, HeadPlan, PromptObservation, get_compressor
+from sglang_hybridkv.compressors import BUILT_IN, Compressor, HeadPlan, PromptLayer, PromptObservation, get_compressor
 from sglang_hybridkv.compressors.madakv import MadaKV
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.spans import VisualSpan
@@ -130,7 +130,7 @@ def test_scores_are_finite_and_read_the_prompt_only(name, num_rows):
     q = torch.randn(num_rows, heads * 3, head_dim, generator=generator)
     is_text = torch.rand(num_tokens, generator=generator) < 0.4
     statistic, salience = compressor.score_layer(
-        q, k_rows, v_rows, slots, scaling=head_dim**-0.5, is_text=is_text, layer_idx=1
+        PromptLayer(q, k_rows, v_rows, slots, head_dim**-0.5, is_text, layer_idx=1)
     )
     assert (statistic.shape, salience.shape) == ((heads,), (heads, num_tokens))
     assert statistic.dtype == salience.dtype == torch.float32
@@ -209,7 +209,7 @@ def test_snapkv_scores_are_the_kernel_s_salience():
     q, k = torch.randn(8, 4, 32, generator=generator), torch.randn(60, 2, 32, generator=generator)
     slots = torch.arange(60)
     _, salience = make_compressor("snapkv", 1, 2).score_layer(
-        q, k, k, slots, scaling=0.2, is_text=torch.ones(60).bool(), layer_idx=0
+        PromptLayer(q, k, k, slots, 0.2, torch.ones(60).bool(), layer_idx=0)
     )
     torch.testing.assert_close(salience, score_heads(q, k, scaling=0.2)[1])
 
@@ -385,7 +385,7 @@ def test_tgv_kv_weighs_layers_by_attention_to_images_and_heads_alike():
     compressor = make_compressor("tgv-kv", 1, 2)
     q, k = torch.randn(6, 4, 32, generator=generator), torch.randn(40, 2, 32, generator=generator)
     is_text = torch.arange(40) >= 30
-    mass, salience = compressor.score_layer(q, k, k, torch.arange(40), scaling=0.2, is_text=is_text, layer_idx=0)
+    mass, salience = compressor.score_layer(PromptLayer(q, k, k, torch.arange(40), 0.2, is_text, layer_idx=0))
     q_HGWD = q.view(6, 2, 2, 32).permute(1, 2, 0, 3)
     logits = q_HGWD @ k.permute(1, 2, 0)[:, None] * 0.2
     future = torch.arange(40) > torch.arange(34, 40)[:, None]
@@ -403,7 +403,7 @@ def test_expected_attention_is_the_mean_over_gaussian_queries():
     compressor = make_compressor("expected-attention", 1, 1, num_sink_tokens=0)
     ones = torch.full_like(keys, 0.5)
     _, salience = compressor.score_layer(
-        q, keys, ones, torch.arange(20), scaling=0.5, is_text=torch.ones(20).bool(), layer_idx=0
+        PromptLayer(q, keys, ones, torch.arange(20), 0.5, torch.ones(20).bool(), layer_idx=0)
     )
     mean, covariance = q[:, 0].mean(0), torch.cov(q[:, 0].T, correction=0)
     root = torch.linalg.cholesky(covariance)

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_hybridkv.compressors import BUILT_IN, ENTRY_POINT_GROUP, PromptObservation, compressor_names, get_compressor
+from sglang_hybridkv.compressors import (
+    BUILT_IN,
+    ENTRY_POINT_GROUP,
+    PromptLayer,
+    PromptObservation,
+    compressor_names,
+    get_compressor,
+)
 from sglang_hybridkv.compressors.hybridkv import HybridKV
 from sglang_hybridkv.config import parse_config
 from tests.builders import TinyPool, fresh_generator
@@ -67,8 +74,8 @@ def test_the_documented_example_registers_and_obeys_the_laws(install):
     generator = fresh_generator()
     keys, slots = torch.randn(50, 2, 32, generator=generator), torch.randperm(50, generator=generator)[:40]
     is_text = torch.arange(40) % 4 == 0
-    arguments = {"scaling": 0.2, "is_text": is_text, "layer_idx": 0}
-    layers = [compressor.score_layer(keys[:8], keys, keys, slots, **arguments) for _ in range(4)]
+    layer = PromptLayer(keys[:8], keys, keys, slots, 0.2, is_text, layer_idx=0)
+    layers = [compressor.score_layer(layer) for _ in range(4)]
     statistic, salience = (torch.stack(parts) for parts in zip(*layers, strict=True))
     observation = PromptObservation(statistic, salience, is_text, 5)
     plan = compressor.plan(observation, 24, retrieval=True)

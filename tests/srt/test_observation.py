@@ -151,9 +151,9 @@ def test_methods_are_told_which_tokens_are_text_and_which_layer_it_is():
     seen = []
 
     class Spy(HybridKV):
-        def score_layer(self, *args, is_text, layer_idx, **kwargs):
-            seen.append((is_text.tolist(), layer_idx))
-            return super().score_layer(*args, is_text=is_text, layer_idx=layer_idx, **kwargs)
+        def score_layer(self, layer):
+            seen.append((layer.is_text.tolist(), layer.layer_idx))
+            return super().score_layer(layer)
 
     observer, q = PromptObserver(Spy(HybridKVConfig()), LAYERS), torch.randn(64, 4, 16, generator=fresh_generator())
     observer.begin(4, reservation(spans=(VisualSpan(10, 59, "image"),)))
