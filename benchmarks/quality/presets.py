@@ -49,7 +49,7 @@ ABLATION: Variants = {
 }
 THETAS = {
     **dict.fromkeys(("sparsity", "top_mass", "hit_cv", "stability", "capture"), (0.1, 0.3, 0.5, 0.7, 0.9)),
-    "worst_capture": (0.0001, 0.001, 0.01, 0.1),
+    "worst_capture": (0.001, 0.003, 0.005, 0.01, 0.03),
 }
 
 

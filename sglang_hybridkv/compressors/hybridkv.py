@@ -44,7 +44,7 @@ class HybridKVConfig(RetrievalConfig):
         "worst_capture", description="statistic S in [0, 1] of a head; static when S >= theta (inferred)"
     )
     theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(
-        0.001, description="threshold of the statistic; 0 makes every head static, above 1 every head dynamic"
+        0.005, description="threshold of the statistic; 0 makes every head static, above 1 every head dynamic"
     )
     sparsity_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="'sparsity' counts keys below this fraction of a row's largest probability (inferred)"
@@ -59,7 +59,7 @@ class HybridKVConfig(RetrievalConfig):
         None, description="r: share of the budget that goes to the dynamic heads; null: dynamic_ratio decides"
     )
     dynamic_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = Field(
-        3.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
+        4.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
     )
     static_weight: Literal["sparsity", "density", "uniform"] = Field(
         "density", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
