@@ -1,4 +1,7 @@
+import importlib
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,6 +16,25 @@ def pytest_configure(config):
         from hybridkv_kernels import cpu
 
         cpu._LIBRARY = Path(path).resolve(strict=True)
+    import_triton_interpreted()
+
+
+def import_triton_interpreted():
+    """Have Triton interpret our kernels in this process, and in no other.
+
+    Triton reads TRITON_INTERPRET when it is imported, and again when a kernel is defined. Here, before anything is
+    collected, both happen with the variable set; then it is gone. So the order of tests does not matter, servers that
+    tests start do not inherit it, and SGLang's own kernels, defined later in this process, are what they always are.
+    """
+    import hybridkv_kernels
+    from hybridkv_kernels import gpu
+
+    if not gpu.is_installed():
+        return
+    with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}):
+        for twin in Path(hybridkv_kernels.__file__).parent.glob("*/triton.py"):
+            importlib.import_module(f"hybridkv_kernels.{twin.parent.name}.triton")
+        assert gpu.is_interpreted(), "Triton was imported before the tests' configuration"
 
 
 @pytest.fixture(params=["naive", "cpu"], scope="class")
@@ -27,6 +49,16 @@ def kernels(request):
         pytest.skip("the C++ kernels were not compiled, and there is no compiler")
     with forced_kernels(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="class")
+def triton_kernels():
+    """Runs the test with the Triton kernels, interpreted; few and small tests, please."""
+    from tests.builders import forced_kernels
+
+    pytest.importorskip("triton")
+    with forced_kernels("triton"):
+        yield
 
 
 def pytest_collection_modifyitems(items):

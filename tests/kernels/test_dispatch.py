@@ -40,11 +40,13 @@ def without_library(monkeypatch):
     monkeypatch.setattr(cpu, "_LIBRARY", Path("/nowhere/_cpu.so"))
 
 
-@pytest.mark.parametrize("value", ["", "CPU", "triton", "auto", "naive,cpu", "1"])
+@pytest.mark.parametrize("value", ["", "CPU", "cuda", "auto", "naive,cpu", "1"])
 @pytest.mark.parametrize("change", [{}, {"head_dim": 48}])
 def test_unknown_implementations_are_refused(monkeypatch, value, change):
     monkeypatch.setenv(dispatch.ENVIRONMENT, value)
-    with pytest.raises(ValueError, match=rf"^HYBRIDKV_KERNELS = '{value}' is not allowed; legal: one of naive, cpu$"):
+    with pytest.raises(
+        ValueError, match=rf"^HYBRIDKV_KERNELS = '{value}' is not allowed; legal: one of naive, cpu, triton$"
+    ):
         dispatch.choose(**FITTING | change)
 
 

@@ -2,12 +2,12 @@
 
 import torch
 
-from hybridkv_kernels import checks, dispatch
+from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.decode_attn import cpu, naive
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import check_score, summary_vectors
 
-_IMPLEMENTATIONS = {"naive": naive.decode_attn, "cpu": cpu.decode_attn}
+_IMPLEMENTATIONS = {"naive": naive.decode_attn, "cpu": cpu.decode_attn, "triton": gpu.twin("decode_attn")}
 
 
 def decode_attn(
