@@ -33,3 +33,15 @@ def dot(a, b, INTERPRETED: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def summary_rows(
+    request_pages, first_page, vector, mask, pages_per_layer, L: tl.constexpr, H: tl.constexpr, P: tl.constexpr
+):
+    """Where summary vectors of a dynamic head lie: row of k_flat or v_flat, int64, and whether it is v_flat's.
+
+    `HeadPageTable.summary_places`: vectors fill the K page, then the V page, of one summary page after the other.
+    """
+    page = head_page_ids(request_pages, first_page + vector // (2 * P), mask, pages_per_layer, L, H)
+    return page * P + vector % P, vector // P % 2 == 1

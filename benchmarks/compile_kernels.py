@@ -1,0 +1,240 @@
+"""Compile the Triton kernels for GPUs that are not there, and read what they take: `make kernels-compile`.
+
+Each case calls a kernel's Python twin on a few CPU tensors; the launches are caught, specialised as Triton would do it
+(types, alignment, constants) and compiled for each target instead of run. Exits with 1 where a decode kernel spills or
+takes more than 128 registers on sm_80 or sm_90. Needs no GPU and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from hybridkv_kernels import gpu
+from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
+
+ARCHITECTURES = (80, 90, 100)
+GATED_ARCHITECTURES = (80, 90)
+MAX_REGISTERS = 128
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NUM_LAYERS, NUM_KV_HEADS, NUM_REQUESTS = 28, 4, 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for."""
+
+    dtype: str = "bf16"
+    head_dim: int = 128
+    group: int = 7
+    page_size: int = 16
+
+    def __str__(self) -> str:
+        return f"{self.dtype} D{self.head_dim} G{self.group} P{self.page_size}"
+
+    @property
+    def num_q_heads(self) -> int:
+        return NUM_KV_HEADS * self.group
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a twin; `is_gated` holds its kernels to the limits."""
+
+    name: str
+    shape: Shape
+    call: Callable[[Shape], Any]
+    is_gated: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel of a case takes on one architecture; bytes are a thread's, shared ones a program's."""
+
+    case: Case
+    kernel: str
+    architecture: int
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    seconds: float
+
+    @property
+    def fault(self) -> str | None:
+        """Why this usage is not allowed; None when it is."""
+        if not self.case.is_gated or self.architecture not in GATED_ARCHITECTURES:
+            return None
+        where = f"{self.kernel} ({self.case.name}, {self.case.shape}) on sm_{self.architecture}"
+        if self.spills or self.stack_bytes:
+            return f"{where} spills: {self.spills} local loads and stores, {self.stack_bytes} bytes of stack"
+        if self.registers > MAX_REGISTERS:
+            return f"{where} takes {self.registers} registers, more than {MAX_REGISTERS}"
+        return None
+
+
+def tiny_pool(shape: Shape) -> tuple[HeadPageViews, HeadPageTable]:
+    """A pool and a table of which only types, shapes and alignment matter."""
+    layout = HeadPageLayout(NUM_LAYERS, NUM_KV_HEADS, 3, shape.page_size)
+    num_head_pages = layout.head_pages_per_page * layout.pages_per_layer
+    k, v = (torch.zeros(num_head_pages, shape.page_size, shape.head_dim, dtype=DTYPES[shape.dtype]) for _ in "kv")
+    residency = torch.zeros(num_head_pages, dtype=torch.int32)
+    views = HeadPageViews(layout, k.view(-1, shape.head_dim), v.view(-1, shape.head_dim), k, v, residency)
+    return views, HeadPageTable(NUM_REQUESTS + 1, 16, 16, layout, "cpu")
+
+
+def decode_attn(estimate: str | None = None) -> Callable[[Shape], Any]:
+    """Decode attention over a pool of this shape."""
+
+    def call(shape: Shape) -> Any:
+        views, table = tiny_pool(shape)
+        q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
+        rows, lens = torch.ones(NUM_REQUESTS, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
+        slots = torch.zeros(NUM_REQUESTS + 1, 64, dtype=torch.int32)
+        return gpu.load_twin("decode_attn")(q, views, table, 0, rows, slots, lens, 1.0, estimate)
+
+    return call
+
+
+def cases() -> Iterator[Case]:
+    """Every Triton kernel, in the shapes that are worth a look. Kernels of other ops are added here."""
+    for page_size in (8, 16, 32):
+        yield Case("decode_attn", Shape(page_size=page_size), decode_attn(), is_gated=True)
+    yield Case("decode_attn", Shape(dtype="fp16"), decode_attn(), is_gated=True)
+    yield Case("decode_attn", Shape(dtype="fp32"), decode_attn(), is_gated=True)
+    for head_dim, group in ((64, 8), (80, 1), (96, 4), (128, 16)):
+        yield Case("decode_attn", Shape(head_dim=head_dim, group=group, page_size=8), decode_attn(), is_gated=True)
+    yield Case("decode_attn estimate", Shape(page_size=8), decode_attn("mean_max"), is_gated=True)
+    yield Case("decode_attn estimate", Shape(), decode_attn("mean4_max"), is_gated=True)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and the arguments it was to be launched with."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def caught_launches() -> Iterator[list[Launch]]:
+    """Kernels are not run but listed."""
+    launches: list[Launch] = []
+
+    def catch(kernel, *args, grid, warmup, **kwargs):
+        assert all(isinstance(size, int) and size > 0 for size in grid), "a grid depends on something else than shapes"
+        launches.append(Launch(kernel, args, kwargs))
+
+    with mock.patch.object(triton.JITFunction, "run", catch):
+        yield launches
+
+
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    """The compiled kernel, as the launch itself would have compiled it on a GPU of this architecture."""
+    target = GPUTarget("cuda", architecture, 32)
+    backend, kernel = make_backend(target), launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    kwargs = {"debug": False, **launch.kwargs}
+    bound, specialization, options = bind(*launch.args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__)
+
+
+def measure(case: Case, launch: Launch, architecture: int) -> Usage:
+    """Compile one launch and read the resources from the binary."""
+    started = time.perf_counter()
+    compiled = compile_launch(launch, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources, assembly = _dump("-res-usage", file.name), _dump("-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: expected the registers of {launch.kernel.__name__}, got {resources!r}")
+    return Usage(
+        case=case,
+        kernel=launch.kernel.__name__,
+        architecture=architecture,
+        registers=int(found[1]),
+        stack_bytes=int(found[2]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", assembly)),
+        shared_bytes=compiled.metadata.shared,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _dump(option: str, path: str) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([program, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def measured(wanted: list[Case], architectures: list[int]) -> Iterator[Usage]:
+    """Usage of each different kernel of each case."""
+    for case in wanted:
+        with caught_launches() as launches:
+            case.call(case.shape)
+        if not launches:
+            raise RuntimeError(f"{case.name}: expected kernel launches, got none")
+        for architecture in architectures:
+            for launch in launches:
+                yield measure(case, launch, architecture)
+
+
+def table_of(usages: list[Usage]) -> Table:
+    """One row a kernel and architecture."""
+    table = Table("op", "shape", "kernel", "sm", "registers", "stack B", "spills", "shared B", "s", box=None)
+    for usage in usages:
+        numbers = (usage.architecture, usage.registers, usage.stack_bytes, usage.spills, usage.shared_bytes)
+        style = "red" if usage.fault else None
+        texts = (usage.case.name, str(usage.case.shape), usage.kernel, *map(str, numbers), f"{usage.seconds:.1f}")
+        table.add_row(*texts, style=style)
+    return table
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks.compile_kernels", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", help="only cases of which the name starts so")
+    parser.add_argument("--dtype", choices=DTYPES, help="only cases of this type")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="repeatable; default: all")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if gpu.is_interpreted():
+        print("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
+        return 2
+    wanted = [case for case in cases() if case.name.startswith(options.op or "")]
+    wanted = [case for case in wanted if options.dtype in (None, case.shape.dtype)]
+    if not wanted:
+        print(f"--op {options.op!r} --dtype {options.dtype!r} leaves no case", file=sys.stderr)
+        return 2
+    usages = list(measured(wanted, options.arch or list(ARCHITECTURES)))
+    Console(width=120).print(table_of(usages))
+    faults = [usage.fault for usage in usages if usage.fault]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
