@@ -432,8 +432,8 @@ def decode_attn(
 ) -> torch.Tensor:
     """Arguments and result as the public function's; `num_splits`, how finely to cut, is for tests.
 
-    Requests of length 0, as CUDA graphs pad with, read nothing; their output is 0. Capturable: no sync, and sizes follow
-    from the shapes of the arguments.
+    Requests of length 0, as CUDA graphs pad with, read nothing; their output is 0. Capturable: no sync, and sizes
+    follow from the shapes of the arguments.
     """
     q = q.contiguous()
     out = torch.empty_like(q)
@@ -447,8 +447,8 @@ def decode_attn(
     model = {"L": layout.num_layers, "H": layout.num_kv_heads}
     heads = {"G": group, "D": head_dim}
     block_d = triton.next_power_of_2(head_dim)
-    # Halves are loaded two blocks ahead, which five stages give: page ids come two stages before their rows. fp32 has no
-    # tensor cores, which takes registers and time, so that nothing is gained by loading ahead.
+    # Five stages load two blocks ahead: page ids come two stages before their rows. fp32 has no tensor cores, which
+    # takes registers and time, so that nothing is gained by loading ahead.
     num_warps, num_stages = (8, 2) if q.dtype == torch.float32 else (4, 5)
     tiles = {"BLOCK_G": 16, "BLOCK_D": block_d, "BLOCK_ENTRIES": BLOCK_ENTRIES, "INTERPRETED": gpu.is_interpreted()}
 
@@ -554,7 +554,7 @@ def decode_attn(
             BLOCK_ROWS=BLOCK_ROWS,
             **tiles,
             num_warps=num_warps,
-            num_stages=num_stages,
+            num_stages=2,
         )
     _merge[(num_entries, group)](
         out,
