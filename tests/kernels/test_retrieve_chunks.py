@@ -1,6 +1,7 @@
 """Decode steps of dynamic heads below budget 1.0, against brute force over the exact keys."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -331,22 +332,23 @@ def chunks_of(pool, prompts, layer):
 def check_only_ties_differ(pool, prompt, layer, head, q, chosen, expected):
     """Chunks that only one implementation chose have scores that are equal but for rounding."""
     score, num_chunks = pool.config.chunk_score, prompt.reservation.geometry.num_chunks
-    vectors, one = summary_vectors(score), torch.tensor([head])
-    summaries = naive.read_summaries(pool.views, pool.table, prompt.row, layer, one, num_chunks, vectors)
+    stored, one = summary_vectors(score, estimate=pool.config.estimates), torch.tensor([head])
+    summaries = naive.read_summaries(pool.views, pool.table, prompt.row, layer, one, num_chunks, stored)
+    summaries = summaries[:, :, : summary_vectors(score)]
     grouped = q.view(pool.layout.num_kv_heads, -1, q.shape[-1])[head : head + 1]
     scores = score_chunks(grouped.double(), summaries.double(), score)[0]
     unequal = scores[sorted(chosen ^ expected)]
     assert unequal.max() - unequal.min() <= 1e-5 * scores.abs().max()
 
 
-def check_same_step(pool, compressed, prompts, layer, q, isa):
-    """Both from one state; what the C++ kernel leaves stays. Returns whether all chunks are the same."""
-    before = State.of(pool)
-    arguments = list(arguments_of(pool, prompts, layer, q).values())
+def check_same_step(pool, compressed, prompts, layer, q, isa=None, twin=None):
+    """Naive and `twin`, or C++, from one state; what the twin leaves stays. Returns whether all chunks are the same."""
+    before, page_size = State.of(pool), pool.config.page_size
+    arguments = [*arguments_of(pool, prompts, layer, q).values(), pool.config.estimates]
     naive.retrieve_chunks(*arguments)
     expected, expected_chunks = State.of(pool), chunks_of(pool, compressed, layer)
     before.restore(pool)
-    cpu.retrieve_chunks(*arguments, isa=isa)
+    (twin or functools.partial(cpu.retrieve_chunks, isa=isa))(*arguments)
     chunks = chunks_of(pool, compressed, layer)
     rows = {prompt.row: (prompt, query) for prompt, query in zip(prompts, q, strict=True)}
     for (row, head), mine in chunks.items():
@@ -356,7 +358,8 @@ def check_same_step(pool, compressed, prompts, layer, q, isa):
     for prompt, other, head in itertools.product(compressed, range(pool.layout.num_layers), range(2)):
         held = pool.held_tokens(prompt, other, head)
         if pool.is_dynamic(prompt, other, head):
-            assert held == [chunk * P + i for chunk in pool.mapped_chunks(prompt, other, head) for i in range(P)]
+            mapped = pool.mapped_chunks(prompt, other, head)
+            assert held == [chunk * page_size + i for chunk in mapped for i in range(page_size)]
     if chunks != expected_chunks:
         return False
     for field in dataclasses.fields(State):

@@ -2,10 +2,10 @@
 
 import torch
 
-from hybridkv_kernels import checks, dispatch
+from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.compact_kv import cpu, naive
 
-_IMPLEMENTATIONS = {"naive": naive.compact_kv, "cpu": cpu.compact_kv}
+_IMPLEMENTATIONS = {"naive": naive.compact_kv, "cpu": cpu.compact_kv, "triton": gpu.twin("compact_kv")}
 
 
 def compact_kv(k: torch.Tensor, v: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:

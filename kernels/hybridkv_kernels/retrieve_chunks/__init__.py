@@ -2,12 +2,12 @@
 
 import torch
 
-from hybridkv_kernels import checks, dispatch
+from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import cpu, naive
 from hybridkv_kernels.select_chunks import check_score
 
-_IMPLEMENTATIONS = {"naive": naive.retrieve_chunks, "cpu": cpu.retrieve_chunks}
+_IMPLEMENTATIONS = {"naive": naive.retrieve_chunks, "cpu": cpu.retrieve_chunks, "triton": gpu.twin("retrieve_chunks")}
 
 
 def retrieve_chunks(

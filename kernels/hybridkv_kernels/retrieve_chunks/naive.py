@@ -4,7 +4,8 @@ import torch
 
 from hybridkv_kernels.fetch_chunks import fetch_chunks
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import forced_chunks, select_chunks, summary_vectors
+from hybridkv_kernels.select_chunks import forced_chunks, summary_vectors
+from hybridkv_kernels.select_chunks.naive import select_chunks
 
 
 def retrieve_chunks(
@@ -34,9 +35,9 @@ def retrieve_chunks(
             q[i].view(table.layout.num_kv_heads, -1, q.shape[-1])[heads],
             summaries[:, :, : summary_vectors(chunk_score)],
             num_pages,
-            num_sink_chunks=num_sink_chunks,
-            num_recent_chunks=num_recent_chunks,
-            chunk_score=chunk_score,
+            num_sink_chunks,
+            num_recent_chunks,
+            chunk_score,
         )
         moved = fetch_chunks(
             selected,

@@ -2,11 +2,11 @@
 
 import torch
 
-from hybridkv_kernels import checks, dispatch
+from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.score_heads import cpu, naive
 
 STATISTICS = ("sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture")
-_IMPLEMENTATIONS = {"naive": naive.score_heads, "cpu": cpu.score_heads}
+_IMPLEMENTATIONS = {"naive": naive.score_heads, "cpu": cpu.score_heads, "triton": gpu.twin("score_heads")}
 
 
 def score_heads(

@@ -2,10 +2,11 @@
 
 import torch
 
-from hybridkv_kernels import checks
+from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.select_chunks import naive
 
 CHUNK_SCORES = ("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max")
+_select_on_gpu = gpu.twin("select_chunks")
 ESTIMATING_SCORES = ("mean_max", "mean_mean", "mean2_max", "mean4_max")  # their summaries are means, as a row is
 
 
@@ -96,7 +97,9 @@ def select_chunks(
     checks.check_shape("summaries", summaries, (num_heads, None, summary_vectors(chunk_score), head_dim))
     checks.check_same("summaries", summaries, "q", q)
     checks.check_shape("num_selected", num_selected, (num_heads,))
-    return naive.select_chunks(q, summaries, num_selected, num_sink_chunks, num_recent_chunks, chunk_score)
+    chosen = dispatch.choose(q.device, q.dtype, head_dim, q.shape[1])
+    run = _select_on_gpu if chosen == "triton" else naive.select_chunks
+    return run(q, summaries, num_selected, num_sink_chunks, num_recent_chunks, chunk_score)
 
 
 def forced_chunks(num_chunks: int, num_selected: torch.Tensor, num_sink_chunks: int, num_recent_chunks: int):
