@@ -195,8 +195,8 @@ def _choose_kernel(
     tl.store(all_num_moved + entry, tl.minimum(num_missing, num_reused))
     sinks, recent = forced_counts(num_selected, num_sinks, num_recent)
     by_score = num_selected - sinks - recent
-    tl.atomic_add(counters, by_score.to(tl.int64))
-    tl.atomic_add(counters + 1, (by_score - num_missing).to(tl.int64))
+    tl.atomic_add(counters, by_score.to(tl.int64), sem="relaxed")
+    tl.atomic_add(counters + 1, (by_score - num_missing).to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["layer_idx", "max_chunks"])

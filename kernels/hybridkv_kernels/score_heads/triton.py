@@ -193,6 +193,8 @@ def score_heads(
     mass_fraction: float,
     chunk_size: int,
     capture_fraction: float,
+    num_sinks: int = 0,
+    num_recent: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and result as the public function's.
 
@@ -218,16 +220,20 @@ def score_heads(
     elif num_rows == 1:
         value = probs.new_zeros(len(probs))
     else:
-        kept = _kept_keys(finite, num_captured(num_tokens, capture_fraction))
+        kept = _kept_keys(finite, num_captured(num_tokens, capture_fraction), num_sinks, num_recent)
         captured = passes.captured(lse, kept)
         value = captured.mean(dim=(1, 2)) if statistic == "capture" else captured.amin(dim=(1, 2))
     return value, salience
 
 
-def _kept_keys(probs: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """[H, W, N], bool: for each row the `num_kept` keys that the other rows want most; ties go to the earlier key."""
+def _kept_keys(probs: torch.Tensor, num_kept: int, num_sinks: int, num_recent: int) -> torch.Tensor:
+    """[H, W, N], bool: the `num_kept` keys of `naive.capture` for each row; ties go to the earlier key."""
     wide = probs.double()
-    bits = (wide.sum(dim=1, keepdim=True) - wide).flatten(0, 1).view(torch.int64)
+    others = wide.sum(dim=1, keepdim=True) - wide
+    key = torch.arange(probs.shape[2], device=probs.device)
+    own = key[probs.shape[2] - probs.shape[1] :, None]
+    is_forced = (key < num_sinks) | ((key <= own) & (key > own - num_recent))
+    bits = others.masked_fill_(is_forced, float("inf")).flatten(0, 1).view(torch.int64)
     # Larger numbers get larger images: the sign bit is flipped, and of negative numbers all others, too.
     images = bits ^ ((bits >> 63) & _NOT_SIGN) ^ _SIGN
     counts = torch.full((len(images),), num_kept, dtype=torch.int32, device=probs.device)
