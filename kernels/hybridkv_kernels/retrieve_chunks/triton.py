@@ -34,12 +34,12 @@ _TARGET_PROGRAMS = 1024  # of a launch: they fill a large GPU, and those with no
 
 
 @triton.jit
-def _entry(req_rows, num_pages, is_dynamic, layer_idx, L: tl.constexpr, H: tl.constexpr):
+def _entry(req_rows, is_dynamic, layer_idx, L: tl.constexpr, H: tl.constexpr):
     """Row of the program's request, index of its head in [R, L, H] tables, and whether it is a dynamic head."""
     entry = tl.program_id(0)
     row = tl.load(req_rows + entry // H).to(tl.int64)
     head = (row * L + layer_idx) * H + entry % H
-    return row, head, (tl.load(num_pages + row) > 0) & (tl.load(is_dynamic + head) != 0)
+    return row, head, tl.load(is_dynamic + head) != 0
 
 
 @triton.jit
@@ -71,7 +71,6 @@ def _score_kernel(
     v_flat,
     chunk_of_head_page,
     all_pages,
-    num_pages,
     all_num_chunks,
     first_head_page,
     num_head_pages,
@@ -100,7 +99,7 @@ def _score_kernel(
     INTERPRETED: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64)
-    row, head, is_mine = _entry(req_rows, num_pages, is_dynamic, layer_idx, L, H)
+    row, head, is_mine = _entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
         return
     num_chunks, num_selected = tl.load(all_num_chunks + row), tl.load(num_head_pages + head)
@@ -137,7 +136,6 @@ def _score_kernel(
 def _choose_kernel(
     chunk_of_head_page,
     all_pages,
-    num_pages,
     all_num_chunks,
     first_head_page,
     num_head_pages,
@@ -160,7 +158,7 @@ def _choose_kernel(
     BLOCK: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64)
-    row, head, is_mine = _entry(req_rows, num_pages, is_dynamic, layer_idx, L, H)
+    row, head, is_mine = _entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
         tl.store(all_num_moved + entry, 0)
         return
@@ -276,7 +274,6 @@ def retrieve_chunks(
         views.v_flat,
         views.chunk_of_head_page,
         table.pages,
-        table.num_pages,
         table.num_chunks,
         table.first_head_page,
         table.num_head_pages,
@@ -302,7 +299,6 @@ def retrieve_chunks(
     _choose_kernel[(num_entries,)](
         views.chunk_of_head_page,
         table.pages,
-        table.num_pages,
         table.num_chunks,
         table.first_head_page,
         table.num_head_pages,
