@@ -195,7 +195,7 @@ def top_images(images: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor
             num_selected,
             out.view(torch.uint8),
             num_chunks,
-            BLOCK=select_block(num_chunks),
+            BLOCK=select_block(num_chunks) if images.itemsize == 4 else min(1024, select_block(num_chunks)),
             BITS=8 * images.itemsize,
             num_warps=8,
         )
