@@ -37,6 +37,7 @@ GATED_ARCHITECTURES = (80, 90)
 MAX_REGISTERS = 128
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NUM_LAYERS, NUM_KV_HEADS, NUM_REQUESTS = 28, 4, 2
+LONG = 4096  # chunks or tokens of a prompt
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,41 @@ def decode_attn(estimate: str | None = None) -> Callable[[Shape], Any]:
     return call
 
 
+def retrieve_chunks(chunk_score: str, estimate: bool = False) -> Callable[[Shape], Any]:
+    """Retrieval of one layer of a pool of this shape, for prompts of up to LONG chunks."""
+
+    def call(shape: Shape) -> Any:
+        views, _ = tiny_pool(shape)
+        table = HeadPageTable(NUM_REQUESTS + 1, 16, LONG, views.layout, "cpu")
+        q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
+        k_host, v_host = views.k_pages.clone(), views.v_pages.clone()
+        counters, rows = torch.zeros(2, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
+        run = gpu.load_twin("retrieve_chunks")
+        return run(q, views, table, k_host, v_host, counters, 0, rows, 1, 2, chunk_score, estimate)
+
+    return call
+
+
+def select_chunks(shape: Shape) -> Any:
+    """Choice among LONG chunks of one vector."""
+    q = torch.zeros(NUM_REQUESTS, shape.group, shape.head_dim, dtype=DTYPES[shape.dtype])
+    summaries = q.new_zeros(NUM_REQUESTS, LONG, 1, shape.head_dim)
+    return gpu.load_twin("select_chunks")(q, summaries, torch.ones(NUM_REQUESTS, dtype=torch.int64), 1, 2, "mean_max")
+
+
+def score_heads(shape: Shape) -> Any:
+    """Observation of a prompt of LONG tokens by 32 rows, with the statistic that takes all three passes."""
+    q = torch.zeros(32, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
+    k = q.new_zeros(LONG, NUM_KV_HEADS, shape.head_dim)
+    return gpu.load_twin("score_heads")(q, k, torch.arange(LONG), 1.0, "capture", 0.01, 0.9, 16, 0.1, 4, 16)
+
+
+def compact_kv(shape: Shape) -> Any:
+    """A copy of rows of this size."""
+    k, rows = torch.zeros(64, shape.head_dim, dtype=DTYPES[shape.dtype]), torch.arange(32)
+    return gpu.load_twin("compact_kv")(k, k.clone(), rows, rows + 32)
+
+
 def cases() -> Iterator[Case]:
     """Every Triton kernel, in the shapes that are worth a look. Kernels of other ops are added here."""
     for page_size in (8, 16, 32):
@@ -124,6 +160,31 @@ def cases() -> Iterator[Case]:
         yield Case("decode_attn", Shape(head_dim=head_dim, group=group, page_size=8), decode_attn(), is_gated=True)
     yield Case("decode_attn estimate", Shape(page_size=8), decode_attn("mean_max"), is_gated=True)
     yield Case("decode_attn estimate", Shape(), decode_attn("mean4_max"), is_gated=True)
+    yield from retrieval_cases()
+    yield from prompt_cases()
+
+
+def retrieval_cases() -> Iterator[Case]:
+    """Kernels of each decode step that has dynamic heads."""
+    for chunk_score in ("mean_max", "mean4_max", "arkvale"):
+        yield Case(f"retrieve_chunks {chunk_score}", Shape(page_size=8), retrieve_chunks(chunk_score), is_gated=True)
+    yield Case("retrieve_chunks estimate", Shape(page_size=8), retrieve_chunks("mean2_max", True), is_gated=True)
+    for chunk_score, shape in (
+        ("mean_mean", Shape(dtype="fp16", head_dim=80, group=1)),
+        ("quest", Shape(head_dim=64, group=8, page_size=64)),
+        ("mean4_max", Shape(group=16, page_size=32)),
+    ):
+        yield Case(f"retrieve_chunks {chunk_score}", shape, retrieve_chunks(chunk_score), is_gated=True)
+    # More registers than the limit, but no spills.
+    yield Case("retrieve_chunks arkvale", Shape(dtype="fp32"), retrieve_chunks("arkvale"))
+    yield Case("select_chunks", Shape(), select_chunks)
+
+
+def prompt_cases() -> Iterator[Case]:
+    """Kernels that run once a prompt; not held to the limits."""
+    for shape in (Shape(), Shape(dtype="fp32"), Shape(dtype="fp16", head_dim=80, group=1)):
+        yield Case("score_heads", shape, score_heads)
+    yield Case("compact_kv", Shape(), compact_kv)
 
 
 @dataclass(frozen=True)

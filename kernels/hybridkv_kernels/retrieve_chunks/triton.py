@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids
+from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids, summary_rows
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import summary_vectors
 from hybridkv_kernels.select_chunks.triton import (
@@ -57,11 +57,10 @@ def _load_summaries(
     L: tl.constexpr,
     H: tl.constexpr,
 ):
-    """[BC, BD]: summary vectors `vector` [BC] of an entry; they fill K page, V page, next K page, ..."""
-    head_page = head_page_ids(pages, first + vector // (2 * P), mask, pages_per_layer, L, H)
-    offset, d = (head_page * P + vector % P) * D, tl.arange(0, BD)
-    row = tl.where((vector // P) % 2 == 0, k_flat + offset, v_flat + offset)
-    return tl.load(row[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
+    """[BC, BD]: summary vectors `vector` [BC] of an entry, zero where not `mask`."""
+    row, in_values = summary_rows(pages, first, vector, mask, pages_per_layer, L, H, P)
+    start, d = tl.where(in_values, v_flat + row * D, k_flat + row * D), tl.arange(0, BD)
+    return tl.load(start[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=_VARYING)
