@@ -1,0 +1,164 @@
+import pytest
+import torch
+
+from hybridkv_kernels.decode_attn import flashinfer
+from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from tests.builders import TinyPool, forced_kernels, fresh_generator, head_page, make_views
+from tests.flashinfer_double import BatchDecodeDouble, merge_state
+
+NOWHERE = 2**30  # a page far outside the pool: whoever reads it fails
+WORKSPACE = torch.empty(64, dtype=torch.uint8)
+
+
+def make_table(generator, counts, page_size, num_pages=96):
+    """A table with `counts` [B, L, H] head pages (a row of zeros is dense) on random rows and pages."""
+    batch, layers, heads = counts.shape
+    layout = HeadPageLayout(layers, heads, num_pages, page_size)
+    table = HeadPageTable(batch + 3, num_pages, 0, layout, "cpu")
+    table.pages.fill_(NOWHERE)
+    table.first_head_page.fill_(NOWHERE)
+    rows = torch.randperm(batch + 2, generator=generator)[:batch] + 1
+    free = torch.randperm(num_pages, generator=generator).tolist()
+    for row, flat in zip(rows.tolist(), counts.flatten(1), strict=True):
+        pages = [free.pop() for _ in range(-(-int(flat.sum()) // layout.head_pages_per_page))]
+        if pages:
+            table.bind(row, torch.tensor(pages), torch.empty(0, dtype=torch.int64), 8 * page_size)
+            table.num_head_pages[row] = flat.view(layers, heads)
+            table.first_head_page[row] = (flat.cumsum(0) - flat).view(layers, heads)
+    return table, rows
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 32])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 2), (5, 3, 4)])
+def test_entries_name_the_pages_of_each_head_and_no_other(shape, page_size):
+    generator = fresh_generator()
+    counts = torch.randint(0, 4, shape, generator=generator, dtype=torch.int32)
+    counts[0] = 0  # dense
+    table, rows = make_table(generator, counts, page_size)
+    keys, _, views = make_views(table.layout, 4)
+    keys.copy_(torch.randn(keys.shape, generator=generator))
+    entries = flashinfer.head_page_entries(table, rows, counts)
+    assert entries.indptr.dtype == entries.indices.dtype == entries.last_page_len.dtype == torch.int32
+    assert int(entries.indptr[-1, -1]) == len(entries.indices) == int(counts.sum())
+    batch, layers, heads = shape
+    per_page = table.layout.head_pages_per_page
+    for layer in range(layers):
+        for entry in range(batch * heads):
+            request, head = divmod(entry, heads)
+            row, count = int(rows[request]), int(counts[request, layer, head])
+            start, end = entries.indptr[layer, entry : entry + 2].tolist()
+            assert end - start == count
+            assert int(entries.last_page_len[layer, entry]) == (page_size if count else 0)
+            for place, index in enumerate(entries.indices[start:end].tolist()):
+                page, inside = divmod(int(table.first_head_page[row, layer, head]) + place, per_page)
+                where = (int(table.pages[row, page]), *divmod(inside, heads), page_size)
+                assert torch.equal(views.k_pages[index], head_page(keys, *where))
+
+
+def test_a_batch_without_pages_has_empty_lists():
+    counts = torch.zeros(2, 2, 2, dtype=torch.int32)
+    table, rows = make_table(fresh_generator(), counts, 8)
+    entries = flashinfer.head_page_entries(table, rows, counts)
+    assert len(entries.indices) == 0
+    assert not entries.indptr.any()
+    assert not entries.last_page_len.any()
+
+
+def make_pool(page_size, group_size, dtype=torch.bfloat16, head_dim=64):
+    config = HybridKVConfig(preset="paper", page_size=page_size, budget=0.4, min_prompt_tokens=1, min_head_pages=1)
+    pool = TinyPool(fresh_generator(), config, dtype=dtype, head_dim=head_dim, group_size=group_size)
+    prompts = [pool.add_prompt(length) for length in (6 * page_size, page_size + 1, 9 * page_size + 3)]
+    for prompt in prompts[:1] + prompts[2:]:  # the one between them stays dense
+        pool.compress(prompt)
+    for prompt in prompts:
+        pool.append_token(prompt)
+    return pool, prompts
+
+
+def tail_attention(pool, prompts, layer, q):
+    """What stock FlashInfer computes of [covered, seq_len): pages of one token, all heads in one sequence."""
+    slots = [pool.req_to_token[p.row, int(pool.table.covered[p.row]) : p.seq_len] for p in prompts]
+    lens = torch.tensor([0] + [len(s) for s in slots], dtype=torch.int32)
+    wrapper = BatchDecodeDouble(WORKSPACE)
+    heads = pool.layout.num_kv_heads
+    ones = torch.ones(len(prompts), dtype=torch.int32)
+    wrapper.plan(lens.cumsum(0).int(), torch.cat(slots), ones, q.shape[1], heads, q.shape[2], 1)
+    return wrapper.forward_return_lse(q, pool.views.layer_rows(layer), sm_scale=pool.scaling)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize(("page_size", "group_size"), [(8, 7), (16, 1), (32, 4)])
+def test_merged_with_the_tail_it_is_the_reference(page_size, group_size, in_graph):
+    pool, prompts = make_pool(page_size, group_size)
+    rows = torch.tensor([p.row for p in prompts] + [0])  # a padding row, as a graph has it
+    decode = flashinfer.HeadPageDecode(pool.table, pool.views, group_size, WORKSPACE, BatchDecodeDouble)
+    decode.init_graphs(len(pool.table.num_pages))
+    decode.plan(rows, pool.table.num_head_pages[rows], in_graph=in_graph)
+    q = pool.queries(len(rows))
+    for layer in range(pool.layout.num_layers):
+        with forced_kernels("naive"):
+            expected = pool.decode(prompts, layer, q[:-1])
+        out, lse = decode.run(layer, q, pool.scaling)
+        assert (lse[-1] == -float("inf")).all(), "a padding row has no head pages"
+        tail, tail_lse = tail_attention(pool, prompts, layer, q[:-1])
+        merged = flashinfer.merge(out[:-1], lse[:-1], tail, tail_lse, group_size, merge_state)
+        torch.testing.assert_close(merged, expected, atol=2e-2, rtol=2e-2)
+        assert merged.dtype == q.dtype
+
+
+def test_a_plan_holds_while_chunks_are_swapped():
+    """The same pages, other chunks: the order of pages does not matter, and nothing is planned again."""
+    pool, prompts = make_pool(8, 2)
+    rows = torch.tensor([p.row for p in prompts])
+    decode = flashinfer.HeadPageDecode(pool.table, pool.views, 2, WORKSPACE, BatchDecodeDouble)
+    decode.plan(rows, pool.table.num_head_pages[rows], in_graph=False)
+    for _ in range(3):
+        q = pool.queries(len(rows))
+        with forced_kernels("naive"):
+            expected = pool.decode(prompts, 0, q)
+        out, lse = decode.run(0, q, pool.scaling)
+        tail, tail_lse = tail_attention(pool, prompts, 0, q)
+        merged = flashinfer.merge(out, lse, tail, tail_lse, 2, merge_state)
+        torch.testing.assert_close(merged, expected, atol=2e-2, rtol=2e-2)
+    assert decode.num_plans == pool.layout.num_layers
+    assert int(pool.counters[0]) > int(pool.counters[1]), "nothing was swapped: the test shows nothing"
+
+
+def test_plans_of_captured_sizes_share_memory_and_are_made_once():
+    pool, prompts = make_pool(8, 2)
+    decode = flashinfer.HeadPageDecode(pool.table, pool.views, 2, WORKSPACE, BatchDecodeDouble)
+    decode.init_graphs(4)
+    BatchDecodeDouble.made.clear()
+    rows = torch.tensor([prompts[0].row, 0])
+    for size in (1, 2, 1, 2):
+        decode.plan(rows[:size], pool.table.num_head_pages[rows[:size]], in_graph=True)
+    assert len(BatchDecodeDouble.made) == 2 * pool.layout.num_layers
+    assert decode.num_plans == 4 * pool.layout.num_layers
+    starts = {(w._paged_kv_indptr_buf.data_ptr(), w.workspaces[1].data_ptr()) for w in BatchDecodeDouble.made}
+    assert len(starts) == pool.layout.num_layers
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "words"),
+    [(torch.float32, 64, "bfloat16 and float16, not float32"), (torch.bfloat16, 80, "64, 128, 256, not 80")],
+)
+def test_what_flashinfer_cannot_serve_is_refused(dtype, head_dim, words):
+    assert words in flashinfer.shape_obstacle(dtype, head_dim)
+    _, _, views = make_views(HeadPageLayout(1, 1, 2, 8), head_dim, dtype)
+    table = HeadPageTable(2, 2, 0, views.layout, "cpu")
+    with pytest.raises(ValueError, match=words):
+        flashinfer.HeadPageDecode(table, views, 1, WORKSPACE, BatchDecodeDouble)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", flashinfer.HEAD_DIMS)
+def test_what_flashinfer_serves_is_not(dtype, head_dim):
+    assert flashinfer.shape_obstacle(dtype, head_dim) is None
+
+
+def test_more_rows_than_the_table_has_are_refused():
+    pool, _ = make_pool(8, 2)
+    decode = flashinfer.HeadPageDecode(pool.table, pool.views, 2, WORKSPACE, BatchDecodeDouble)
+    with pytest.raises(ValueError, match="max_batch_size: expected at most 9, got 10"):
+        decode.init_graphs(10)
