@@ -63,6 +63,10 @@ def compress_prompt(
     num_dynamic = plan.is_dynamic.sum()
     outcome = torch.stack((plan.is_dynamic.numel() - num_dynamic, num_dynamic))
     reservation.outcome.copy_(outcome, non_blocking=True)
+    reservation.head_counts = plan.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
+    if outcome.is_cuda:
+        reservation.written = torch.cuda.Event()
+        reservation.written.record()
 
 
 def place_heads(table: HeadPageTable, row: int, plan: HeadPlan, geometry: PromptGeometry) -> None:

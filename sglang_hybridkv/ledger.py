@@ -22,6 +22,9 @@ class Reservation:
     prefilled : tokens whose KV is exact; later ones are computed over compressed context.
     retrieval : whether heads may be dynamic.
     outcome : [2], int64, on the CPU. Static and dynamic heads; written by the forward, read at the commit.
+    head_counts : [L, H], int32, on the CPU. Kept or buffer pages of each head, from the forward; see
+        `head_counts_on_host`.
+    written : set by the forward where it writes `outcome` and `head_counts` without waiting.
     """
 
     geometry: PromptGeometry
@@ -32,6 +35,16 @@ class Reservation:
     retrieval: bool
     outcome: torch.Tensor
     committed: bool = False
+    head_counts: torch.Tensor | None = None
+    written: torch.cuda.Event | None = None
+
+    def head_counts_on_host(self) -> torch.Tensor:
+        """`head_counts`, after waiting for the forward that writes them; an error before that one was launched."""
+        assert self.head_counts is not None, "decoded before it was compressed"
+        if self.written is not None:
+            self.written.synchronize()
+            self.written = None
+        return self.head_counts
 
     @property
     def num_in_row(self) -> int:

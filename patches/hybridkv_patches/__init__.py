@@ -20,6 +20,7 @@ SUPPORTED_SGLANG = ">=0.5.21,<0.5.22"
 _STARTUP_MODULES = ("server_args",)
 _SERVER_MODULES = (
     "engine",
+    "forward_batch_info",
     "kv_cache_configurator",
     "registry",
     "schedule_batch",

@@ -84,8 +84,10 @@ def check_published(server_args: Any, *args: Any, **kwargs: Any) -> None:
 
     server_args.resolve_once()
     try:
-        refusals.check_server_args(resolving_view(server_args), settings)
-        refusals.check_model(model_config_of(server_args), settings)
+        view, model_config = resolving_view(server_args), model_config_of(server_args)
+        refusals.check_server_args(view, settings)
+        refusals.check_model(model_config, settings)
+        refusals.check_kernels(view, model_config, settings)
         activate()
     except (ValueError, RuntimeError) as error:
         refuse(server_args, error)
@@ -147,10 +149,11 @@ def claim_page_size(page_size: int | None, config: CompressorConfig) -> int:
 
 
 def register_resolution() -> None:
-    """Choose the attention backend of a CPU server before SGLang does, where the user left it open."""
+    """Choose before SGLang does, where the user left it open: a CPU server's attention backend, prefill's graphs."""
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
     register_resolution_hook("handle_cpu_backends")(_choose_cpu_backend)
+    register_resolution_hook("handle_cuda_graph_config")(_keep_prefill_eager)
 
 
 def _choose_cpu_backend(server_args: Any, previous: Any) -> None:
@@ -162,6 +165,20 @@ def _choose_cpu_backend(server_args: Any, previous: Any) -> None:
     if is_open and settings_module.settings_of(server_args) is not None:
         declare_resolution(server_args, PLUGIN, attention_backend=refusals.CPU_BACKEND)
     previous(server_args)
+
+
+def _keep_prefill_eager(server_args: Any, previous: Any) -> None:
+    """Without CUDA graphs for prefill, which compression observes; a choice of the user's own is refused in words."""
+    from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+    previous(server_args)
+    is_open = (Phase.PREFILL, "backend") not in server_args._cuda_graph_config_locked
+    if is_open and settings_module.settings_of(server_args) is not None:
+        graphs = resolving_view(server_args).cuda_graph_config
+        eager = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
+        declare_resolution(server_args, PLUGIN, cuda_graph_config=eager)
 
 
 def _compressor_name(text: str) -> str:

@@ -41,8 +41,9 @@ def parts_fault(scheduler: Any) -> str | None:
         "KV pool": (allocator.get_kvcache(), HybridTokenToKVPool),
         "KV allocator": (allocator, HybridAllocator),
         "radix cache": (scheduler.tree_cache, HybridRadixCache),
-        "attention backend": (scheduler.tp_worker.model_runner.attn_backend, HybridAttnMixin),
     }
+    backends = _backends(scheduler.tp_worker.model_runner.attn_backend)
+    parts |= {name: (backend, HybridAttnMixin) for name, backend in backends.items()}
     foreign = [f"{name} ({type(part).__name__})" for name, (part, ours) in parts.items() if not isinstance(part, ours)]
     if foreign:
         return f"--kv-compressor is set but SGLang kept its own {', '.join(foreign)}"
@@ -53,14 +54,27 @@ def parts_fault(scheduler: Any) -> str | None:
     return None
 
 
+def _backends(backend: Any) -> dict[str, Any]:
+    """The attention backends that do the work; SGLang's HybridAttnBackend only holds one a phase."""
+    if type(backend).__name__ != "HybridAttnBackend":
+        return {"attention backend": backend}
+    return {
+        "prefill attention backend": backend.prefill_backend,
+        "decode attention backend": backend.decode_backend,
+    }
+
+
 def kernels_fault(scheduler: Any) -> str | None:
     """Sentence when the kernels that the user forced cannot serve this model; else their choice is recorded."""
     from hybridkv_kernels import dispatch
+    from sglang_hybridkv.srt.flashinfer_backend import decodes_by_flashinfer
 
     pool, model = scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.tp_worker.model_runner.model_config
     group_size = model.num_attention_heads // model.get_total_num_kv_heads()
+    decode = list(_backends(scheduler.tp_worker.model_runner.attn_backend).values())[-1]
     try:
-        pool.compression.kernels = dispatch.describe(pool.device, pool.dtype, pool.head_dim, group_size)
+        kernels = dispatch.describe(pool.device, pool.dtype, pool.head_dim, group_size)
+        pool.compression.kernels = f"{kernels}, decode by flashinfer" if decodes_by_flashinfer(decode) else kernels
     except ValueError as error:
         return str(error)
     return None
@@ -79,9 +93,10 @@ def _summary(scheduler: Any, settings: Settings) -> str:
     config = settings.config
     compression = scheduler.token_to_kv_pool_allocator.get_kvcache().compression
     store = compression.store
+    names = [type(backend).__name__ for backend in _backends(scheduler.tp_worker.model_runner.attn_backend).values()]
     return (
         f"KV compression is active: {settings.name}, budget {config.budget}, page size {config.page_size} tokens, "
-        f"attention backend {type(scheduler.tp_worker.model_runner.attn_backend).__name__}, "
+        f"attention backend {' and '.join(names)}, "
         f"host store {store.num_pages * store.page_bytes} bytes, kernels {compression.kernels}"
     )
 

@@ -1,7 +1,8 @@
 """Stock prefill that is observed and compressed; decode over head pages, fetched chunks and the dense tail.
 
 A mixin, not a wrapper: SGLang asks a backend for members of its base class, which a wrapper's `__getattr__`
-would never see, and compares backends by name, so the chosen backend stays what it is.
+would never see, and compares backends by name, so the chosen backend stays what it is. Its prefill stays, too; decode
+is ours, whatever the backend, except that FlashInfer decodes its own way (`flashinfer_backend.py`).
 """
 
 from __future__ import annotations
@@ -28,17 +29,51 @@ class _Chunk(NamedTuple):
 
 
 class HybridAttnMixin(AttentionBackend):
-    """Goes before a concrete backend in the class order; `compression` comes from its KV pool."""
+    """Goes before a concrete backend in the class order; `compression` comes from its KV pool.
+
+    The backend's own decode metadata is never built: our decode reads the tables, by request row, so that one captured
+    graph serves every composition of a batch. Nothing of a decode step waits for the device.
+    """
+
+    _any_compressed = False
+
+    def take_over(self):
+        """Called once, when the concrete backend's state is here."""
 
     def init_forward_metadata(self, forward_batch):
-        super().init_forward_metadata(forward_batch)
-        compression, rows = self.token_to_kv_pool.compression, forward_batch.req_pool_indices.tolist()
-        self._chunks, self._observed, self._any_compressed = [], [], False
+        self._chunks, self._observed = [], []
         if forward_batch.forward_mode.is_decode():
-            self._any_compressed = any(compression.ledger.get(row) is not None for row in rows)
-        elif forward_batch.forward_mode.is_extend():
-            self._chunks = _chunks(rows, forward_batch)
+            self._begin_decode(forward_batch)
+            return
+        super().init_forward_metadata(forward_batch)
+        if forward_batch.forward_mode.is_extend():
+            compression = self.token_to_kv_pool.compression
+            self._chunks = _chunks(forward_batch)
             self._observed = [chunk for chunk in self._chunks if compression.observer.is_interested(chunk.row)]
+
+    def _begin_decode(self, forward_batch):
+        # Not the batch's own rows: SGLang has them on the device only. Other rows cost a launch, not an answer.
+        self._any_compressed = bool(self.token_to_kv_pool.compression.ledger.by_row)
+
+    def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
+        """Before a graph is captured or replayed; see `AttentionBackend`."""
+        if forward_batch.forward_mode.is_decode():
+            # A graph is captured once: with retrieval, which costs dense requests no more than its launch.
+            self._any_compressed = True
+        else:
+            super().init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
+
+    def init_forward_metadata_in_graph(self, forward_batch):
+        """Part of the captured graph; a decode step of ours needs nothing here."""
+        if not forward_batch.forward_mode.is_decode():
+            super().init_forward_metadata_in_graph(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs, max_num_tokens):
+        """No buffers: those of the concrete backend are for its own decode, whose metadata is never built."""
+
+    def get_cuda_graph_seq_len_fill_value(self):
+        """Length of a padding row; row 0 of the tables is dense, and its one token is slot 0, which is always valid."""
+        return 1
 
     def shared_read_ends(self, forward_mode):
         """Decode reads the request's row and table inside the layers, so the scheduler may rewrite them only
@@ -100,8 +135,6 @@ class HybridAttnMixin(AttentionBackend):
         )
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        if not self._any_compressed and not q.is_cpu:
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         pool, compression = self.token_to_kv_pool, self.token_to_kv_pool.compression
         layer_idx = layer.layer_id - pool.start_layer
@@ -140,18 +173,29 @@ class HybridAttnMixin(AttentionBackend):
         )
 
 
-def _chunks(rows, forward_batch) -> list[_Chunk]:
+def _chunks(forward_batch) -> list[_Chunk]:
+    rows = _on_host(forward_batch.req_pool_indices_cpu, forward_batch.req_pool_indices)
+    starts = _on_host(forward_batch.extend_prefix_lens_cpu, forward_batch.extend_prefix_lens)
+    lens = _on_host(forward_batch.extend_seq_lens_cpu, forward_batch.extend_seq_lens)
     chunks, q_start = [], 0
-    lens = zip(forward_batch.extend_prefix_lens.tolist(), forward_batch.extend_seq_lens.tolist(), strict=True)
-    for row, (start, length) in zip(rows, lens, strict=True):
+    for row, start, length in zip(rows, starts, lens, strict=True):
         chunks.append(_Chunk(row, q_start, q_start + length, start, start + length))
         q_start += length
     return chunks
 
 
+def _on_host(copy, tensor) -> list[int]:
+    """Values of a batch's `tensor` from SGLang's copy on the CPU; batches that SGLang makes up to warm up have none."""
+    return [int(value) for value in (tensor.tolist() if copy is None else copy)]
+
+
 def make_hybrid(backend: AttentionBackend) -> AttentionBackend:
     """A backend with the state of the freshly built `backend` that serves compressed requests, too."""
+    from sglang_hybridkv.srt.flashinfer_backend import HybridFlashInferMixin, is_flashinfer
+
     stock = type(backend)
-    hybrid: Any = object.__new__(type(f"Hybrid{stock.__name__}", (HybridAttnMixin, stock), {}))
+    mixin = HybridFlashInferMixin if is_flashinfer(stock) else HybridAttnMixin
+    hybrid: Any = object.__new__(type(f"Hybrid{stock.__name__}", (mixin, stock), {}))
     hybrid.__dict__.update(backend.__dict__)
+    hybrid.take_over()
     return hybrid

@@ -62,6 +62,7 @@ class Compression:
         self.counters = torch.zeros(2, dtype=torch.int64, device=pool.device)
         self.observer = PromptObserver(self.compressor, layout.num_layers)
         self._kv_by_row: dict[int, Any] = {}
+        self.launched_rows: list[int] = []  # of the decode batch that is launched next, while its launch needs them
         self.kernels: str | None = None  # set by the handshake, which knows the model
         pool.compression = allocator.compression = self
 

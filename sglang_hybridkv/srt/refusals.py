@@ -11,12 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hybridkv_kernels import dispatch
+from hybridkv_kernels.decode_attn import flashinfer
 from sglang_hybridkv.compressors import get_compressor
+from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.srt.settings import Settings
 
 CPU_BACKEND = "torch_native"
-ATTENTION_BACKENDS = (CPU_BACKEND,)
-DEVICES = ("cpu", "cuda")
+FLASHINFER = "flashinfer"
+# By device. Their prefill stays theirs; decode is ours, and FlashInfer's on flashinfer. Others want pages of 64 or 128
+# tokens, or were not read.
+ATTENTION_BACKENDS = {"cpu": (CPU_BACKEND,), "cuda": ("triton", FLASHINFER, "fa3", CPU_BACKEND)}
+DEVICES = tuple(ATTENTION_BACKENDS)
+DECODE_GRAPHS = ("full", "disabled")
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16")
 # Read in sglang/srt/models: these hand K after RoPE to RadixAttention, which writes it through the attention backend.
 # A model that writes the cache inside its RoPE kernel would bypass the observation, see models/utils.py.
@@ -138,10 +145,12 @@ def check_flags(server_args: Any, settings: Settings) -> None:
     for refusal in REFUSALS:
         if refusal.applies(getattr(server_args, refusal.field)):
             raise _refused(refusal.flag, settings, refusal.recipe)
-    recipe = f"use --attention-backend {' or '.join(ATTENTION_BACKENDS)}"
+    # Before SGLang has resolved the device, what any of them can do passes.
+    legal = ATTENTION_BACKENDS.get(server_args.device, ATTENTION_BACKENDS["cuda"])
+    recipe = f"use --attention-backend {' or '.join(legal)}"
     for phase in ("", "prefill_", "decode_"):
         backend = getattr(server_args, f"{phase}attention_backend")
-        if backend is not None and backend not in ATTENTION_BACKENDS:
+        if backend is not None and backend not in legal:
             raise _refused(f"--{phase.replace('_', '-')}attention-backend {backend}", settings, recipe)
 
 
@@ -166,7 +175,39 @@ def check_server_args(view: Any, settings: Settings) -> None:
     if view.page_size != settings.config.page_size:
         recipe = f"the compressor's page_size is {settings.config.page_size}, SGLang must use the same"
         raise _refused(f"--page-size {view.page_size}", settings, recipe)
-    _check_environment(settings)
+    _check_environment(view, settings)
+
+
+def check_kernels(view: Any, model_config: Any, settings: Settings) -> None:
+    """Refuse kernels of the decode step that cannot serve this model in the way that was asked for.
+
+    Parameters
+    ----------
+    view : as in `check_server_args`.
+    model_config : SGLang's; its dtype, head size and heads count.
+
+    Raises
+    ------
+    ValueError
+        One sentence; also what HYBRIDKV_KERNELS forces and cannot be.
+    """
+    if view.device != "cuda":
+        return
+    dtype, head_dim = model_config.dtype, model_config.head_dim
+    group_size = model_config.num_attention_heads // model_config.get_total_num_kv_heads()
+    others = " or ".join(name for name in ATTENTION_BACKENDS["cuda"] if name not in (FLASHINFER, CPU_BACKEND))
+    if _decode_backend(view) == FLASHINFER:
+        reason = flashinfer.shape_obstacle(dtype, head_dim)
+        if reason is not None:
+            raise _refused(f"--attention-backend {FLASHINFER} ({reason})", settings, f"use {others}")
+        if isinstance(settings.config, RetrievalConfig) and settings.config.estimates:
+            recipe = f"use --attention-backend {others}, or 'drop'"
+            raise _refused(f"unretrieved = 'estimate' on --attention-backend {FLASHINFER}", settings, recipe)
+    graphs = view.cuda_graph_config.decode.backend
+    if graphs != "disabled" and dispatch.choose(view.device, dtype, head_dim, group_size) == "naive":
+        reason = dispatch.describe(view.device, dtype, head_dim, group_size)
+        recipe = "these kernels cannot be captured, use --cuda-graph-backend-decode disabled"
+        raise _refused(f"--cuda-graph-backend-decode {graphs} with kernels {reason}", settings, recipe)
 
 
 def check_model(model_config: Any, settings: Settings) -> None:
@@ -182,18 +223,28 @@ def check_model(model_config: Any, settings: Settings) -> None:
 
 def _check_cuda_graphs(view: Any, settings: Settings) -> None:
     graphs = view.cuda_graph_config
-    for phase in ("prefill", "decode"):
-        backend = getattr(graphs, phase).backend
-        if backend != "disabled":
-            recipe = "use --cuda-graph-backend-decode disabled --cuda-graph-backend-prefill disabled"
-            raise _refused(f"--cuda-graph-backend-{phase} {backend} (CUDA graphs)", settings, recipe)
+    if graphs.prefill.backend != "disabled":
+        # The observation runs in Python between the layers of a prefill, and sees every chunk's own lengths.
+        flag = f"--cuda-graph-backend-prefill {graphs.prefill.backend} (CUDA graphs)"
+        raise _refused(flag, settings, "use --cuda-graph-backend-prefill disabled")
+    if graphs.decode.backend not in DECODE_GRAPHS:
+        flag = f"--cuda-graph-backend-decode {graphs.decode.backend} (CUDA graphs)"
+        raise _refused(flag, settings, f"use --cuda-graph-backend-decode {' or '.join(DECODE_GRAPHS)}")
 
 
-def _check_environment(settings: Settings) -> None:
+def _decode_backend(view: Any) -> str:
+    return view.decode_attention_backend or view.attention_backend
+
+
+def _check_environment(view: Any, settings: Settings) -> None:
     from sglang.srt.environ import envs
 
     if envs.SGLANG_RUST_SERVER.get():
         raise _refused("SGLANG_RUST_SERVER", settings, "unset it")
+    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get() and _decode_backend(view) == FLASHINFER:
+        # It replays the first steps' host work, and FlashInfer's plans are host work that changes.
+        recipe = f"unset it or use an --attention-backend other than {FLASHINFER}"
+        raise _refused("SGLANG_ENABLE_METADATA_GLUE_GRAPH", settings, recipe)
 
 
 def _refused(flag: str, settings: Settings, recipe: str) -> ValueError:

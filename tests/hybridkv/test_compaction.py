@@ -58,6 +58,7 @@ def test_budget_one_equals_full_attention(prompt_len, heads, chunk_score):
     pool = pool_of(fresh_generator(), heads=heads, budget=1.0, chunk_score=chunk_score)
     prompt = pool.add_prompt(prompt_len)
     pool.compress(prompt, mixed_statistic(pool) if heads == "mixed" else None)
+    assert torch.equal(prompt.reservation.head_counts_on_host(), pool.table.num_head_pages[prompt.row])
     static, dynamic = prompt.reservation.outcome.tolist()
     assert (static > 0, dynamic > 0) == (heads != "dynamic", heads != "static")
     check_equals_full_attention(pool, [prompt])

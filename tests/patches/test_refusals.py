@@ -3,9 +3,11 @@ import types
 
 import msgspec
 import pytest
+import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
+from hybridkv_kernels import dispatch
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.srt import refusals
@@ -63,19 +65,96 @@ def test_unquantized_caches_are_accepted(dtype):
     refusals.check_server_args(resolved(kv_cache_dtype=dtype), SETTINGS)
 
 
-@pytest.mark.parametrize("phase", ["", "prefill_", "decode_"])
+PHASES = pytest.mark.parametrize("phase", ["", "prefill_", "decode_"])
+
+
+@PHASES
 def test_other_attention_backends_are_refused(phase):
     text = sentence(**{f"{phase}attention_backend": "triton"})
     assert text.startswith(f"--{phase.replace('_', '-')}attention-backend triton cannot be combined")
     assert text.endswith("use --attention-backend torch_native")
 
 
-def test_cuda_graphs_are_refused_on_cuda_only():
-    graphs = CudaGraphConfig(PhaseConfig("full"), PhaseConfig("disabled"))
-    refusals.check_server_args(resolved(cuda_graph_config=graphs), SETTINGS)
-    text = sentence(cuda_graph_config=graphs, device="cuda")
-    assert text.startswith("--cuda-graph-backend-decode full")
-    assert "--cuda-graph-backend-prefill disabled" in text
+@PHASES
+@pytest.mark.parametrize("backend", ["trtllm_mha", "fa4", "flex_attention"])
+def test_other_attention_backends_are_refused_on_cuda(phase, backend):
+    text = sentence(device="cuda", **{f"{phase}attention_backend": backend})
+    assert text.startswith(f"--{phase.replace('_', '-')}attention-backend {backend} cannot be combined")
+    assert text.endswith("use --attention-backend triton or flashinfer or fa3 or torch_native")
+
+
+@PHASES
+@pytest.mark.parametrize("backend", refusals.ATTENTION_BACKENDS["cuda"])
+def test_backends_of_nvidia_are_accepted(phase, backend):
+    changes = {f"{phase}attention_backend": backend}
+    refusals.check_flags(ServerArgs(model_path="m", **changes), SETTINGS)
+    refusals.check_server_args(resolved(device="cuda", **changes), SETTINGS)
+
+
+def graphs(decode="disabled", prefill="disabled"):
+    return CudaGraphConfig(PhaseConfig(decode), PhaseConfig(prefill))
+
+
+def test_graphs_of_decode_are_accepted_and_those_of_prefill_refused():
+    refusals.check_server_args(resolved(cuda_graph_config=graphs(prefill="full")), SETTINGS)  # a CPU has none
+    refusals.check_server_args(resolved(device="cuda", cuda_graph_config=graphs("full")), SETTINGS)
+    for prefill in ("full", "breakable", "tc_piecewise"):
+        text = sentence(device="cuda", cuda_graph_config=graphs("full", prefill))
+        assert text.startswith(f"--cuda-graph-backend-prefill {prefill} (CUDA graphs) cannot be combined")
+        assert text.endswith("use --cuda-graph-backend-prefill disabled")
+    text = sentence(device="cuda", cuda_graph_config=graphs("breakable"))
+    assert text.endswith("use --cuda-graph-backend-decode full or disabled")
+
+
+def shape(dtype=torch.bfloat16, head_dim=128):
+    return types.SimpleNamespace(
+        dtype=dtype, head_dim=head_dim, num_attention_heads=28, get_total_num_kv_heads=lambda: 4
+    )
+
+
+def kernels_sentence(model_config, settings=SETTINGS, **changes):
+    with pytest.raises(ValueError) as caught:
+        refusals.check_kernels(resolved(device="cuda", **changes), model_config, settings)
+    return str(caught.value)
+
+
+def test_flashinfer_serves_what_it_can_and_names_the_others_for_the_rest():
+    refusals.check_kernels(resolved(device="cuda", attention_backend="flashinfer"), shape(), SETTINGS)
+    for model_config in (shape(dtype=torch.float32), shape(head_dim=80)):
+        refusals.check_kernels(resolved(device="cuda", attention_backend="triton"), model_config, SETTINGS)
+        text = kernels_sentence(model_config, attention_backend="flashinfer")
+        assert text.startswith("--attention-backend flashinfer (FlashInfer decodes ")
+        assert text.endswith("use triton or fa3")
+    split = {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"}
+    assert "not 80" in kernels_sentence(shape(head_dim=80), **split)
+
+
+def test_flashinfer_does_not_estimate():
+    estimating = Settings("hybridkv", HybridKVConfig(unretrieved="estimate", chunk_score="mean_max"))
+    refusals.check_kernels(resolved(device="cuda", attention_backend="fa3"), shape(), estimating)
+    text = kernels_sentence(shape(), estimating, attention_backend="flashinfer")
+    assert text.startswith("unretrieved = 'estimate' on --attention-backend flashinfer cannot be combined")
+    assert text.endswith("use --attention-backend triton or fa3, or 'drop'")
+
+
+@pytest.mark.parametrize("kernels", ["naive", "triton"])
+def test_graphs_need_kernels_that_can_be_captured(monkeypatch, kernels):
+    monkeypatch.setattr(dispatch, "choose", lambda *args: kernels)
+    monkeypatch.setattr(dispatch, "describe", lambda *args: "naive (for a reason)")
+    refusals.check_kernels(resolved(device="cuda"), shape(), SETTINGS)
+    if kernels == "triton":
+        refusals.check_kernels(resolved(device="cuda", cuda_graph_config=graphs("full")), shape(), SETTINGS)
+        return
+    text = kernels_sentence(shape(), cuda_graph_config=graphs("full"))
+    assert text.startswith("--cuda-graph-backend-decode full with kernels naive (for a reason) cannot be combined")
+    assert text.endswith("use --cuda-graph-backend-decode disabled")
+
+
+def test_the_glue_graph_is_refused_where_it_would_freeze_plans(monkeypatch):
+    monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
+    refusals.check_server_args(resolved(device="cuda", attention_backend="triton"), SETTINGS)
+    text = sentence(device="cuda", attention_backend="flashinfer")
+    assert text.startswith("SGLANG_ENABLE_METADATA_GLUE_GRAPH cannot be combined")
 
 
 def test_other_devices_are_refused():

@@ -2,6 +2,8 @@ import argparse
 import types
 
 import pytest
+from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
+from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.server_args import ServerArgs
 
 import hybridkv_patches
@@ -129,3 +131,17 @@ def test_refusal_raises_into_a_python_caller():
     with pytest.raises(ValueError) as caught:
         server_args.refuse(types.SimpleNamespace(), error)
     assert caught.value is error
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("backend", [None, "breakable"])
+def test_prefill_stays_eager_unless_the_user_wants_graphs(compressed, backend):
+    args, stock = (ServerArgs(model_path="m", cuda_graph_backend_prefill=backend) for _ in range(2))
+    if compressed:
+        server_args.adopt(args, server_args.make_settings("hybridkv", None, None))
+    server_args._keep_prefill_eager(args, parse_cuda_graph_config)
+    parse_cuda_graph_config(stock)
+    graphs, untouched = resolving_view(args).cuda_graph_config, resolving_view(stock).cuda_graph_config
+    assert graphs.decode.backend == untouched.decode.backend == "full"
+    assert untouched.prefill.backend != "disabled"
+    assert graphs.prefill.backend == ("disabled" if compressed and backend is None else untouched.prefill.backend)

@@ -58,6 +58,23 @@ def test_a_foreign_part_is_named(scheduler, part):
     assert verify.parts_fault(scheduler) == f"--kv-compressor is set but SGLang kept its own {part} (Foreign)"
 
 
+class HybridAttnBackend:
+    """SGLang's, which holds one backend a phase."""
+
+    def __init__(self, prefill_backend, decode_backend):
+        self.prefill_backend, self.decode_backend = prefill_backend, decode_backend
+
+
+def test_both_backends_of_a_split_server_must_be_ours(scheduler):
+    runner = scheduler.tp_worker.model_runner
+    runner.attn_backend = HybridAttnBackend(blank(HybridAttnMixin), blank(HybridAttnMixin))
+    assert verify.parts_fault(scheduler) is None
+    runner.attn_backend = HybridAttnBackend(blank(HybridAttnMixin), Foreign())
+    assert verify.parts_fault(scheduler).endswith("its own decode attention backend (Foreign)")
+    runner.attn_backend = HybridAttnBackend(Foreign(), blank(HybridAttnMixin))
+    assert verify.parts_fault(scheduler).endswith("its own prefill attention backend (Foreign)")
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])
 def test_a_quantized_cache_is_refused(scheduler, dtype):
     scheduler.token_to_kv_pool_allocator.get_kvcache().dtype = dtype

@@ -72,7 +72,7 @@ def head_page_entries(table: HeadPageTable, req_rows: torch.Tensor, num_head_pag
     indptr[:, 1:] = ends.view_as(counts)
     indptr[1:, 0] = indptr[:-1, -1]
     total = int(ends[-1])
-    counts_there = _to_device(counts.flatten(), device)
+    counts_there = to_device(counts.flatten(), device)
     places = torch.arange(counts_there.numel(), device=device)
     entry = torch.repeat_interleave(places, counts_there, output_size=total)
     place = torch.arange(total, device=device) - (counts_there.cumsum(0) - counts_there)[entry]
@@ -236,5 +236,6 @@ def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host `tensor` on `device`, without waiting for it."""
     return _pinned(tensor, device).to(device, non_blocking=True)

@@ -1,0 +1,33 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from hybridkv_patches import forward_batch_info
+from sglang_hybridkv.srt import settings
+
+
+def note(mode, rows):
+    """What the hook leaves of a batch of these rows."""
+    compression = SimpleNamespace(launched_rows=[])
+    runner = SimpleNamespace(token_to_kv_pool=SimpleNamespace(compression=compression))
+    batch = SimpleNamespace(forward_mode=mode, req_pool_indices_cpu=torch.tensor(rows))
+    assert (
+        forward_batch_info.note_rows("the batch", type, batch, runner, return_hidden_states_before_norm=False) is None
+    )
+    return compression.launched_rows
+
+
+def test_rows_of_decode_batches_are_noted_and_no_others(monkeypatch):
+    monkeypatch.setattr(settings, "active", lambda: "settings")
+    assert note(ForwardMode.DECODE, [4, 2]) == [4, 2]
+    assert note(ForwardMode.EXTEND, [4, 2]) == []
+
+
+def test_without_compression_nothing_is_touched(monkeypatch):
+    monkeypatch.setattr(settings, "active", lambda: None)
+    assert note(ForwardMode.DECODE, [4, 2]) == []

@@ -1,0 +1,188 @@
+"""Decode through SGLang's backends made ours, eager and as graphs are captured and replayed; see serving.py for what
+that does not prove."""
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sglang_hybridkv.srt.attention_backend import HybridAttnMixin, make_hybrid
+from sglang_hybridkv.srt.flashinfer_backend import HybridFlashInferMixin, decodes_by_flashinfer
+from tests.builders import forced_kernels
+from tests.flashinfer_double import BatchDecodeDouble
+from tests.srt.serving import BACKENDS, ROWS, Graph, Serving
+
+pytestmark = pytest.mark.usefixtures("naive_kernels")
+CLOSE = {"atol": 2e-2, "rtol": 2e-2}
+
+
+@pytest.fixture
+def naive_kernels():
+    with forced_kernels("naive"):
+        yield
+
+
+def step(serving, rows):
+    """One eager decode step, checked; returns the outputs."""
+    batch = serving.next_batch(rows)
+    queries = serving.queries(batch)
+    serving.backend.init_forward_metadata(batch)
+    outputs = serving.forward(batch, queries)
+    for output, expected in zip(outputs, serving.expected(batch, queries), strict=True):
+        torch.testing.assert_close(output, expected, **CLOSE)
+    return outputs
+
+
+def replay(graph, rows):
+    """One replayed decode step, checked."""
+    serving = graph.serving
+    batch = serving.next_batch(rows)
+    queries = serving.queries(batch)
+    graph.load(batch, queries)
+    outputs = graph.run()
+    for output, expected in zip(outputs, serving.expected(batch, queries), strict=True):
+        torch.testing.assert_close(output[: len(rows)], expected, **CLOSE)
+        assert not output.isnan().any(), "a padding row must not be NaN: what follows in the graph sees it"
+
+
+def three_requests(serving):
+    """Rows 3 and 5 compressed, row 2 dense."""
+    serving.add(3, 9 * serving.page_size + 3)
+    serving.add(2, 2 * serving.page_size, compressed=False)
+    serving.add(5, 6 * serving.page_size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compressor", ["hybridkv", "snapkv"])
+def test_eager_steps_of_mixed_batches(backend, compressor, monkeypatch):
+    serving = Serving(backend, monkeypatch, compressor=compressor)
+    three_requests(serving)
+    for rows in ([3], [3, 2], [2, 5, 3], [2], [5, 3]):
+        step(serving, rows)
+    if compressor == "hybridkv":
+        assert int(serving.compression.counters[0]) > 0, "nothing was retrieved"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("page_size", "group"), [(8, 7), (16, 1), (32, 4)])
+def test_a_captured_graph_serves_every_composition(backend, page_size, group, monkeypatch):
+    serving = Serving(backend, monkeypatch, page_size=page_size, group=group)
+    serving.backend.init_cuda_graph_state(ROWS, ROWS)
+    graphs = {size: Graph(serving, size, monkeypatch) for size in (4, 1)}
+    assert not any(output.isnan().any() for graph in graphs.values() for output in graph.captured)
+    serving.add(2, page_size, compressed=False)
+    replay(graphs[1], [2])
+    serving.add(3, 3 * page_size + 3)
+    serving.add(5, 4 * page_size)
+    for rows in ([3, 2], [2, 5, 3], [5]):
+        replay(graphs[4], rows)
+    replay(graphs[1], [3])
+    step(serving, [5, 3])  # a batch that no graph fits runs eagerly, on other wrappers
+    replay(graphs[4], [5, 3])
+
+
+def num_plans(serving):
+    """Plans of head pages so far; the tail's, planned in each step, is the wrapper of page size 1."""
+    return sum(plan[-1] == serving.page_size for wrapper in BatchDecodeDouble.made for plan in wrapper.plans)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_plans_follow_the_composition_only(in_graph, monkeypatch):
+    """0 a step without change, 1 a layer for a request that joins or leaves; a commit changes nothing."""
+    serving = Serving("flashinfer", monkeypatch)
+    serving.backend.init_cuda_graph_state(ROWS, ROWS)
+    graph = Graph(serving, 4, monkeypatch) if in_graph else None
+    three_requests(serving)
+
+    def plans_of(rows):
+        before = num_plans(serving)
+        replay(graph, rows) if in_graph else step(serving, rows)
+        return num_plans(serving) - before
+
+    a_layer = len(serving.layers)
+    assert plans_of([3]) == a_layer, "joins"
+    assert [plans_of([3]) for _ in range(9)] == [0] * 9, "also where a page of the tail fills up"
+    assert plans_of([3, 2, 5]) == a_layer, "two join"
+    serving.commit(3)
+    serving.commit(5)
+    assert plans_of([3, 2, 5]) == 0, "commits"
+    assert plans_of([3, 2]) == a_layer, "leaves"
+    serving.leave(3)
+    serving.add(3, 5 * serving.page_size)
+    assert plans_of([3, 2]) == a_layer, "another request on the same row"
+    assert [plans_of([3, 2]) for _ in range(3)] == [0] * 3
+
+
+def test_a_dense_batch_is_stock_flashinfer_s(monkeypatch):
+    serving = Serving("flashinfer", monkeypatch)
+    serving.add(2, 20, compressed=False)
+    serving.add(3, 30, compressed=False)
+    step(serving, [2, 3])
+    assert num_plans(serving) == 0
+    assert [len(wrapper.plans) for wrapper in BatchDecodeDouble.made] == [1]
+
+
+def test_flashinfer_reads_tails_only(monkeypatch):
+    serving = Serving("flashinfer", monkeypatch)
+    serving.add(3, 9 * 8 + 3)
+    serving.add(2, 17, compressed=False)
+    step(serving, [3, 2])
+    tail = next(plan for wrapper in BatchDecodeDouble.made for plan in wrapper.plans if plan[-1] == 1)
+    assert tail[0] == [4, 18]
+
+
+def test_a_request_must_be_compressed_before_flashinfer_decodes_it(monkeypatch):
+    serving = Serving("flashinfer", monkeypatch)
+    serving.add(3, 80)
+    serving.compression.ledger.by_row[3].head_counts = None
+    with pytest.raises(AssertionError, match="decoded before it was compressed"):
+        step(serving, [3])
+
+
+def test_flashinfer_waits_once_for_a_request_that_joins(monkeypatch):
+    class Event:
+        waits = 0
+
+        def synchronize(self):
+            self.waits += 1
+
+    serving, event = Serving("flashinfer", monkeypatch), Event()
+    three_requests(serving)
+    serving.compression.ledger.by_row[3].written = event
+    for rows, waits in (([2, 5], 0), ([3], 1), ([3], 1), ([3, 5], 1)):
+        step(serving, rows)
+        assert event.waits == waits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stock_builds_no_decode_metadata_that_nobody_reads(backend, monkeypatch):
+    serving = Serving(backend, monkeypatch)
+    three_requests(serving)
+    step(serving, [3, 2])
+    assert (serving.backend.forward_metadata is None) == (backend != "flashinfer")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backend_stays_what_it_is(backend, monkeypatch):
+    serving = Serving(backend, monkeypatch)
+    stock = type(serving.backend).__mro__
+    assert isinstance(serving.backend, HybridAttnMixin)
+    assert decodes_by_flashinfer(serving.backend) == (backend == "flashinfer")
+    assert any(base.__name__ == type(serving.backend).__name__.removeprefix("Hybrid") for base in stock)
+    decode, extend = (serving.backend.shared_read_ends(mode) for mode in (ForwardMode.DECODE, ForwardMode.EXTEND))
+    assert decode.value >= SharedReadEnds.POST_REPLAY.value
+    assert extend.value >= SharedReadEnds.POST_REPLAY.value
+
+
+def test_fa3_and_others_keep_their_prefill_and_decode_with_our_kernels():
+    class FlashAttentionBackend(AttentionBackend):
+        def forward_extend(self):
+            return "stock"
+
+    hybrid = make_hybrid(FlashAttentionBackend())
+    assert isinstance(hybrid, HybridAttnMixin)
+    assert not isinstance(hybrid, HybridFlashInferMixin)
+    assert type(hybrid).forward_decode is HybridAttnMixin.forward_decode

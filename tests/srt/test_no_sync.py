@@ -1,0 +1,231 @@
+"""A decode step makes the host wait for nothing: what runs before it, and what a graph captures of it.
+
+SGLang's backends on the CPU, see serving.py. `naive` stands for our kernels as recording doubles do: unseen inside, so
+this proves the adapters and the kernels' public functions; `triton` are the kernels that serve, in the interpreter.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from hybridkv_kernels import decode_attn, gpu, retrieve_chunks
+from tests.builders import NO_CPU_KERNELS, forced_kernels
+from tests.flashinfer_double import BatchDecodeDouble
+from tests.no_sync import HostSync, NoSync
+from tests.srt import serving as serving_module
+from tests.srt.serving import ROWS, Graph, Serving
+
+HAS_TRITON_TWINS = all(
+    importlib.util.find_spec(f"hybridkv_kernels.{op}.triton") for op in ("decode_attn", "retrieve_chunks")
+)
+
+
+needs_twins = pytest.mark.skipif(
+    not (HAS_TRITON_TWINS and gpu.is_installed()), reason="Triton or a Triton kernel is not here"
+)
+
+
+def on_device(serving, *batches):
+    """Everything that is device memory on a GPU host."""
+    compression, backend = serving.compression, serving.backend
+    table = [x for x in vars(compression.table).values() if isinstance(x, torch.Tensor)]
+    views = [x for x in vars(serving.pool.views).values() if isinstance(x, torch.Tensor)]
+    tensors = [*table, *views, compression.counters, serving.req_to_token]
+    for batch in batches:
+        tensors += [batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc, batch.positions]
+    tensors += getattr(backend, "kv_indptr", [])
+    head_pages = getattr(backend, "_head_pages", None)
+    if head_pages is not None and hasattr(head_pages, "_indices"):
+        tensors += [head_pages._indices, head_pages._indptr, head_pages._last_page_len]
+    return tensors
+
+
+def launches(guard, monkeypatch):
+    """Doubles and references as launches of kernels; FlashInfer's plan reads its host arguments, and only those."""
+    for module in (decode_attn, retrieve_chunks):
+        name = module.__name__.rsplit(".", 1)[1]
+        run = guard.launch(getattr(module.naive, name), name)
+        monkeypatch.setitem(module._IMPLEMENTATIONS, "naive", run)
+    for name in ("run", "_planned"):
+        monkeypatch.setattr(BatchDecodeDouble, name, guard.launch(getattr(BatchDecodeDouble, name), name))
+    plan = BatchDecodeDouble.plan
+
+    def plan_on_host(wrapper, indptr, indices, last_page_len, *args, **kwargs):
+        # SGLang's own plan of an uncaptured step hands over device tensors, and waits.
+        if kwargs.get("page_size", 1) > 1 or wrapper.is_cuda_graph_enabled:
+            assert not guard.is_on_device(indptr), "FlashInfer copies indptr to the host"
+            assert not guard.is_on_device(last_page_len), "FlashInfer copies last_page_len to the host"
+        with guard.paused():
+            plan(wrapper, indptr, indices, last_page_len, *args, **kwargs)
+
+    monkeypatch.setattr(BatchDecodeDouble, "plan", plan_on_host)
+    monkeypatch.setattr(BatchDecodeDouble, "begin_forward", plan_on_host)
+    stock = serving_module.flashinfer_backend
+    if hasattr(stock, "merge_state"):
+        monkeypatch.setattr(stock, "merge_state", guard.launch(stock.merge_state, "merge_state"))
+    fill = serving_module._Translator.fill_packed_read_stream
+    monkeypatch.setattr(serving_module._Translator, "fill_packed_read_stream", guard.launch(fill, "fill"))
+
+
+PAIRS = pytest.mark.parametrize(
+    ("backend", "kernel"),
+    [
+        pytest.param(
+            "torch_native", "cpu", marks=pytest.mark.skipif(NO_CPU_KERNELS, reason="the C++ kernels were not compiled")
+        ),
+        ("triton", "naive"),
+        ("flashinfer", "naive"),
+        pytest.param("triton", "triton", marks=needs_twins),
+        pytest.param("flashinfer", "triton", marks=needs_twins),
+    ],
+)
+
+
+def small(backend, monkeypatch):
+    """Rows 3 and 5 compressed, row 2 dense; interpreted kernels are slow."""
+    serving = Serving(backend, monkeypatch)
+    serving.add(3, 5 * serving.page_size + 3)
+    serving.add(2, serving.page_size, compressed=False)
+    serving.add(5, 4 * serving.page_size)
+    return serving
+
+
+def decode(serving, batch, queries):
+    serving.backend.init_forward_metadata(batch)
+    return serving.forward(batch, queries)
+
+
+@PAIRS
+def test_an_eager_step_waits_for_nothing(backend, kernel, monkeypatch):
+    """Also where a request joins: FlashInfer's plans are made from what the host knows."""
+    with forced_kernels(kernel):
+        serving = small(backend, monkeypatch)
+        for rows in ([3, 2], [2, 5, 3]):
+            batch = serving.next_batch(rows)
+            queries = serving.queries(batch)
+            tensors = on_device(serving, batch) + [x for layer in queries for x in layer]
+            with monkeypatch.context() as patched:
+                guard = NoSync(tensors)
+                launches(guard, patched)
+                with guard:
+                    outputs = decode(serving, batch, queries)
+            assert guard.trace, "the guard saw nothing"
+            assert all(guard.is_on_device(output) for output in outputs), "the guard lost the device's tensors"
+
+
+@PAIRS
+def test_a_captured_step_waits_for_nothing_and_does_the_same_for_every_batch(backend, kernel, monkeypatch):
+    with forced_kernels(kernel):
+        serving = small(backend, monkeypatch)
+        serving.backend.init_cuda_graph_state(ROWS, ROWS)
+        graph, traces = Graph(serving, 3, monkeypatch), []
+        for rows in ([3, 2], [2], [2, 5, 3]):
+            batch = serving.next_batch(rows)
+            queries = serving.queries(batch)
+            with monkeypatch.context() as patched:
+                before = NoSync(on_device(serving, batch, graph.view))
+                launches(before, patched)
+                with before:
+                    graph.load(batch, queries)
+            with monkeypatch.context() as patched:
+                inside = NoSync()
+                launches(inside, patched)
+                with inside:
+                    graph.run()
+            traces.append(inside.trace)
+        assert len(traces[0]) > 4 * len(serving.layers), "the guard saw nothing"
+        assert traces[0] == traces[1] == traces[2], "a graph does the same whoever is in the batch"
+
+
+@pytest.mark.parametrize("backend", ["torch_native", "triton", "flashinfer"])
+def test_the_guard_finds_what_the_references_do(backend, monkeypatch):
+    """Unlike kernels, they ask for the rows of a batch: seen from inside, they wait."""
+    with forced_kernels("naive"):
+        serving = small(backend, monkeypatch)
+        batch = serving.next_batch([3, 2])
+        queries = serving.queries(batch)
+        serving.backend.init_forward_metadata(batch)
+        with pytest.raises(HostSync, match="waits for the device"), NoSync():
+            serving.forward(batch, queries)
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "int": lambda x: int(x.sum()),
+    "float": lambda x: float(x.sum()),
+    "bool": lambda x: bool(x.any()),
+    "if": lambda x: 1 if x.any() else 0,
+    "range": lambda x: range(x.sum()),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu"),
+    "to_device": lambda x: x.to(device=torch.device("cpu")),
+    "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.nonzero(),
+    "where": lambda x: torch.where(x > 0),
+    "mask": lambda x: x[x > 0],
+    "mask_write": lambda x: x.clone().index_put_((x > 0,), torch.tensor(0)),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x.float(), x.float()),
+    "repeat": lambda x: torch.repeat_interleave(x, x),
+    "bincount": lambda x: torch.bincount(x),
+    "derived": lambda x: (x + 1).view(2, 2).sum(0)[0].item(),
+}
+WAITS_NOT = {
+    "gather": lambda x: x[torch.tensor([0, 2])],
+    "where": lambda x: torch.where(x > 0, x, 0),
+    "repeat": lambda x: torch.repeat_interleave(x, x, output_size=10),
+    "write": lambda x: x.clone().index_put_((x - 1,), x),
+    "shape": lambda x: torch.empty(x.shape[0]).tolist(),
+    "host": lambda x: torch.arange(3).sum().item(),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_the_guard_can_fail(wait, strict):
+    x = torch.tensor([1, 2, 3, 4])
+    wait(x)
+    with pytest.raises(HostSync), NoSync(None if strict else [x]):
+        wait(x)
+    wait(x)
+
+
+def test_a_copy_to_host_memory_is_found():
+    x, host = torch.tensor([1, 2, 3, 4]), torch.empty(4, dtype=torch.int64)
+    with pytest.raises(HostSync, match="copy_ from the device"), NoSync([x]):
+        host.copy_(x)
+    with NoSync([x]):
+        x.copy_(host)
+
+
+@pytest.mark.parametrize("harmless", WAITS_NOT.values(), ids=WAITS_NOT)
+def test_the_guard_lets_pass_what_does_not_wait(harmless):
+    x = torch.tensor([1, 2, 3, 4])
+    with NoSync([x]):
+        harmless(x)
+
+
+@pytest.mark.parametrize("place", ["init_forward_metadata", "forward_decode"])
+def test_a_wait_anywhere_in_the_step_is_found(place, monkeypatch):
+    """A deliberate one, in what the other tests accept."""
+    with forced_kernels("naive"):
+        serving = small("triton", monkeypatch)
+        batch = serving.next_batch([3, 2])
+        queries = serving.queries(batch)
+        guard = NoSync(on_device(serving, batch))
+        launches(guard, monkeypatch)
+        original = getattr(serving.backend, place)
+
+        def waiting(*args, **kwargs):
+            serving.compression.table.num_pages[batch.req_pool_indices].max().item()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(serving.backend, place, waiting)
+        with pytest.raises(HostSync), guard:
+            decode(serving, batch, queries)
