@@ -69,6 +69,17 @@ Unretrieved = Annotated[
         "for them, which doubles the summaries and needs a chunk_score of means (RetroInfer, arXiv 2505.02922)"
     ),
 ]
+Prefetch = Annotated[
+    Literal["off", "previous_query"],
+    Field(
+        description="when chunks are retrieved: before each attention, or after it for the next step, beside the "
+        "layers that follow (FreeKV, arXiv 2505.13109)"
+    ),
+]
+PrefetchSimilarity = Annotated[
+    float,
+    Field(gt=0.0, le=1.0, description="cosine of consecutive queries below which a request does not rely on prefetch"),
+]
 HostStoreBytes = Annotated[
     Annotated[int, Field(ge=0)] | None,
     Field(description="bytes of host memory for dynamic heads; null: 8x the device pool, at most half of what is free"),
@@ -120,6 +131,8 @@ class RetrievalConfig(CompressorConfig):
 
     chunk_score: ChunkScore = "mean_max"
     unretrieved: Unretrieved = "drop"
+    prefetch: Prefetch = "off"
+    prefetch_similarity: PrefetchSimilarity = 0.9
     host_store_bytes: HostStoreBytes = None
     on_host_store_full: OnHostStoreFull = "dense"
 

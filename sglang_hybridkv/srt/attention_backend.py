@@ -139,8 +139,7 @@ class HybridAttnMixin(AttentionBackend):
         pool, compression = self.token_to_kv_pool, self.token_to_kv_pool.compression
         layer_idx = layer.layer_id - pool.start_layer
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        if self._any_compressed and compression.compressor.retrieves:
-            self._retrieve(queries, layer_idx, forward_batch.req_pool_indices)
+        later = self._retrieve(queries, layer_idx, forward_batch.req_pool_indices)
         out = decode_attn(
             queries,
             pool.views,
@@ -152,9 +151,32 @@ class HybridAttnMixin(AttentionBackend):
             scaling=layer.scaling,
             estimate=compression.compressor.estimate,
         )
+        self._retrieve_ahead(queries, layer_idx, later)
         return out.view(len(queries), -1)
 
     def _retrieve(self, queries, layer_idx, req_rows):
+        """Before a layer attends: all rows, or those that prefetch has to correct; returns the other rows, or None."""
+        compression = self.token_to_kv_pool.compression
+        if not self._any_compressed or not compression.compressor.retrieves:
+            return None
+        later = None
+        if compression.prefetch is not None:
+            req_rows, later = compression.prefetch.split(queries, compression.table, layer_idx, req_rows)
+        self._retrieve_rows(queries, layer_idx, req_rows)
+        return later
+
+    def _retrieve_ahead(self, queries, layer_idx, later):
+        """After a layer has attended: the rows that `_retrieve` left, for the next step."""
+        if later is None:
+            return
+        self.token_to_kv_pool.compression.prefetch.beside(
+            lambda: self._retrieve_rows(queries, layer_idx, later),
+            queries,
+            later,
+            is_last=layer_idx == self.token_to_kv_pool.layer_num - 1,
+        )
+
+    def _retrieve_rows(self, queries, layer_idx, req_rows):
         pool, compression = self.token_to_kv_pool, self.token_to_kv_pool.compression
         num_sink_chunks, num_recent_chunks = forced_chunk_counts(compression.config)
         retrieve_chunks(

@@ -15,6 +15,7 @@ from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Ledger, Reservation
+from sglang_hybridkv.prefetch import QueryPrefetch
 from sglang_hybridkv.spans import VisualSpan
 from sglang_hybridkv.srt.observation import PromptObserver
 from sglang_hybridkv.srt.settings import Settings
@@ -60,6 +61,7 @@ class Compression:
         self.ledger = Ledger(layout.page_size)
         self.stats = CompressionStats()
         self.counters = torch.zeros(2, dtype=torch.int64, device=pool.device)
+        self.prefetch = self._query_prefetch(num_rows)
         self.observer = PromptObserver(self.compressor, layout.num_layers)
         self._kv_by_row: dict[int, Any] = {}
         self.launched_rows: list[int] = []  # of the decode batch that is launched next, while its launch needs them
@@ -100,6 +102,8 @@ class Compression:
         self._kv_by_row[row] = req.kv
         self.table.bind(row, reserved.pages, reserved.host_pages, reserved.geometry.covered)
         self.observer.begin(row, reserved)
+        if self.prefetch is not None:
+            self.prefetch.forget(row)
 
     def _reserve(self, req, tree_cache) -> Reservation | DenseReason:
         geometry = self.plan(req)
@@ -192,6 +196,7 @@ class Compression:
             "kernels": self.kernels,
             "host_store_bytes": self.store.num_pages * self.store.page_bytes,
             **self.stats.as_dict(self.held(), chosen, hit),
+            **({} if self.prefetch is None else {"prefetch_correction_rate": self.prefetch.correction_rate()}),
         }
 
     def check_integrity(self) -> None:
@@ -218,6 +223,13 @@ class Compression:
         if not hasattr(req, _RECORD) and not req.rid.startswith(_HEALTH_CHECK_PREFIX):
             self.stats.count_dense(reason, prompt_tokens)
         setattr(req, _RECORD, RequestRecord(False, reason, prompt_tokens, self.config.budget))
+
+    def _query_prefetch(self, num_rows: int) -> QueryPrefetch | None:
+        config, pool = self.config, self.pool
+        if not isinstance(config, RetrievalConfig) or config.prefetch == "off":
+            return None
+        similarity, layout = config.prefetch_similarity, pool.views.layout
+        return QueryPrefetch(similarity, num_rows, layout, pool.head_dim, pool.dtype, pool.device)
 
     def _host_store(self) -> HostStore:
         layout, pool = self.pool.views.layout, self.pool

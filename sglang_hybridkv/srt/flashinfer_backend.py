@@ -134,12 +134,12 @@ class HybridFlashInferMixin(HybridAttnMixin):
         pool, decode = self.token_to_kv_pool, self._head_page_decode()
         layer_idx = layer.layer_id - pool.start_layer
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
-        if pool.compression.compressor.retrieves:
-            self._retrieve(queries, layer_idx, forward_batch.req_pool_indices)
+        later = self._retrieve(queries, layer_idx, forward_batch.req_pool_indices)
         out, lse = decode.run(layer_idx, queries, layer.scaling)
         tail, tail_lse = self.forward_metadata.decode_wrappers[0].forward_return_lse(
             queries, pool.get_kv_buffer(layer.layer_id), sm_scale=layer.scaling, logits_soft_cap=layer.logit_cap
         )
+        self._retrieve_ahead(queries, layer_idx, later)
         merged = merge(out, lse, tail, tail_lse, decode.group_size, self._merge_state)
         return merged.view(len(queries), -1)
 

@@ -4,8 +4,10 @@ The backends are SGLang's classes, with the attributes that their decode reads s
 GPU. What they launch on one is replaced: FlashInfer's wrappers by doubles, Triton kernels of SGLang by torch.
 """
 
+import importlib.util
 from types import SimpleNamespace
 
+import pytest
 import torch
 from sglang.srt.layers.attention import flashinfer_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -13,6 +15,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from hybridkv_kernels import gpu
 from hybridkv_kernels.decode_attn import naive
 from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors import get_compressor
@@ -24,6 +27,12 @@ from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from sglang_hybridkv.srt.settings import Settings
 from tests import flashinfer_double
 from tests.builders import NAN, fresh_generator
+
+# Where both are, the kernels of a decode step run interpreted.
+HAS_TRITON_TWINS = gpu.is_installed() and all(
+    importlib.util.find_spec(f"hybridkv_kernels.{op}.triton") for op in ("decode_attn", "retrieve_chunks")
+)
+needs_twins = pytest.mark.skipif(not HAS_TRITON_TWINS, reason="Triton or a Triton kernel is not here")
 
 PAGES, ROWS, MAX_CONTEXT = 120, 7, 400
 BACKENDS = ("torch_native", "triton", "flashinfer")
@@ -44,6 +53,7 @@ class Serving:
         head_dim=64,
         page_size=8,
         dtype=torch.bfloat16,
+        **config,
     ):
         self.generator = fresh_generator()
         self.heads, self.group, self.head_dim, self.dtype, self.page_size = heads, group, head_dim, dtype, page_size
@@ -70,7 +80,7 @@ class Serving:
             values |= {"host_store_bytes": 60 * self.pool.page_bytes}
         if compressor == "hybridkv":
             values |= {"preset": "paper", "theta": 0.5}
-        settings = Settings(compressor, config_class(**values))
+        settings = Settings(compressor, config_class(**values | config))
         self.compression = Compression(settings, self.pool, allocator, ROWS, MAX_CONTEXT)
         self.req_to_token = torch.zeros(ROWS, MAX_CONTEXT, dtype=torch.int32)
         self.lens: dict[int, int] = {}
@@ -153,9 +163,8 @@ class Serving:
             num_padding=0,
         )
 
-    def queries(self, batch):
-        """Of each layer q, k and v of the batch's new tokens, as the model hands them over."""
-        count = len(batch.seq_lens)
+    def queries(self, count):
+        """Of each layer q, k and v of `count` new tokens, as the model hands them over."""
         q_shape, kv_shape = (count, self.heads * self.group * self.head_dim), (count, self.heads, self.head_dim)
         return [(self.randn(*q_shape), self.randn(*kv_shape), self.randn(*kv_shape)) for _ in self.layers]
 
@@ -202,7 +211,7 @@ class Graph:
             positions=torch.zeros(size, dtype=torch.int64),
             num_padding=size,
         )
-        self.queries = serving.queries(self.view)
+        self.queries = serving.queries(size)
         fill = serving.backend.get_cuda_graph_seq_len_fill_value()
         assert fill == 1
         serving.backend.init_forward_metadata_out_graph(self.view, in_capture=True)

@@ -13,14 +13,14 @@ from sglang_hybridkv.srt.attention_backend import HybridAttnMixin, make_hybrid
 from sglang_hybridkv.srt.flashinfer_backend import HybridFlashInferMixin, decodes_by_flashinfer
 from tests.builders import forced_kernels
 from tests.flashinfer_double import BatchDecodeDouble
-from tests.srt.serving import BACKENDS, ROWS, Graph, Serving
+from tests.srt.serving import BACKENDS, ROWS, Graph, Serving, needs_twins
 
-pytestmark = pytest.mark.usefixtures("naive_kernels")
 CLOSE = {"atol": 2e-2, "rtol": 2e-2}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def naive_kernels():
+    """Unless a test asks for others."""
     with forced_kernels("naive"):
         yield
 
@@ -28,7 +28,7 @@ def naive_kernels():
 def step(serving, rows):
     """One eager decode step, checked; returns the outputs."""
     batch = serving.next_batch(rows)
-    queries = serving.queries(batch)
+    queries = serving.queries(batch.batch_size)
     serving.backend.init_forward_metadata(batch)
     outputs = serving.forward(batch, queries)
     for output, expected in zip(outputs, serving.expected(batch, queries), strict=True):
@@ -40,7 +40,7 @@ def replay(graph, rows):
     """One replayed decode step, checked."""
     serving = graph.serving
     batch = serving.next_batch(rows)
-    queries = serving.queries(batch)
+    queries = serving.queries(batch.batch_size)
     graph.load(batch, queries)
     outputs = graph.run()
     for output, expected in zip(outputs, serving.expected(batch, queries), strict=True):
@@ -82,6 +82,24 @@ def test_a_captured_graph_serves_every_composition(backend, page_size, group, mo
     replay(graphs[1], [3])
     step(serving, [5, 3])  # a batch that no graph fits runs eagerly, on other wrappers
     replay(graphs[4], [5, 3])
+
+
+@needs_twins
+@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
+@pytest.mark.parametrize("group", [2, 7])
+def test_our_triton_kernels_in_a_captured_graph(backend, group, monkeypatch):
+    with forced_kernels("triton"):
+        check_triton_graph(Serving(backend, monkeypatch, group=group), monkeypatch)
+
+
+def check_triton_graph(serving, monkeypatch):
+    serving.backend.init_cuda_graph_state(ROWS, ROWS)
+    graph = Graph(serving, 3, monkeypatch)
+    serving.add(2, serving.page_size, compressed=False)
+    serving.add(3, 4 * serving.page_size + 3)
+    for rows in ([3, 2], [3]):
+        replay(graph, rows)
+    assert int(serving.compression.counters[0]) > 0, "nothing was retrieved"
 
 
 def num_plans(serving):

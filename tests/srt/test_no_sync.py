@@ -4,28 +4,17 @@ SGLang's backends on the CPU, see serving.py. `naive` stands for our kernels as 
 this proves the adapters and the kernels' public functions; `triton` are the kernels that serve, in the interpreter.
 """
 
-import importlib.util
-
 import pytest
 import torch
 
 pytest.importorskip("sglang")
 
-from hybridkv_kernels import decode_attn, gpu, retrieve_chunks
+from hybridkv_kernels import decode_attn, retrieve_chunks
 from tests.builders import NO_CPU_KERNELS, forced_kernels
 from tests.flashinfer_double import BatchDecodeDouble
 from tests.no_sync import HostSync, NoSync
 from tests.srt import serving as serving_module
-from tests.srt.serving import ROWS, Graph, Serving
-
-HAS_TRITON_TWINS = all(
-    importlib.util.find_spec(f"hybridkv_kernels.{op}.triton") for op in ("decode_attn", "retrieve_chunks")
-)
-
-
-needs_twins = pytest.mark.skipif(
-    not (HAS_TRITON_TWINS and gpu.is_installed()), reason="Triton or a Triton kernel is not here"
-)
+from tests.srt.serving import ROWS, Graph, Serving, needs_twins
 
 
 def on_device(serving, *batches):
@@ -37,6 +26,8 @@ def on_device(serving, *batches):
     for batch in batches:
         tensors += [batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc, batch.positions]
     tensors += getattr(backend, "kv_indptr", [])
+    if compression.prefetch is not None:
+        tensors += [compression.prefetch.previous, compression.prefetch.counters]
     head_pages = getattr(backend, "_head_pages", None)
     if head_pages is not None and hasattr(head_pages, "_indices"):
         tensors += [head_pages._indices, head_pages._indptr, head_pages._last_page_len]
@@ -84,9 +75,9 @@ PAIRS = pytest.mark.parametrize(
 )
 
 
-def small(backend, monkeypatch):
+def small(backend, monkeypatch, **config):
     """Rows 3 and 5 compressed, row 2 dense; interpreted kernels are slow."""
-    serving = Serving(backend, monkeypatch)
+    serving = Serving(backend, monkeypatch, **config)
     serving.add(3, 5 * serving.page_size + 3)
     serving.add(2, serving.page_size, compressed=False)
     serving.add(5, 4 * serving.page_size)
@@ -105,7 +96,7 @@ def test_an_eager_step_waits_for_nothing(backend, kernel, monkeypatch):
         serving = small(backend, monkeypatch)
         for rows in ([3, 2], [2, 5, 3]):
             batch = serving.next_batch(rows)
-            queries = serving.queries(batch)
+            queries = serving.queries(batch.batch_size)
             tensors = on_device(serving, batch) + [x for layer in queries for x in layer]
             with monkeypatch.context() as patched:
                 guard = NoSync(tensors)
@@ -117,14 +108,15 @@ def test_an_eager_step_waits_for_nothing(backend, kernel, monkeypatch):
 
 
 @PAIRS
-def test_a_captured_step_waits_for_nothing_and_does_the_same_for_every_batch(backend, kernel, monkeypatch):
+@pytest.mark.parametrize("prefetch", ["off", "previous_query"])
+def test_a_captured_step_waits_for_nothing_and_does_the_same_for_every_batch(backend, kernel, prefetch, monkeypatch):
     with forced_kernels(kernel):
-        serving = small(backend, monkeypatch)
+        serving = small(backend, monkeypatch, prefetch=prefetch)
         serving.backend.init_cuda_graph_state(ROWS, ROWS)
         graph, traces = Graph(serving, 3, monkeypatch), []
         for rows in ([3, 2], [2], [2, 5, 3]):
             batch = serving.next_batch(rows)
-            queries = serving.queries(batch)
+            queries = serving.queries(batch.batch_size)
             with monkeypatch.context() as patched:
                 before = NoSync(on_device(serving, batch, graph.view))
                 launches(before, patched)
@@ -146,7 +138,7 @@ def test_the_guard_finds_what_the_references_do(backend, monkeypatch):
     with forced_kernels("naive"):
         serving = small(backend, monkeypatch)
         batch = serving.next_batch([3, 2])
-        queries = serving.queries(batch)
+        queries = serving.queries(batch.batch_size)
         serving.backend.init_forward_metadata(batch)
         with pytest.raises(HostSync, match="waits for the device"), NoSync():
             serving.forward(batch, queries)
@@ -217,7 +209,7 @@ def test_a_wait_anywhere_in_the_step_is_found(place, monkeypatch):
     with forced_kernels("naive"):
         serving = small("triton", monkeypatch)
         batch = serving.next_batch([3, 2])
-        queries = serving.queries(batch)
+        queries = serving.queries(batch.batch_size)
         guard = NoSync(on_device(serving, batch))
         launches(guard, monkeypatch)
         original = getattr(serving.backend, place)
