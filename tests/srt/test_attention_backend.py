@@ -89,14 +89,14 @@ def test_a_captured_graph_serves_every_composition(backend, page_size, group, mo
 @pytest.mark.parametrize("group", [2, 7])
 def test_our_triton_kernels_in_a_captured_graph(backend, group, monkeypatch):
     with forced_kernels("triton"):
-        check_triton_graph(Serving(backend, monkeypatch, group=group), monkeypatch)
+        check_triton_graph(Serving(backend, monkeypatch, group=group, theta=1.01), monkeypatch)
 
 
 def check_triton_graph(serving, monkeypatch):
     serving.backend.init_cuda_graph_state(ROWS, ROWS)
     graph = Graph(serving, 3, monkeypatch)
     serving.add(2, serving.page_size, compressed=False)
-    serving.add(3, 4 * serving.page_size + 3)
+    serving.add(3, 10 * serving.page_size + 3)
     for rows in ([3, 2], [3]):
         replay(graph, rows)
     assert int(serving.compression.counters[0]) > 0, "nothing was retrieved"
