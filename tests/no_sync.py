@@ -64,6 +64,13 @@ class NoSync(TorchDispatchMode):
         """Whether the device holds `tensor`; an empty one is nowhere."""
         return self._is_strict or (tensor.numel() > 0 and _storage(tensor) in self._storages)
 
+    def to_device(self, tensor, device):
+        """What a copy from the host leaves on the device: a tensor of its own, on the device."""
+        with self.paused():
+            copy = tensor.to(device).clone()
+        self._mark(copy)
+        return copy
+
     @contextlib.contextmanager
     def paused(self):
         """For doubles and interpreters, which read tensors on the CPU where a kernel reads them on the device."""

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("sglang")
 
 from hybridkv_kernels import decode_attn, retrieve_chunks
+from hybridkv_kernels.decode_attn import flashinfer
+from sglang_hybridkv.srt import flashinfer_backend
 from tests.builders import NO_CPU_KERNELS, forced_kernels
 from tests.flashinfer_double import BatchDecodeDouble
 from tests.no_sync import HostSync, NoSync
@@ -54,6 +56,8 @@ def launches(guard, monkeypatch):
 
     monkeypatch.setattr(BatchDecodeDouble, "plan", plan_on_host)
     monkeypatch.setattr(BatchDecodeDouble, "begin_forward", plan_on_host)
+    for module in (flashinfer, flashinfer_backend):
+        monkeypatch.setattr(module, "to_device", guard.to_device)
     stock = serving_module.flashinfer_backend
     if hasattr(stock, "merge_state"):
         monkeypatch.setattr(stock, "merge_state", guard.launch(stock.merge_state, "merge_state"))
