@@ -69,19 +69,23 @@ def test_eager_steps_of_mixed_batches(backend, compressor, monkeypatch):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("page_size", "group"), [(8, 7), (16, 1), (32, 4)])
 def test_a_captured_graph_serves_every_composition(backend, page_size, group, monkeypatch):
-    serving = Serving(backend, monkeypatch, page_size=page_size, group=group)
+    serving = Serving(backend, monkeypatch, page_size=page_size, group=group, theta=1.01)
     serving.backend.init_cuda_graph_state(ROWS, ROWS)
     graphs = {size: Graph(serving, size, monkeypatch) for size in (4, 1)}
     assert not any(output.isnan().any() for graph in graphs.values() for output in graph.captured)
     serving.add(2, page_size, compressed=False)
     replay(graphs[1], [2])
-    serving.add(3, 3 * page_size + 3)
-    serving.add(5, 4 * page_size)
+    serving.add(3, 9 * page_size + 3)
+    serving.add(5, 8 * page_size)
     for rows in ([3, 2], [2, 5, 3], [5]):
         replay(graphs[4], rows)
     replay(graphs[1], [3])
     step(serving, [5, 3])  # a batch that no graph fits runs eagerly, on other wrappers
     replay(graphs[4], [5, 3])
+    replay(graphs[1], [5])
+    step(serving, [3])
+    replay(graphs[1], [3])
+    assert int(serving.compression.counters[0]) > 0, "nothing was retrieved in a graph captured without requests"
 
 
 @needs_twins
