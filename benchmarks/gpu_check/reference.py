@@ -1,0 +1,168 @@
+"""What the kernels must have done, in higher precision: the judge of the checks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.gpu_check.pool import NAN, Pool
+from hybridkv_kernels.decode_attn import naive as decode_naive
+from hybridkv_kernels.head_pages import HeadPageViews
+from hybridkv_kernels.retrieve_chunks.naive import read_summaries
+from hybridkv_kernels.select_chunks import forced_chunks, summary_vectors
+from hybridkv_kernels.select_chunks.naive import score_chunks
+from sglang_hybridkv.compaction import forced_chunk_counts
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest absolute error of attention over Gaussian values: rounding of the inputs of the second product, and of the
+output."""
+SCORE_TOLERANCE = 1e-4
+"""Scores closer than this share of the largest may change places: both sides sum in fp32, in another order."""
+
+
+class Mismatch(Exception):
+    """A kernel did something else than its reference."""
+
+
+def expect(condition: bool, what: str) -> None:
+    """Mismatch with `what` unless the condition holds."""
+    if not condition:
+        raise Mismatch(what)
+
+
+def expect_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
+    """The largest absolute error; Mismatch when it is above `tolerance` or a number is missing."""
+    expect(bool(got.isfinite().all()), f"{what}: {int((~got.isfinite()).sum())} outputs are not finite")
+    error = float((got.double() - expected.double()).abs().max()) if got.numel() else 0.0
+    expect(error <= tolerance, f"{what}: largest error {error:.2e}, tolerance {tolerance:.0e}")
+    return error
+
+
+def expect_equal(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Mismatch unless both are the same bit by bit; NaN equals NaN."""
+    same = (got == expected) | ((got != got) & (expected != expected))
+    expect(bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} elements differ")
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Fresh memory of floating-point type is NaN, so that an output that nobody wrote is seen."""
+
+    def poisoned(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor: torch.Tensor = make(*args, **kwargs)
+            return tensor.fill_(NAN) if tensor.is_floating_point() else tensor
+
+        return made
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
+
+
+def double_views(views: HeadPageViews) -> HeadPageViews:
+    """The same numbers in fp64."""
+    k, v = views.k_flat.double(), views.v_flat.double()
+    shape = views.k_pages.shape
+    return dataclasses.replace(views, k_flat=k, v_flat=v, k_pages=k.view(shape), v_pages=v.view(shape))
+
+
+def check_attention(pool: Pool, layer_idx: int, q: torch.Tensor, rows: list[int], out: torch.Tensor) -> float:
+    """Largest error of the decode attention `out` beside the naive kernel in fp64, over the pool as it is now."""
+    places = torch.tensor(rows, device=pool.device)
+    expected = decode_naive.decode_attn(
+        q.double(),
+        double_views(pool.views),
+        pool.table,
+        layer_idx,
+        places,
+        pool.req_to_token,
+        pool.lens(rows),
+        pool.scaling,
+        pool.compressor.estimate,
+    )
+    return expect_close("decode_attn", out, expected, TOLERANCE[pool.shape.dtype])
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolState:
+    """What retrieval may change, before it did."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    chunk_of_head_page: torch.Tensor
+    counters: torch.Tensor
+
+    @staticmethod
+    def of(pool: Pool) -> PoolState:
+        """A copy."""
+        parts = (pool.keys, pool.values, pool.views.chunk_of_head_page, pool.counters)
+        return PoolState(*(part.clone() for part in parts))
+
+
+def check_retrieval(pool: Pool, before: PoolState, q_of_layer: Mapping[int, torch.Tensor], rows: list[int]) -> None:
+    """Mismatch unless the dynamic heads of `rows` hold the best chunks for the queries that each layer retrieved
+    with since `before`, and nothing else has changed."""
+    counted, touched = [0, 0], [torch.empty(0, dtype=torch.int64, device=pool.device)]
+    for layer_idx, q in q_of_layer.items():
+        for i, row in enumerate(rows):
+            for numbers, pages in _check_heads(pool, before, layer_idx, q[i], row):
+                counted = [a + b for a, b in zip(counted, numbers, strict=True)]
+                touched.append(pages)
+    others = torch.ones(len(before.chunk_of_head_page), dtype=torch.bool, device=pool.device)
+    others[torch.cat(touched)] = False
+    by_page, residency = pool.views.k_pages.shape, pool.views.chunk_of_head_page
+    for name, now, then in (("keys", pool.keys, before.keys), ("values", pool.values, before.values)):
+        expect_equal(f"{name} of other pages", now.view(by_page)[others], then.view(by_page)[others])
+    expect_equal("residency of other pages", residency[others], before.chunk_of_head_page[others])
+    got = (pool.counters - before.counters).tolist()
+    expect(got == counted, f"retrieve_chunks: counted {got}, expected {counted}")
+
+
+def _check_heads(
+    pool: Pool, before: PoolState, layer_idx: int, q: torch.Tensor, row: int
+) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+    """For each dynamic head: how many chunks were chosen by score and how many of them were there, and its pages."""
+    table, views, chunk_score = pool.table, pool.views, pool.config.chunk_score
+    heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
+    if not len(heads):
+        return
+    num_chunks = int(table.num_chunks[row])
+    counts = table.num_head_pages[row, layer_idx, heads].to(torch.int64)
+    stored = summary_vectors(chunk_score, estimate=pool.config.estimates)
+    summaries = read_summaries(views, table, row, layer_idx, heads, num_chunks, stored)
+    queries = q.view(pool.shape.num_kv_heads, -1, q.shape[-1])[heads]
+    scores = score_chunks(queries.double(), summaries[:, :, : summary_vectors(chunk_score)].double(), chunk_score)
+    forced = forced_chunks(num_chunks, counts, *forced_chunk_counts(pool.config))
+    buffers = table.buffer_page_ids(row, layer_idx, heads, counts)
+    hosts = table.host_chunk_ids(row, layer_idx, heads, num_chunks)
+    for place in range(len(heads)):
+        what = f"retrieve_chunks, row {row}, layer {layer_idx}, KV head {int(heads[place])}"
+        pages = buffers[place, : counts[place]]
+        held = views.chunk_of_head_page[pages].long()
+        mask = torch.zeros(num_chunks, dtype=torch.bool, device=q.device)
+        mask[held] = True
+        expect(int(mask.sum()) == len(held), f"{what}: a chunk is held twice")
+        expect(bool(mask[forced[place]].all()), f"{what}: a sink or recent chunk is missing")
+        by_score = mask & ~forced[place]
+        expect_best(what, scores[place], by_score, ~mask)
+        source = hosts[place, held].to(pool.store.k_pages.device)
+        expect_equal(f"{what}, keys", views.k_pages[pages], pool.store.k_pages[source].to(q.device))
+        expect_equal(f"{what}, values", views.v_pages[pages], pool.store.v_pages[source].to(q.device))
+        num_chosen = int(by_score.sum())
+        num_moved = int((~torch.isin(held, before.chunk_of_head_page[pages].long())).sum())
+        yield (num_chosen, num_chosen - num_moved), pages
+
+
+def expect_best(what: str, scores: torch.Tensor, chosen: torch.Tensor, absent: torch.Tensor) -> None:
+    """Mismatch when one of the `absent` has a larger score than one of the `chosen`, beyond rounding; masks [C]."""
+    if chosen.any() and absent.any():
+        excess = float(scores[absent].max() - scores[chosen].min())
+        slack = SCORE_TOLERANCE * float(scores.abs().max())
+        expect(excess <= slack, f"{what}: a chunk was left out whose score is {excess:.1e} better")

@@ -1,0 +1,140 @@
+"""Real servers: compression at budget 1.0 against stock, and at 0.1 beside it, with each attention backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bench_memory import random_prompt
+from benchmarks.gpu_check.reference import expect
+from benchmarks.harness import Server, compression_flags, engine_flags, parallel
+from benchmarks.serve import merge_flags
+
+LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+"""Largest difference of the log-probs of the same token at budget 1.0. Attention sums in another order there than in
+stock's kernels, and in bfloat16 each layer rounds that to a neighbouring number."""
+BUDGET = 0.1
+READY_SECONDS = 900.0
+"""The first start on a GPU compiles kernels."""
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is asked of each server: prompts of these lengths, first alone, then all at once."""
+
+    prompt_tokens: tuple[int, ...]
+    new_tokens: int
+    chunked_prefill_size: int = 1024
+
+    def pool_tokens(self) -> int:
+        """Every request twice: at budget 1.0 prompt and compressed pages are both there for a moment."""
+        return 2 * sum(length + self.new_tokens for length in self.prompt_tokens) + 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """One comparison. `dtype` as SGLang's flag, `attention_backend` as SGLang's flag."""
+
+    device: str
+    attention_backend: str
+    dtype: str
+
+    def flags(self, load: Load, budget: float | None) -> tuple[list[str], dict[str, str]]:
+        """Flags and environment of a server; on a GPU CUDA graphs and the overlap scheduler are on, SGLang's default."""
+        recipe = engine_flags(
+            self.device,
+            max_total_tokens=load.pool_tokens(),
+            max_running_requests=len(load.prompt_tokens) + 4,
+            chunked_prefill_size=load.chunked_prefill_size,
+            dtype=self.dtype,
+        )
+        flags = merge_flags(list(recipe.flags), ["--attention-backend", self.attention_backend])
+        flags = [flag for flag in flags if flag != "--disable-cuda-graph"]
+        # A budget of random weights' heads is small: a short prompt is compressed, too.
+        config = None if budget is None else {"min_prompt_tokens": 64}
+        return flags + compression_flags(budget, config), dict(recipe.env)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Generated tokens, their log-probs, and whether the request was compressed (None: a stock server)."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    compressed: bool | None
+
+
+def setups(device: str) -> tuple[list[Setup], list[str]]:
+    """What can be compared on a device, and what not, with the reason."""
+    if device == "cpu":
+        return [Setup("cpu", "torch_native", "float32")], [
+            "attention backends triton and flashinfer, CUDA graphs: they need a GPU"
+        ]
+    found = [Setup("cuda", "triton", "float32"), Setup("cuda", "triton", "bfloat16")]
+    if importlib.util.find_spec("flashinfer") is None:
+        return found, ["attention backend flashinfer: the package flashinfer is not installed"]
+    return [*found, Setup("cuda", "flashinfer", "bfloat16")], []
+
+
+def compare(ours: Sequence[Answer], stock: Sequence[Answer]) -> Row:
+    """How far answers agree: requests with the same tokens, and over the tokens up to the first that differs, where
+    both servers had read the same, the largest difference of log-probs."""
+    worst, same, common, total = 0.0, 0, 0, 0
+    for mine, theirs in zip(ours, stock, strict=True):
+        pairs = list(zip(mine.ids, theirs.ids, strict=True))
+        agreed = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        differences = [abs(a - b) for a, b in zip(mine.logprobs[:agreed], theirs.logprobs[:agreed], strict=True)]
+        worst = max([worst, *differences])
+        same, common, total = same + (agreed == len(pairs)), common + agreed, total + len(pairs)
+    row = {"requests": len(stock), "same_tokens": same, "common_prefix": round(common / max(total, 1), 4)}
+    return row | {"max_logprob_difference": float(f"{worst:.3g}")}
+
+
+def judge(row: Row, dtype: str) -> None:
+    """Mismatch when the comparison at budget 1.0 is not what this dtype promises."""
+    where = f"{row['attention_backend']}, {dtype}, budget 1.0"
+    if dtype == "float32":
+        expect(row["same_tokens"] == row["requests"], f"{where}: tokens differ from stock's")
+    expect(row["common_prefix"] > 0, f"{where}: no answer begins as stock's does")
+    worst, limit = row["max_logprob_difference"], LOGPROB_TOLERANCE[dtype]
+    expect(worst <= limit, f"{where}: log-probs differ by {worst:g}, tolerance {limit:g}")
+
+
+def comparisons(setup: Setup, model: Path, load: Load) -> Iterator[Row]:
+    """Start stock and compressing servers one after another; a row a budget. Mismatch when 1.0 differs from stock."""
+    stock, _ = _answers(setup, model, load, None)
+    for budget in (1.0, BUDGET):
+        answers, state = _answers(setup, model, load, budget)
+        expect(all(answer.compressed for answer in answers), f"budget {budget}: a request was served dense")
+        row: Row = dataclasses.asdict(setup) | {"budget": budget} | compare(answers, stock)
+        row |= {"model": model.name, "resident_ratio": state.get("resident_ratio"), "ok": True}
+        if budget == 1.0:
+            row |= {"tolerance": LOGPROB_TOLERANCE[setup.dtype]}
+            judge(row, setup.dtype)
+        yield row
+
+
+def _answers(setup: Setup, model: Path, load: Load, budget: float | None) -> tuple[list[Answer], dict[str, Any]]:
+    """Each prompt alone, then all at once: decode alone and in a batch that changes."""
+    flags, env = setup.flags(load, budget)
+    name = f"{setup.attention_backend}-{setup.dtype}-{'stock' if budget is None else budget}"
+    with Server(model, flags, env, name=name, ready_seconds=READY_SECONDS) as server:
+        alone = [_ask(server, seed, length, load.new_tokens) for seed, length in enumerate(load.prompt_tokens)]
+        numbered = list(enumerate(load.prompt_tokens, start=100))
+        together = parallel(lambda item: _ask(server, *item, load.new_tokens), numbered)
+        return alone + together, server.compressor_state() or {}
+
+
+def _ask(server: Server, seed: int, length: int, new_tokens: int) -> Answer:
+    sampling = {"max_new_tokens": new_tokens, "ignore_eos": True}
+    body = {"input_ids": random_prompt(seed, length), "sampling_params": sampling, "return_logprob": True}
+    meta = server.generate(**body)["meta_info"]
+    pairs = [(token, value) for value, token, *_ in meta["output_token_logprobs"]]
+    record = meta.get("kv_compressor")
+    ids, logprobs = zip(*pairs, strict=True)
+    return Answer(ids, logprobs, None if record is None else bool(record["compressed"]))
