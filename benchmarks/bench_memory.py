@@ -7,10 +7,11 @@ stdout. The rows are explained in README.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,30 @@ from rich.progress import Progress
 from benchmarks.harness import Server, compression_flags, end_on_sigterm, engine_flags, parallel
 from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
+from benchmarks.serve import merge_flags
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5, 1.0)
 PROMPT_TOKENS = (4096, 8192, 16384)
 RESIDENT_NEW_TOKENS = 16
 ADMISSION_BUDGET = 0.1
-ADMISSION_REQUESTS = 60
-ADMISSION_PROMPT_TOKENS = 4096
-ADMISSION_NEW_TOKENS = 128
-ADMISSION_STOCK_REQUESTS = 10
 VOCABULARY = 256
 """Random prompts draw from the byte tokens, which every tokenizer here has."""
 
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdmissionLoad:
+    """`requests` with distinct prefixes at once, in a pool in which about `stock_requests` fit without compression."""
+
+    requests: int = 60
+    prompt_tokens: int = 4096
+    new_tokens: int = 128
+    stock_requests: int = 10
+
+    def pool_tokens(self) -> int:
+        """Size of the pool, as --max-total-tokens."""
+        return self.stock_requests * (self.prompt_tokens + self.new_tokens)
 
 
 class NotCompressed(RuntimeError):
@@ -89,28 +101,25 @@ def resident_rows(model: Path, budgets: list[float], prompt_tokens: list[int], d
                 yield _resident_row(server, budget, length)
 
 
-def admission_pool_tokens() -> int:
-    """Return the size of a pool in which about ten stock requests of the admission bench fit."""
-    return ADMISSION_STOCK_REQUESTS * (ADMISSION_PROMPT_TOKENS + ADMISSION_NEW_TOKENS)
-
-
-def _admission_row(model: Path, budget: float | None, requests: int, dtype: str | None) -> Row:
-    pool = admission_pool_tokens()
+def _admission_row(
+    model: Path, budget: float | None, load: AdmissionLoad, dtype: str | None, given: Sequence[str]
+) -> Row:
+    pool = load.pool_tokens()
     recipe = engine_flags(
-        max_total_tokens=pool, max_running_requests=requests + 4, chunked_prefill_size=2048, dtype=dtype
+        max_total_tokens=pool, max_running_requests=load.requests + 4, chunked_prefill_size=2048, dtype=dtype
     )
     name = "stock" if budget is None else "hybridkv"
     # The scheduler reports its running requests every fourth decode step.
-    flags = [*recipe.flags, "--decode-log-interval", "4", *compression_flags(budget)]
+    flags = [*merge_flags(list(recipe.flags), list(given)), "--decode-log-interval", "4", *compression_flags(budget)]
 
     def one(i: int) -> Any:
-        sampling = _sampling(ADMISSION_NEW_TOKENS)
-        answer = server.generate(input_ids=random_prompt(1000 + i, ADMISSION_PROMPT_TOKENS), sampling_params=sampling)
+        ids = random_prompt(1000 + i, load.prompt_tokens)
+        answer = server.generate(input_ids=ids, sampling_params=_sampling(load.new_tokens))
         return answer["meta_info"]
 
     with Server(model, flags, recipe.env, name=f"admission-{name}") as server:
         started = time.perf_counter()
-        answers = parallel(one, range(requests))
+        answers = parallel(one, range(load.requests))
         seconds = time.perf_counter() - started
         running, queued = server.running_requests(), server.queued_requests()
     compressed = sum(bool((meta.get("kv_compressor") or {}).get("compressed")) for meta in answers)
@@ -121,10 +130,10 @@ def _admission_row(model: Path, budget: float | None, requests: int, dtype: str 
         "server": name,
         "budget": budget,
         "max_total_tokens": pool,
-        "requests": requests,
+        "requests": load.requests,
         "compressed_requests": compressed,
-        "prompt_tokens": ADMISSION_PROMPT_TOKENS,
-        "new_tokens": ADMISSION_NEW_TOKENS,
+        "prompt_tokens": load.prompt_tokens,
+        "new_tokens": load.new_tokens,
         "max_running": running,
         "max_queued": queued,
         "retractions": sum(meta.get("num_retractions") or 0 for meta in answers),
@@ -132,11 +141,13 @@ def _admission_row(model: Path, budget: float | None, requests: int, dtype: str 
     }
 
 
-def admission_rows(model: Path, requests: int, dtype: str | None) -> Iterator[Row]:
-    """Yield a row for stock SGLang, one for compression, and their ratio."""
-    stock = _admission_row(model, None, requests, dtype)
+def admission_rows(
+    model: Path, load: AdmissionLoad, dtype: str | None = None, given: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Yield a row for stock SGLang, one for compression, and their ratio; `given` flags win over those of the bench."""
+    stock = _admission_row(model, None, load, dtype, given)
     yield stock
-    compressed = _admission_row(model, ADMISSION_BUDGET, requests, dtype)
+    compressed = _admission_row(model, ADMISSION_BUDGET, load, dtype, given)
     yield compressed
     ratio = compressed["max_running"] / max(stock["max_running"], 1)
     yield {"bench": "admission", "server": "ratio", "budget": ADMISSION_BUDGET, "max_running_ratio": round(ratio, 2)}
@@ -152,7 +163,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompt-tokens", type=int, nargs="+", default=list(PROMPT_TOKENS), help="prompt lengths of the memory part"
     )
-    parser.add_argument("--requests", type=int, default=ADMISSION_REQUESTS, help="requests of the admission part")
+    parser.add_argument("--requests", type=int, default=AdmissionLoad().requests, help="requests of the admission part")
     parser.add_argument("--model", type=Path, help="checkpoint (default: tiny-qwen2, made when it is not there)")
     parser.add_argument("--dtype", help="as SGLang's --dtype")
     return parser.parse_args()
@@ -173,7 +184,7 @@ def main() -> int:
             )
         )
     if args.only != "memory":
-        runs.append((3, admission_rows(model, args.requests, args.dtype)))
+        runs.append((3, admission_rows(model, AdmissionLoad(args.requests), args.dtype)))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("bench_memory", total=sum(count for count, _ in runs))
         try:

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 HEAD_DIMS = (64, 80, 96, 128)
 REDUCED = ((torch.float32, 8, 2, 64), (torch.bfloat16, 16, 7, 128), (torch.float16, 32, 16, 80))
 
+REFERENCE_ONLY = {"cpu": ("select_chunks", "fetch_chunks"), "cuda": ("fetch_chunks", "extend_attn")}
+"""Kernels of which a device has no own implementation: their parts are fused into others."""
+
 Row = dict[str, Any]
 
 
@@ -67,6 +71,13 @@ def covering_shapes() -> list[Shape]:
 def reduced_shapes() -> list[Shape]:
     """A few, for the interpreter and for a quick look."""
     return [Shape(*values) for values in REDUCED]
+
+
+def flashinfer_shapes() -> list[Shape]:
+    """Those of the covering ones that FlashInfer's decode has kernels for."""
+    from hybridkv_kernels.decode_attn.flashinfer import shape_obstacle
+
+    return [shape for shape in covering_shapes() if shape_obstacle(shape.dtype, shape.head_dim) is None]
 
 
 def ragged_lengths(page_size: int, longest: int) -> list[int]:
@@ -254,6 +265,29 @@ def check_extend_attn(inputs: Inputs) -> float:
     return expect_close("extend_attn", out, expected, TOLERANCE[shape.dtype])
 
 
+def check_flashinfer(inputs: Inputs, wrapper_class: Any = None) -> float:
+    """Head pages by FlashInfer: each compressed request without its tail, dense and padding rows beside it."""
+    from hybridkv_kernels.decode_attn.flashinfer import HeadPageDecode
+
+    if wrapper_class is None:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper as wrapper_class
+
+    pool, rows = inputs.mixed_pool()
+    places, worst = torch.tensor(rows, device=inputs.device), 0.0
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device=inputs.device)
+    decode = HeadPageDecode(pool.table, pool.views, inputs.shape.group_size, workspace, wrapper_class)
+    decode.plan(places, pool.table.num_head_pages[places].cpu(), in_graph=False)
+    compressed = [i for i, row in enumerate(rows) if int(pool.table.num_pages[row])]
+    covered = pool.table.covered[places[compressed]]
+    for layer_idx in range(inputs.shape.num_layers):
+        q = pool.queries(len(rows))
+        out, lse = decode.run(layer_idx, q, pool.scaling)
+        expect(bool(lse[compressed].isfinite().all()), "FlashInfer: a log-sum-exp is not finite")
+        mine = [rows[i] for i in compressed]
+        worst = max(worst, check_attention(pool, layer_idx, q[compressed], mine, out[compressed], covered))
+    return worst
+
+
 OPS: dict[str, Callable[[Inputs], float]] = {
     "compact_kv": check_compact_kv,
     "score_heads": check_score_heads,
@@ -263,6 +297,8 @@ OPS: dict[str, Callable[[Inputs], float]] = {
     "decode_attn": check_decode_attn,
     "extend_attn": check_extend_attn,
 }
+FLASHINFER = "decode_attn by flashinfer"
+_CHECKS = OPS | {FLASHINFER: check_flashinfer}
 
 
 def check_op(op: str, shapes: Sequence[Shape], device: str, seed: int, long_pages: int) -> Row:
@@ -273,17 +309,30 @@ def check_op(op: str, shapes: Sequence[Shape], device: str, seed: int, long_page
         generator = torch.Generator(device).manual_seed(seed + index)
         try:
             with poisoned_outputs():
-                error = OPS[op](Inputs(shape, device, generator, long_pages))
+                error = _CHECKS[op](Inputs(shape, device, generator, long_pages))
         except Exception as problem:
             failures.append(f"{shape}, seed {seed + index}: {type(problem).__name__}: {problem}")
         else:
             name = str(shape.dtype).removeprefix("torch.")
             errors[name] = max(errors.get(name, 0.0), error)
-    last = shapes[-1]
-    kernels = dispatch.describe(device, last.dtype, last.head_dim, last.group_size)
-    row = {"op": op, "device": device, "kernels": kernels, "cases": len(shapes), "ok": not failures}
+    row: Row = {
+        "op": op,
+        "device": device,
+        "kernels": _kernels_of(op, device),
+        "cases": len(shapes),
+        "ok": not failures,
+    }
     row |= {"max_error": {name: float(f"{error:.3g}") for name, error in errors.items()}, "failures": failures[:5]}
     return row | {"failed_cases": len(failures), "seed": seed, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _kernels_of(op: str, device: str) -> str:
+    """The implementation that ran, for people."""
+    if op == FLASHINFER:
+        return f"flashinfer {metadata.version('flashinfer-python')}"
+    if op in REFERENCE_ONLY.get(device, ()):
+        return "naive (the torch reference is what runs)"
+    return dispatch.describe(device, torch.float32, HEAD_DIMS[0], 1)
 
 
 def main() -> int:

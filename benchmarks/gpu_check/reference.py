@@ -73,8 +73,13 @@ def double_views(views: HeadPageViews) -> HeadPageViews:
     return dataclasses.replace(views, k_flat=k, v_flat=v, k_pages=k.view(shape), v_pages=v.view(shape))
 
 
-def check_attention(pool: Pool, layer_idx: int, q: torch.Tensor, rows: list[int], out: torch.Tensor) -> float:
-    """Largest error of the decode attention `out` beside the naive kernel in fp64, over the pool as it is now."""
+def check_attention(
+    pool: Pool, layer_idx: int, q: torch.Tensor, rows: list[int], out: torch.Tensor, lens: torch.Tensor | None = None
+) -> float:
+    """Largest error of the decode attention `out` beside the naive kernel in fp64, over the pool as it is now.
+
+    `lens` are the lengths that were attended to, the requests' own by default.
+    """
     places = torch.tensor(rows, device=pool.device)
     expected = decode_naive.decode_attn(
         q.double(),
@@ -83,7 +88,7 @@ def check_attention(pool: Pool, layer_idx: int, q: torch.Tensor, rows: list[int]
         layer_idx,
         places,
         pool.req_to_token,
-        pool.lens(rows),
+        pool.lens(rows) if lens is None else lens,
         pool.scaling,
         pool.compressor.estimate,
     )

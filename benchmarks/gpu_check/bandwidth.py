@@ -1,0 +1,296 @@
+"""Decode attention against a copy of the same run, and a decode step against what its bytes allow.
+
+The head layout is that of Qwen2.5-VL-7B. Everything is timed as a server runs it: all layers in one captured graph.
+The weights of the step are not here; they count as the bytes they are, at the bandwidth of the copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_check.graphs import DecodeStep, capture
+from benchmarks.gpu_check.pool import Pool, Shape, make_config
+from hybridkv_kernels import dispatch
+from hybridkv_kernels.select_chunks import summary_vectors
+
+MIN_COPY_SHARE = 0.75
+MIN_BOUND_SHARE = 0.8
+NUM_LAYERS, WEIGHT_BYTES = 28, 15.2e9
+"""Of Qwen2.5-VL-7B in bfloat16."""
+QUERY_SIMILARITY = 0.95
+MEMORY_SHARE = 0.7
+"""Of the free device memory for the pool; with less than it wants, fewer layers take turns."""
+
+QUOTIENTS = ("bandwidth_share", "attention_speedup", "speedup", "byte_bound", "bound_share")
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """`num_requests` prompts of `context` tokens at `budget`, with `num_dynamic` dynamic KV heads a layer."""
+
+    num_requests: int = 16
+    context: int = 32768
+    budget: float = 0.1
+    num_dynamic: int = 1
+    num_steps: int = 20
+    page_size: int = 16
+    num_layers: int = NUM_LAYERS
+
+    @property
+    def shape(self) -> Shape:
+        """Head layout of Qwen2.5-VL-7B."""
+        return Shape(torch.bfloat16, self.page_size, 7, 128, self.num_layers, 4)
+
+
+SMALL = Workload(2, 1024, num_steps=3, num_layers=2)
+"""For machines without a GPU: the same code, no conclusion."""
+
+
+def quotients(
+    *, decode_bytes: int, summary_bytes: int, stock_bytes: int, copy_gb_s: float, decode_ms: float, step_ms: float,
+    stock_ms: float, layers_measured: int,
+) -> Row:  # fmt: skip
+    """What the times say. Bytes and times are of `layers_measured` layers.
+
+    `bandwidth_share` is the bytes of the decode kernel over its time, over the bandwidth of the copy (read and write
+    both counted). `speedup` is that of a whole step over stock, attention measured and weights by their bytes;
+    `byte_bound` what it would be if both sides only moved their bytes, `bound_share` how much of it was reached.
+    """
+    scale = NUM_LAYERS / layers_measured
+    weights_ms = WEIGHT_BYTES / copy_gb_s / 1e6
+    speedup = (weights_ms + scale * stock_ms) / (weights_ms + scale * step_ms)
+    ours = WEIGHT_BYTES + scale * (decode_bytes + summary_bytes)
+    bound = (WEIGHT_BYTES + scale * stock_bytes) / ours
+    decode_gb_s = decode_bytes / decode_ms / 1e6
+    values = {
+        "copy_gb_s": copy_gb_s,
+        "decode_gb_s": decode_gb_s,
+        "bandwidth_share": decode_gb_s / copy_gb_s,
+        "attention_speedup": stock_ms / step_ms,
+        "speedup": speedup,
+        "byte_bound": bound,
+        "bound_share": speedup / bound,
+    }
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+def unmet(row: Row) -> list[str]:
+    """Criteria that a row of the full workload misses."""
+    missed = []
+    for name, least in (("bandwidth_share", MIN_COPY_SHARE), ("bound_share", MIN_BOUND_SHARE)):
+        if row[name] < least:
+            missed.append(f"{name} is {row[name]:.2f}, expected at least {least}")
+    return missed
+
+
+def measure(workload: Workload, device: str, seed: int) -> Row:
+    """One row: copy, decode kernel, whole step and stock attention of the same run."""
+    generator = torch.Generator(device).manual_seed(seed)
+    workload = fit(workload, device)
+    pool = _make_pool(workload, device, generator)
+    shape, context = workload.shape, workload.context
+    compressed, dense = [], []
+    for _ in range(workload.num_requests):
+        compressed.append(pool.add(context))
+        pool.compress(compressed[-1], workload.num_dynamic)
+        pool.append_token(compressed[-1])
+    for _ in range(workload.num_requests):
+        dense.append(pool.add(context + 1))
+    element = shape.head_dim * shape.dtype.itemsize
+    rows = torch.tensor(compressed, device=device)
+    kept_rows = int(pool.table.num_head_pages[rows].sum()) * shape.page_size
+    tail_rows = workload.num_requests * shape.num_layers * shape.num_kv_heads
+    chunks = int((pool.table.is_dynamic[rows].sum((1, 2)) * pool.table.num_chunks[rows]).sum())
+    sizes = {
+        "decode_bytes": 2 * (kept_rows + tail_rows) * element,
+        "summary_bytes": chunks * summary_vectors(pool.config.chunk_score) * element,
+        "stock_bytes": 2 * tail_rows * (context + 1) * element,
+    }
+    step = DecodeStep(pool, workload.num_requests)
+    step.load(compressed)
+    decode = _captured(lambda: _attend(step), device)
+    decode_ms = milliseconds(decode, device, workload.num_steps)
+    before = pool.counters.clone()
+    step_ms = milliseconds(step.run, device, workload.num_steps, between=lambda: _drift(step))
+    chosen, hits = (pool.counters - before).tolist()
+    stock_ms = stock_milliseconds(pool, step, dense, device, workload.num_steps)
+    fastest = min(stock_ms, key=lambda name: stock_ms[name])
+    times = {"decode_ms": decode_ms, "step_ms": step_ms, "stock_ms": stock_ms[fastest]}
+    copy_gb_s = copy_bandwidth(sizes["decode_bytes"], device, workload.num_steps)
+    row: Row = {"requests": workload.num_requests, "context": context, "budget": workload.budget, "shape": str(shape)}
+    row |= {"layers_measured": shape.num_layers, "captured": device == "cuda", "stock_kernel": fastest}
+    row |= {"kernels": dispatch.describe(device, shape.dtype, shape.head_dim, shape.group_size), **sizes}
+    row |= {name: round(value, 4) for name, value in times.items()}
+    row |= {"stock_ms_by_kernel": {name: round(value, 4) for name, value in stock_ms.items()}}
+    row |= {"chunk_hit_rate": round(hits / chosen, 3) if chosen else None, "query_similarity": QUERY_SIMILARITY}
+    return row | quotients(**sizes, **times, copy_gb_s=copy_gb_s, layers_measured=shape.num_layers)
+
+
+def fit(workload: Workload, device: str) -> Workload:
+    """The workload with as many layers as the device has memory for; ValueError when there is none for two."""
+    if device != "cuda":
+        return workload
+    shape = workload.shape
+    free, _ = torch.cuda.mem_get_info()
+    layer_bytes = 2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize * _pool_tokens(workload)
+    layers = min(shape.num_layers, int(MEMORY_SHARE * free) // layer_bytes)
+    if layers < 2:
+        raise ValueError(f"device memory: expected {2 * layer_bytes / MEMORY_SHARE:.2e} bytes free, got {free:.2e}")
+    return dataclasses.replace(workload, num_layers=layers)
+
+
+def _pool_tokens(workload: Workload) -> int:
+    """Dense requests, one prompt that is being compressed, and compressed ones with summaries and a tail."""
+    page_size, context = workload.shape.page_size, workload.context
+    compressed = context * (workload.budget + 1 / page_size) + 4 * page_size
+    return int((workload.num_requests + 1) * (context + 2 * page_size) + workload.num_requests * compressed)
+
+
+def _make_pool(workload: Workload, device: str, generator: torch.Generator) -> Pool:
+    shape = workload.shape
+    share = workload.num_dynamic / shape.num_kv_heads
+    num_chunks = workload.context // shape.page_size
+    return Pool(
+        shape,
+        make_config(shape, workload.budget, share),
+        num_pages=_pool_tokens(workload) // shape.page_size + 2,
+        # A request reserves pages for the case that all its heads are dynamic, and gives the rest back.
+        num_host_pages=int(num_chunks * (1 + share * workload.num_requests)) + 1,
+        max_context=workload.context + 2 * shape.page_size,
+        num_rows=2 * workload.num_requests,
+        device=device,
+        generator=generator,
+    )
+
+
+def _captured(launch: Callable[[], None], device: str) -> Callable[[], None]:
+    return capture(launch) if device == "cuda" else launch
+
+
+def _attend(step: DecodeStep) -> None:
+    for layer_idx, q in enumerate(step.q):
+        step.out[layer_idx] = step.pool.attend(layer_idx, q, step.rows, step.lens)
+
+
+def _drift(step: DecodeStep) -> None:
+    """Queries of the next step, like those of the last one, so that part of the wanted chunks is there."""
+    noise = step.pool.randn(*step.q.shape)
+    step.q.copy_(QUERY_SIMILARITY * step.q + (1 - QUERY_SIMILARITY**2) ** 0.5 * noise)
+
+
+def milliseconds(
+    run: Callable[[], None], device: str, repeats: int, between: Callable[[], None] = lambda: None
+) -> float:
+    """Median time of `run`; `between` is not timed."""
+    times = []
+    for repeat in range(repeats + 2):
+        between()
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            elapsed = start.elapsed_time(end)
+        else:
+            started = time.perf_counter()
+            run()
+            elapsed = (time.perf_counter() - started) * 1e3
+        if repeat >= 2:  # the first two warm up
+            times.append(elapsed)
+    return statistics.median(times)
+
+
+def copy_bandwidth(num_bytes: int, device: str, repeats: int) -> float:
+    """GB/s, read and write both counted, of a copy on the device that moves `num_bytes` in all."""
+    source = torch.ones(num_bytes // 4, dtype=torch.int16, device=device)
+    target = torch.empty_like(source)
+    elapsed = milliseconds(lambda: _copy(target, source), device, repeats)
+    return 2 * source.nbytes / elapsed / 1e6
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source)
+
+
+def stock_milliseconds(pool: Pool, step: DecodeStep, dense: list[int], device: str, repeats: int) -> dict[str, float]:
+    """Full attention of the same requests, by kernel: our own on dense requests, on a GPU SGLang's besides."""
+    places = torch.tensor(dense, device=device)
+    lens = pool.lens(dense)
+
+    def own() -> None:
+        for layer_idx, q in enumerate(step.q):
+            step.out[layer_idx] = pool.attend(layer_idx, q, places, lens)
+
+    launches: dict[str, Callable[[], None]] = {"ours, dense": own}
+    if device == "cuda":
+        launches["sglang triton"] = sglang_decode(pool, step, dense)
+        if importlib.util.find_spec("flashinfer") is not None:
+            launches["flashinfer"] = _flashinfer_decode(pool, step, dense)
+    return {name: milliseconds(_captured(launch, device), device, repeats) for name, launch in launches.items()}
+
+
+def token_lists(pool: Pool, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """CSR token slots of dense requests: indptr [B + 1] and indices, int32, on the pool's device."""
+    lens = pool.lens(rows)
+    indptr = torch.zeros(len(rows) + 1, dtype=torch.int32, device=pool.device)
+    indptr[1:] = lens.cumsum(0)
+    return indptr, torch.cat([pool.req_to_token[row, : pool.seq_lens[row]] for row in rows])
+
+
+def sglang_decode(pool: Pool, step: DecodeStep, rows: list[int], max_splits: int = 8) -> Callable[[], None]:
+    """All layers by the Triton kernel of SGLang, called as its Triton backend does, with its default of splits."""
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+
+    indptr, indices = token_lists(pool, rows)
+    batch_size, num_heads, head_dim = step.q.shape[1:]
+    logits = torch.zeros(batch_size, num_heads, max_splits, head_dim, dtype=torch.float32, device=pool.device)
+    lse = torch.zeros(batch_size, num_heads, max_splits, dtype=torch.float32, device=pool.device)
+    splits = torch.full((batch_size,), max_splits, dtype=torch.int32, device=pool.device)
+
+    def launch() -> None:
+        for layer_idx, q in enumerate(step.q):
+            keys, values = pool.views.layer_rows(layer_idx)
+            decode_attention_fwd(
+                q, keys, values, step.out[layer_idx], indptr, indices, logits, lse, splits, max_splits, pool.scaling,
+                1.0, 1.0,
+            )  # fmt: skip
+
+    return launch
+
+
+def _flashinfer_decode(pool: Pool, step: DecodeStep, rows: list[int]) -> Callable[[], None]:
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    shape = pool.shape
+    indptr, indices = token_lists(pool, rows)
+    workspace = torch.zeros(512 << 20, dtype=torch.uint8, device=pool.device)
+    last_page_len = torch.ones(len(rows), dtype=torch.int32, device=pool.device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        workspace,
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=indptr,
+        paged_kv_indices_buffer=indices,
+        paged_kv_last_page_len_buffer=last_page_len,
+    )
+    heads = (shape.num_kv_heads * shape.group_size, shape.num_kv_heads, shape.head_dim)
+    types = {"q_data_type": shape.dtype, "kv_data_type": shape.dtype}
+    wrapper.plan(indptr.cpu(), indices, last_page_len.cpu(), *heads, 1, **types)
+
+    def launch() -> None:
+        for layer_idx, q in enumerate(step.q):
+            pages = tuple(flat.unsqueeze(1) for flat in pool.views.layer_rows(layer_idx))
+            step.out[layer_idx] = wrapper.run(q, pages)
+
+    return launch
