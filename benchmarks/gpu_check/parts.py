@@ -22,7 +22,7 @@ from benchmarks.gpu_check.pool import Shape
 from benchmarks.gpu_check.reference import Mismatch
 from hybridkv_kernels import dispatch
 
-LONG_PAGES = 40
+LONG_PAGES = {"cpu": 12, "cuda": 40}
 INTERPRETER_SECONDS = 1800.0
 GRAPH_SHAPES = (
     Shape(torch.bfloat16, 8, 7, 128),
@@ -120,11 +120,11 @@ def _fault_of(row: Row) -> str:
 def op_rows(context: Context) -> Iterator[Row]:
     """On a GPU every kernel over the covering shapes. Else the C++ kernels, and the Triton kernels interpreted."""
     for op in ops.OPS:
-        yield ops.check_op(op, ops.covering_shapes(), context.device, context.seed, LONG_PAGES)
+        yield ops.check_op(op, ops.covering_shapes(), context.device, context.seed, LONG_PAGES[context.device])
     if context.has_gpu:
         if servers.has_flashinfer():
             shapes = ops.flashinfer_shapes()
-            yield ops.check_op(ops.FLASHINFER, shapes, context.device, context.seed, LONG_PAGES)
+            yield ops.check_op(ops.FLASHINFER, shapes, context.device, context.seed, LONG_PAGES[context.device])
         return
     environment = os.environ | {"TRITON_INTERPRET": "1", dispatch.ENVIRONMENT: "triton", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu_check.ops", str(context.seed)]
