@@ -51,8 +51,8 @@ GROUP_SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 HEAD_DIMS = (64, 80, 96, 128)
 REDUCED = ((torch.float32, 8, 2, 64), (torch.bfloat16, 16, 7, 128), (torch.float16, 32, 16, 80))
 
-REFERENCE_ONLY = {"cpu": ("select_chunks", "fetch_chunks"), "cuda": ("fetch_chunks", "extend_attn")}
-"""Kernels of which a device has no own implementation: their parts are fused into others."""
+REFERENCE_ONLY = {"cpu": ("select_chunks", "fetch_chunks"), "triton": ("fetch_chunks", "extend_attn")}
+"""Kernels of which an implementation has no own one: it fused them into others, or SGLang's own does the work."""
 
 Row = dict[str, Any]
 
@@ -330,9 +330,10 @@ def _kernels_of(op: str, device: str) -> str:
     """The implementation that ran, for people."""
     if op == FLASHINFER:
         return f"flashinfer {metadata.version('flashinfer-python')}"
-    if op in REFERENCE_ONLY.get(device, ()):
+    plain = (device, torch.float32, HEAD_DIMS[0], 1)
+    if op in REFERENCE_ONLY.get(dispatch.choose(*plain), ()):
         return "naive (the torch reference is what runs)"
-    return dispatch.describe(device, torch.float32, HEAD_DIMS[0], 1)
+    return dispatch.describe(*plain)
 
 
 def main() -> int:
