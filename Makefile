@@ -8,7 +8,7 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve quality models train-tiny test test-fast test-sanitize kernels-compile lint format clean
+.PHONY: help setup demo serve quality gpu-check models train-tiny test test-fast test-sanitize kernels-compile lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ require-model:
 
 quality: $(ENVIRONMENT) ## exact answers of compressed servers beside stock; ARGS="--preset smoke --json" for the short one
 	$(PYTHON) -m benchmarks.bench_quality $(ARGS)
+
+gpu-check: $(ENVIRONMENT) ## all that only a GPU can prove, PYTHON=python3 there; elsewhere as far as it goes; ARGS="--parts ops"
+	$(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 models: $(ENVIRONMENT) ## write the tiny random-weight models of the tests to .models/
 	$(PYTHON) -m benchmarks.models.make_models

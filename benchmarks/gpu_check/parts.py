@@ -131,10 +131,11 @@ def op_rows(context: Context) -> Iterator[Row]:
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=INTERPRETER_SECONDS, check=False
     )
-    lines = done.stdout.splitlines()
-    yield from map(json.loads, lines)
-    if done.returncode and not lines:
-        raise Mismatch(f"the interpreted kernels did not start: {done.stderr.strip().splitlines()[-1:]}")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    yield from rows
+    if done.returncode and all(row["ok"] for row in rows):
+        last_words = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise Mismatch(f"interpreting the Triton kernels ended after {len(rows)} of {len(ops.OPS)}: {last_words}")
 
 
 def graph_rows(context: Context) -> Iterator[Row]:
