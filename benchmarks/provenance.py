@@ -53,7 +53,7 @@ def _commit() -> str | None:
 def run_metadata() -> dict[str, Any]:
     """Return commit, machine and versions: the part of a result row that says where it comes from."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("sglang-hybridkv", "sglang", "torch", "transformers"):
+    for package in ("sglang-hybridkv", "sglang", "torch", "transformers", "triton", "flashinfer-python"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

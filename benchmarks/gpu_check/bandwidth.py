@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.graphs import DecodeStep, capture
-from benchmarks.gpu_check.pool import Pool, Shape, make_config
+from benchmarks.gpu_check.pool import NAN, Pool, Shape, make_config
+from benchmarks.gpu_check.reference import check_attention
 from hybridkv_kernels import dispatch
 from hybridkv_kernels.select_chunks import summary_vectors
 
@@ -119,14 +120,17 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     step.load(compressed)
     decode = _captured(lambda: _attend(step), device)
     decode_ms = milliseconds(decode, device, workload.num_steps)
+    error = check_step(step, compressed)
     before = pool.counters.clone()
     step_ms = milliseconds(step.run, device, workload.num_steps, between=lambda: _drift(step))
+    error = max(error, check_step(step, compressed))
     chosen, hits = (pool.counters - before).tolist()
     stock_ms = stock_milliseconds(pool, step, dense, device, workload.num_steps)
     fastest = min(stock_ms, key=lambda name: stock_ms[name])
     times = {"decode_ms": decode_ms, "step_ms": step_ms, "stock_ms": stock_ms[fastest]}
     copy_gb_s = copy_bandwidth(sizes["decode_bytes"], device, workload.num_steps)
     row: Row = {"requests": workload.num_requests, "context": context, "budget": workload.budget, "shape": str(shape)}
+    row |= {"max_error": float(f"{error:.3g}")}
     row |= {"layers_measured": shape.num_layers, "captured": device == "cuda", "stock_kernel": fastest}
     row |= {"kernels": dispatch.describe(device, shape.dtype, shape.head_dim, shape.group_size), **sizes}
     row |= {name: round(value, 4) for name, value in times.items()}
@@ -236,7 +240,22 @@ def stock_milliseconds(pool: Pool, step: DecodeStep, dense: list[int], device: s
         launches["sglang triton"] = sglang_decode(pool, step, dense)
         if importlib.util.find_spec("flashinfer") is not None:
             launches["flashinfer"] = _flashinfer_decode(pool, step, dense)
-    return {name: milliseconds(_captured(launch, device), device, repeats) for name, launch in launches.items()}
+    times = {}
+    for name, launch in launches.items():
+        step.out.fill_(NAN)
+        times[name] = milliseconds(_captured(launch, device), device, repeats)
+        check_step(step, dense)
+    return times
+
+
+def check_step(step: DecodeStep, rows: list[int]) -> float:
+    """What was timed was right: largest relative error of the first and the last request, in the first and the last
+    layer; on a GPU the pool is larger than 32 bits count."""
+    ends, errors = [0, len(rows) - 1], []
+    for layer_idx in (0, len(step.q) - 1):
+        q, out = step.q[layer_idx, ends], step.out[layer_idx, ends]
+        errors.append(check_attention(step.pool, layer_idx, q, [rows[i] for i in ends], out))
+    return max(errors)
 
 
 def token_lists(pool: Pool, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

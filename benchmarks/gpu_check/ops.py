@@ -141,10 +141,11 @@ def check_score_heads(inputs: Inputs) -> float:
         queries = q.double().view(len(q), shape.num_kv_heads, -1, shape.head_dim).permute(1, 2, 0, 3)
         future = torch.ones(len(q), length, dtype=torch.bool, device=inputs.device).triu(length - len(q) + 1)
         exact = (queries @ keys * scaling).masked_fill(future, float("-inf")).softmax(-1).mean((1, 2))
-        worst = max(worst, expect_close(f"salience of {length} keys", salience, exact, 1e-5))
+        worst = max(worst, expect_close(f"salience of {length} keys", salience, exact, 1e-4))
         expected, _ = score_naive.score_heads(q, pool, slots, scaling, statistic, 0.01, 0.9, 16, 0.1)
         # A probability may sit on a threshold: a key or two of a row count the other way.
-        expect_close(f"{statistic} of {length} keys", value, expected, max(0.05, 2 / length))
+        worst_share = float((value - expected).abs().max())
+        expect(worst_share <= max(0.05, 2 / length), f"{statistic} of {length} keys differs by {worst_share:.2e}")
     return worst
 
 

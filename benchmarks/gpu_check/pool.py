@@ -92,7 +92,7 @@ class Pool:
         self.store = HostStore(num_host_pages, layers * heads, page_size, head_dim, shape.dtype, pin=device == "cuda")
         self.store.k_pages.fill_(NAN)
         self.store.v_pages.fill_(NAN)
-        self.free = (torch.randperm(num_pages - 1) + 1).tolist()
+        self.free = (torch.randperm(num_pages - 1, generator=generator, device=device) + 1).tolist()
         self.req_to_token = torch.zeros(num_rows + 1, max_context, dtype=torch.int32, device=device)
         self.counters = torch.zeros(2, dtype=torch.int64, device=device)
         self.scaling = head_dim**-0.5

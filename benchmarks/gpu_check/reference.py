@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -18,9 +18,9 @@ from hybridkv_kernels.select_chunks import forced_chunks, summary_vectors
 from hybridkv_kernels.select_chunks.naive import score_chunks
 from sglang_hybridkv.compaction import forced_chunk_counts
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Largest absolute error of attention over Gaussian values: rounding of the inputs of the second product, and of the
-output."""
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+"""Largest error as a share of the largest number of a request's output: the second product's inputs are rounded, and
+the output."""
 SCORE_TOLERANCE = 1e-4
 """Scores closer than this share of the largest may change places: both sides sum in fp32, in another order."""
 
@@ -36,10 +36,14 @@ def expect(condition: bool, what: str) -> None:
 
 
 def expect_close(what: str, got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
-    """The largest absolute error; Mismatch when it is above `tolerance` or a number is missing."""
+    """The largest error of a row [i, ...], as a share of the row's largest number; Mismatch when it is above
+    `tolerance` or a number is missing."""
     expect(bool(got.isfinite().all()), f"{what}: {int((~got.isfinite()).sum())} outputs are not finite")
-    error = float((got.double() - expected.double()).abs().max()) if got.numel() else 0.0
-    expect(error <= tolerance, f"{what}: largest error {error:.2e}, tolerance {tolerance:.0e}")
+    if not got.numel():
+        return 0.0
+    wide = expected.double().flatten(1)
+    error = float(((got.double().flatten(1) - wide).abs().amax(1) / wide.abs().amax(1)).nan_to_num(0.0).max())
+    expect(error <= tolerance, f"{what}: largest relative error {error:.2e}, tolerance {tolerance:.0e}")
     return error
 
 
@@ -66,24 +70,43 @@ def poisoned_outputs() -> Iterator[None]:
         yield
 
 
-def double_views(views: HeadPageViews) -> HeadPageViews:
-    """The same numbers in fp64."""
-    k, v = views.k_flat.double(), views.v_flat.double()
-    shape = views.k_pages.shape
-    return dataclasses.replace(views, k_flat=k, v_flat=v, k_pages=k.view(shape), v_pages=v.view(shape))
+class _Wide:
+    """A tensor whose parts are fp64 when they are read; a copy of a large pool would not fit."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __getitem__(self, places: Any) -> torch.Tensor:
+        return self.tensor[places].double()
+
+    def new_zeros(self, *sizes: int) -> torch.Tensor:
+        return self.tensor.new_zeros(sizes, dtype=torch.float64)
+
+
+class _WideViews:
+    """A pool's `HeadPageViews` as the naive decode reads them, in fp64."""
+
+    def __init__(self, views: HeadPageViews) -> None:
+        self.chunk_of_head_page = views.chunk_of_head_page
+        self.k_pages, self.v_pages = _Wide(views.k_pages), _Wide(views.v_pages)
+        self._layer_rows = views.layer_rows
+
+    def layer_rows(self, layer_idx: int) -> tuple[_Wide, _Wide]:
+        keys, values = self._layer_rows(layer_idx)
+        return _Wide(keys), _Wide(values)
 
 
 def check_attention(
     pool: Pool, layer_idx: int, q: torch.Tensor, rows: list[int], out: torch.Tensor, lens: torch.Tensor | None = None
 ) -> float:
-    """Largest error of the decode attention `out` beside the naive kernel in fp64, over the pool as it is now.
+    """Largest relative error of the decode attention `out` beside the naive kernel in fp64, over the pool as it is now.
 
     `lens` are the lengths that were attended to, the requests' own by default.
     """
     places = torch.tensor(rows, device=pool.device)
     expected = decode_naive.decode_attn(
         q.double(),
-        double_views(pool.views),
+        cast(HeadPageViews, _WideViews(pool.views)),
         pool.table,
         layer_idx,
         places,

@@ -120,7 +120,7 @@ class TestReference:
         pool, _, q, rows = step
         out = pool.attend(0, q, torch.tensor(rows), pool.lens(rows))
         out[1, 0, 0] += 1e-3
-        with pytest.raises(Mismatch, match="largest error"):
+        with pytest.raises(Mismatch, match="largest relative error"):
             check_attention(pool, 0, q, rows, out)
         out[1, 0, 0] = float("nan")
         with pytest.raises(Mismatch, match="1 outputs are not finite"):
@@ -215,6 +215,14 @@ class TestBandwidth:
         assert row["decode_bytes"] < 0.2 * row["stock_bytes"]
         assert row["stock_kernel"] == "ours, dense"
         assert 0 <= row["chunk_hit_rate"] <= 1
+
+    def test_a_baseline_that_computes_something_else_is_not_timed(self):
+        def wrong(pool, layer_idx, q, rows, lens):
+            return torch.ones_like(q)
+
+        tiny = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1)
+        with mock.patch.object(Pool, "attend", wrong), pytest.raises(Mismatch, match="largest relative error"):
+            bandwidth.measure(tiny, "cpu", 3)
 
     @pytest.mark.slow
     def test_sglangs_kernel_is_called_as_it_wants_to_be(self):
