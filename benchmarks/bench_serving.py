@@ -218,8 +218,8 @@ def server_rows(kind: ServerKind, args: argparse.Namespace, model: Path, progres
         chunked_prefill_size=args.chunked_prefill_size,
         dtype=args.dtype,
     )
-    # In production a GPU server chooses its own attention backend and records CUDA graphs.
-    free = ("--attention-backend", "torch_native", "--disable-cuda-graph") if args.engine == "cuda" else ()
+    # In production a GPU server chooses its own attention backend.
+    free = ("--attention-backend", "triton") if args.engine == "cuda" else ()
     flags = [flag for flag in recipe.flags if kind.name != "stock" or flag not in free] + list(kind.flags)
     env = {**recipe.env, "OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "passive"}
     with Server(model, flags, env, name=f"serving-{kind.label.replace(' ', '-')}") as server:

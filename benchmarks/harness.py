@@ -71,7 +71,8 @@ def engine_flags(
         "--device",
         device,
         "--attention-backend",
-        "torch_native",
+        # One and the same on both sides of a comparison.
+        "triton" if device == "cuda" else "torch_native",
         "--chunked-prefill-size",
         str(chunked_prefill_size),
         "--enable-cache-report",
@@ -80,8 +81,7 @@ def engine_flags(
     flags += ["--max-running-requests", str(max_running_requests)] if max_running_requests else []
     flags += ["--dtype", dtype] if dtype else []
     if device == "cuda":
-        # The same backend on both sides of a comparison.
-        return EngineRecipe((*flags, "--disable-cuda-graph"), {})
+        return EngineRecipe(tuple(flags), {})
     # Without it an idle scheduler keeps one core busy.
     flags.append("--sleep-on-idle")
     return EngineRecipe(

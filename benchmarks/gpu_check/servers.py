@@ -54,7 +54,6 @@ class Setup:
             dtype=self.dtype,
         )
         flags = merge_flags(list(recipe.flags), ["--attention-backend", self.attention_backend])
-        flags = [flag for flag in flags if flag != "--disable-cuda-graph"]
         # A budget of random weights' heads is small: a short prompt is compressed, too.
         config = None if budget is None else {"min_prompt_tokens": 64}
         return flags + compression_flags(budget, config), dict(recipe.env)
