@@ -39,11 +39,14 @@ TINY = .models/tiny-qwen2_5_vl-scenes
 train-tiny: $(ENVIRONMENT) ## train the tiny vision model of the demo and bench_quality anew, to TINY=folder (half an hour)
 	$(PYTHON) -m benchmarks.models.train_tiny --out $(TINY) $(ARGS)
 
+# One thread a worker: together they have the cores.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+
 test: $(ENVIRONMENT) ## all tests: the fast ones first, then those that start SGLang servers
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(ENVIRONMENT) ## the tests that start no server and take less than ten seconds each
-	$(PYTHON) -m pytest -m "not server and not slow" $(ARGS)
+	$(PYTEST) -m "not server and not slow" $(ARGS)
 
 # The C++ kernels' tests against a library that AddressSanitizer and UBSan watch; both have to be there before Python
 # is. Leaks are those of the interpreter.
