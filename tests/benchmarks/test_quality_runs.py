@@ -229,7 +229,11 @@ def test_an_interrupted_run_keeps_its_answers_and_goes_on(endpoint, tmp_path, en
     command = [*ARGUMENTS, "--base-url", endpoint.url, "--out", str(tmp_path), "--concurrency", "2"]
     endpoint.slow.set()
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.bench_quality", *command], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "benchmarks.bench_quality", *command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        # A shell's background jobs ignore SIGINT, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while len(endpoint.asked) < 4 and time.monotonic() < deadline:
