@@ -86,8 +86,16 @@ class CompressionStats:
         if held.stock > self.peak.stock:
             self.peak = held
 
-    def as_dict(self, held: HeldBytes, chunks_chosen: int, chunks_hit: int) -> dict[str, Any]:
-        """Counters for `/server_info`; the hit rate is None until a dynamic head has decoded."""
+    def as_dict(
+        self, held: HeldBytes, chunks_chosen: int = 0, chunks_hit: int = 0, chunk_bytes: int = 0
+    ) -> dict[str, Any]:
+        """Counters for `/server_info`; the hit rate is None until a dynamic head has decoded.
+
+        Parameters
+        ----------
+        chunks_chosen, chunks_hit : chunks that queries chose, and those of them that were resident already.
+        chunk_bytes : K and V of one chunk of one head.
+        """
         return {
             "compressed_requests": self.num_compressed,
             "dense_requests": dict(self.num_dense),
@@ -98,4 +106,5 @@ class CompressionStats:
             "peak_stock_kv_bytes": self.peak.stock,
             "peak_host_kv_bytes": self.peak.host,
             "chunk_fetch_hit_rate": chunks_hit / chunks_chosen if chunks_chosen else None,
+            "chunk_fetch_bytes": (chunks_chosen - chunks_hit) * chunk_bytes,
         }

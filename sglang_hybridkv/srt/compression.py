@@ -188,6 +188,7 @@ class Compression:
     def server_info(self) -> dict[str, Any]:
         """`kv_compressor` in the internal state of `/server_info`."""
         chosen, hit = self.counters.tolist()
+        chunk_bytes = self.pool.page_bytes // self.shape.head_pages_per_page
         return {
             "name": self.settings.name,
             "budget": self.config.budget,
@@ -195,7 +196,7 @@ class Compression:
             "page_size": self.shape.page_size,
             "kernels": self.kernels,
             "host_store_bytes": self.store.num_pages * self.store.page_bytes,
-            **self.stats.as_dict(self.held(), chosen, hit),
+            **self.stats.as_dict(self.held(), chosen, hit, chunk_bytes),
             **({} if self.prefetch is None else {"prefetch_correction_rate": self.prefetch.correction_rate()}),
         }
 

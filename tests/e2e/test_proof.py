@@ -22,6 +22,7 @@ SERVER_FIELDS = {
     "stock_kv_bytes",
     "host_kv_bytes",
     "chunk_fetch_hit_rate",
+    "chunk_fetch_bytes",
 }
 REQUEST_FIELDS = {
     "compressed",
@@ -47,6 +48,7 @@ def test_server_info(tenth: Server) -> None:
     assert state.keys() >= SERVER_FIELDS
     assert (state["name"], state["budget"], state["page_size"]) == ("hybridkv", 0.1, 16)
     assert 0.0 < state["chunk_fetch_hit_rate"] <= 1.0
+    assert (state["chunk_fetch_bytes"] > 0) == (state["chunk_fetch_hit_rate"] < 1.0)
     assert state["peak_device_kv_bytes"] < state["peak_stock_kv_bytes"]
     assert state["peak_host_kv_bytes"] >= answer.record["host_bytes"] > 0
     assert tenth.server_info()["page_size"] == 16

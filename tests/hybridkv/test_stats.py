@@ -66,7 +66,7 @@ def test_peak_is_one_observed_moment_with_the_most_stock_bytes(moments):
     stats = CompressionStats()
     for moment in moments:
         stats.observe(HeldBytes(*moment))
-    report = stats.as_dict(HeldBytes(), 0, 0)
+    report = stats.as_dict(HeldBytes())
     peak = (report["peak_device_kv_bytes"], report["peak_stock_kv_bytes"], report["peak_host_kv_bytes"])
     assert peak in [*moments, (0, 0, 0)]
     assert peak[1] == max((moment[1] for moment in moments), default=0)
@@ -77,8 +77,10 @@ def test_held_bytes_add_up():
 
 
 @pytest.mark.parametrize(("chosen", "hit", "rate"), [(0, 0, None), (4, 0, 0.0), (4, 3, 0.75), (4, 4, 1.0)])
-def test_hit_rate(chosen, hit, rate):
-    assert CompressionStats().as_dict(HeldBytes(), chosen, hit)["chunk_fetch_hit_rate"] == rate
+def test_hit_rate_and_bytes_over_the_host_link(chosen, hit, rate):
+    report = CompressionStats().as_dict(HeldBytes(), chosen, hit, 4096)
+    assert report["chunk_fetch_hit_rate"] == rate
+    assert report["chunk_fetch_bytes"] == (chosen - hit) * 4096
 
 
 def test_record_is_plain_data():
