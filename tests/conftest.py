@@ -62,6 +62,7 @@ def triton_kernels():
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Fast tests first, then slow ones, then those that need a server; GPU tests are skipped without a GPU.
 
