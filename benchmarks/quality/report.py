@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.quality.data import RIGHT_OR_WRONG
@@ -79,7 +80,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
     lines.append(_line(["compressor", "budget", "n", *tasks, "resident"]))
     lines.append(_line(["---"] * (4 + len(tasks))))
     for (name, budget), by_task in servers.items():
-        resident = next((row["resident_ratio"] for row in by_task.values() if row["resident_ratio"]), None)
+        ratios = [row["resident_ratio"] for row in by_task.values() if row["resident_ratio"]]
+        resident = fmean(ratios) if ratios else None
         counts = sorted({row["n"] for row in by_task.values()})
         n = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         cells = [_cell(by_task.get(task)) for task in tasks]
