@@ -23,12 +23,12 @@ from benchmarks.provenance import run_metadata
 from hybridkv_kernels import dispatch
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from hybridkv_kernels.retrieve_chunks import retrieve_chunks
-from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
+from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.geometry import prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.retrieval import retrieve
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, PAGE_SIZE = 4, 7, 128, 16
 DYNAMIC_HEADS = {"static": 0, "hybrid": 1, "dynamic": NUM_KV_HEADS}
@@ -56,20 +56,8 @@ class Case:
 
     def retrieve(self, layer_idx: int, q: torch.Tensor) -> None:
         """Bring the chunk buffers up to date."""
-        sinks, recent = forced_chunk_counts(self.config)
-        retrieve_chunks(
-            q,
-            self.views,
-            self.table,
-            self.store.k_pages,
-            self.store.v_pages,
-            self.counters,
-            layer_idx,
-            torch.tensor([COMPRESSED_ROW]),
-            num_sink_chunks=sinks,
-            num_recent_chunks=recent,
-            chunk_score=self.config.chunk_score,
-        )
+        rows = torch.tensor([COMPRESSED_ROW])
+        retrieve(q, self.views, self.table, self.store, self.counters, layer_idx, rows, self.config)
 
     def compressed(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """Attend to head pages and one row of tail."""

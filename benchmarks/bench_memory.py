@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from rich.progress import Progress
 from benchmarks.harness import Server, compression_flags, end_on_sigterm, engine_flags, parallel
 from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
-from benchmarks.serve import merge_flags
 
 BUDGETS = (0.05, 0.1, 0.2, 0.5, 1.0)
 PROMPT_TOKENS = (4096, 8192, 16384)
@@ -101,16 +100,14 @@ def resident_rows(model: Path, budgets: list[float], prompt_tokens: list[int], d
                 yield _resident_row(server, budget, length)
 
 
-def _admission_row(
-    model: Path, budget: float | None, load: AdmissionLoad, dtype: str | None, given: Sequence[str]
-) -> Row:
+def _admission_row(model: Path, budget: float | None, load: AdmissionLoad, dtype: str | None) -> Row:
     pool = load.pool_tokens()
     recipe = engine_flags(
         max_total_tokens=pool, max_running_requests=load.requests + 4, chunked_prefill_size=2048, dtype=dtype
     )
     name = "stock" if budget is None else "hybridkv"
     # The scheduler reports its running requests every fourth decode step.
-    flags = [*merge_flags(list(recipe.flags), list(given)), "--decode-log-interval", "4", *compression_flags(budget)]
+    flags = [*recipe.flags, "--decode-log-interval", "4", *compression_flags(budget)]
 
     def one(i: int) -> Any:
         ids = random_prompt(1000 + i, load.prompt_tokens)
@@ -141,13 +138,11 @@ def _admission_row(
     }
 
 
-def admission_rows(
-    model: Path, load: AdmissionLoad, dtype: str | None = None, given: Sequence[str] = ()
-) -> Iterator[Row]:
-    """Yield a row for stock SGLang, one for compression, and their ratio; `given` flags win over those of the bench."""
-    stock = _admission_row(model, None, load, dtype, given)
+def admission_rows(model: Path, load: AdmissionLoad, dtype: str | None = None) -> Iterator[Row]:
+    """Yield a row for stock SGLang, one for compression, and their ratio."""
+    stock = _admission_row(model, None, load, dtype)
     yield stock
-    compressed = _admission_row(model, ADMISSION_BUDGET, load, dtype, given)
+    compressed = _admission_row(model, ADMISSION_BUDGET, load, dtype)
     yield compressed
     ratio = compressed["max_running"] / max(stock["max_running"], 1)
     yield {"bench": "admission", "server": "ratio", "budget": ADMISSION_BUDGET, "max_running_ratio": round(ratio, 2)}

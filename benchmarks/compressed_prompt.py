@@ -10,14 +10,14 @@ import torch
 from benchmarks.traced_model import Trace
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
-from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
+from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors import Compressor, PromptLayer, get_compressor
 from sglang_hybridkv.config import RetrievalConfig, parse_config
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.retrieval import retrieve
 from sglang_hybridkv.spans import num_observation_rows, text_mask
 
 ROW = 1
@@ -130,21 +130,7 @@ class CompressedPrompt:
         """[H * G, D]: retrieval and attention of the query at `position`, as the engine runs them."""
         q, rows, config = self.trace.q[layer_idx, position][None], torch.tensor([ROW]), self.compressor.config
         if isinstance(config, RetrievalConfig):
-            sinks, recent = forced_chunk_counts(config)
-            retrieve_chunks(
-                q,
-                self.views,
-                self.table,
-                self.store.k_pages,
-                self.store.v_pages,
-                self.counters,
-                layer_idx,
-                rows,
-                num_sink_chunks=sinks,
-                num_recent_chunks=recent,
-                chunk_score=config.chunk_score,
-                estimate=config.estimates,
-            )
+            retrieve(q, self.views, self.table, self.store, self.counters, layer_idx, rows, config)
         lens = torch.tensor([position + 1])
         arguments = (q, self.views, self.table, layer_idx, rows, self.req_to_token, lens)
         return decode_attn(*arguments, scaling=self.trace.scaling, estimate=self.compressor.estimate)[0]

@@ -8,10 +8,11 @@ from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import forced_chunks, summarize_chunks, top_chunks
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
-from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
+from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.retrieval import forced_chunk_counts
 from sglang_hybridkv.select import chunk_salience, pool_salience
 from sglang_hybridkv.spans import text_mask
 
@@ -125,11 +126,6 @@ def _check_plan(compressor: Compressor, plan: HeadPlan, kept: torch.Tensor, rese
         raise ValueError(f"{origin}: is_dynamic = {num_dynamic} heads; legal: none without retrieval")
     if not is_whole:
         raise ValueError(f"{origin}: rank_tokens must name each token once a head")
-
-
-def forced_chunk_counts(config: CompressorConfig) -> tuple[int, int]:
-    """Chunks of sinks and chunks of the recent window that are always resident."""
-    return -(-config.num_sink_tokens // config.page_size), -(-config.recent_window // config.page_size)
 
 
 def _move_kept_rows(

@@ -20,14 +20,14 @@ from hypothesis import settings
 from hybridkv_kernels import cpu, dispatch
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from hybridkv_kernels.retrieve_chunks import retrieve_chunks
-from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
+from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.retrieval import retrieve
 
 NAN = float("nan")
 
@@ -288,21 +288,8 @@ class TinyPool:
         prompt.keys, prompt.values = torch.cat((prompt.keys, key), 2), torch.cat((prompt.values, value), 2)
 
     def retrieve(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> None:
-        num_sink_chunks, num_recent_chunks = forced_chunk_counts(self.config)
-        retrieve_chunks(
-            q,
-            self.views,
-            self.table,
-            self.store.k_pages,
-            self.store.v_pages,
-            self.counters,
-            layer_idx,
-            torch.tensor([p.row for p in prompts]),
-            num_sink_chunks=num_sink_chunks,
-            num_recent_chunks=num_recent_chunks,
-            chunk_score=self.config.chunk_score,
-            estimate=self.config.estimates,
-        )
+        rows = torch.tensor([p.row for p in prompts])
+        retrieve(q, self.views, self.table, self.store, self.counters, layer_idx, rows, self.config)
 
     def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""

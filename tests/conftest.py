@@ -63,15 +63,16 @@ def triton_kernels():
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Fast tests first, then slow ones, then those that need a server; GPU tests are skipped without a GPU.
 
     Where tests run on several workers, one of them has all servers: there is one at a time, and fixtures share it.
     """
     items.sort(key=lambda item: 2 if has_marker(item, "server") else 1 if has_marker(item, "slow") else 0)
-    for item in items:
-        if has_marker(item, "server"):
-            item.add_marker(pytest.mark.xdist_group("server"))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            if has_marker(item, "server"):
+                item.add_marker(pytest.mark.xdist_group("server"))
     gpu_items = [item for item in items if has_marker(item, "gpu")]
     if gpu_items and not cuda_is_available():
         for item in gpu_items:

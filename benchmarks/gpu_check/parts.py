@@ -165,10 +165,7 @@ def bandwidth_rows(context: Context) -> Iterator[Row]:
 
 def concurrency_rows(context: Context) -> Iterator[Row]:
     """Requests that run at once in the same pool, stock and compressed."""
-    given: list[str] = []
-    if context.has_gpu:
-        given = ["--attention-backend", "triton"]
-    for row in admission_rows(context.model(), ADMISSION[context.device], given=given):
+    for row in admission_rows(context.model(), ADMISSION[context.device]):
         ratio = row.get("max_running_ratio")
         missed = [] if ratio is None or ratio > 1 else [f"{ratio:g} times as many requests run at once as on stock"]
         yield row | {"bench": "gpu_check", "ok": not missed, "failures": missed}

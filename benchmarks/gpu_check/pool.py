@@ -11,12 +11,12 @@ import torch
 
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from hybridkv_kernels.retrieve_chunks import retrieve_chunks
-from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
+from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.retrieval import retrieve
 
 NAN = float("nan")
 
@@ -211,21 +211,7 @@ class Pool:
 
     def retrieve(self, layer_idx: int, q: torch.Tensor, rows: torch.Tensor) -> None:
         """Bring the dynamic heads of one layer up to date with `q`; `rows` is on the device."""
-        num_sink_chunks, num_recent_chunks = forced_chunk_counts(self.config)
-        retrieve_chunks(
-            q,
-            self.views,
-            self.table,
-            self.store.k_pages,
-            self.store.v_pages,
-            self.counters,
-            layer_idx,
-            rows,
-            num_sink_chunks=num_sink_chunks,
-            num_recent_chunks=num_recent_chunks,
-            chunk_score=self.config.chunk_score,
-            estimate=self.config.estimates,
-        )
+        retrieve(q, self.views, self.table, self.store, self.counters, layer_idx, rows, self.config)
 
     def attend(self, layer_idx: int, q: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
         """[B, H * G, D]: decode attention of one layer."""

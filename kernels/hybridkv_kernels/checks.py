@@ -48,6 +48,20 @@ def check_group(name: str, q: torch.Tensor, num_kv_heads: int) -> None:
         raise ValueError(f"{name}: expected a multiple of {num_kv_heads} query heads, got {q.shape[1]}")
 
 
+def shape_obstacle(
+    kernels: str, dtype: torch.dtype, head_dim: int, group_size: int, head_dims: tuple[int, ...], max_group_size: int
+) -> str | None:
+    """Why `kernels` of FLOATS, `head_dims` and groups up to `max_group_size` cannot serve a model; None if they can."""
+    if dtype not in FLOATS:
+        names = ", ".join(str(known).removeprefix("torch.") for known in FLOATS)
+        return f"{kernels} have the types {names}, not {str(dtype).removeprefix('torch.')}"
+    if head_dim not in head_dims:
+        return f"{kernels} have head sizes {', '.join(map(str, head_dims))}, not {head_dim}"
+    if not 1 <= group_size <= max_group_size:
+        return f"{kernels} have groups of 1 to {max_group_size} query heads, not {group_size}"
+    return None
+
+
 def is_debug() -> bool:
     """Whether kernels check the contents of index tensors, too; they do with HYBRIDKV_DEBUG=1, and then sync."""
     return os.environ.get(DEBUG_ENVIRONMENT, "0") not in ("", "0")

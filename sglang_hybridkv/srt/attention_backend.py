@@ -14,8 +14,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.extend_attn import extend_attn
-from hybridkv_kernels.retrieve_chunks import retrieve_chunks
-from sglang_hybridkv.compaction import compress_prompt, forced_chunk_counts
+from sglang_hybridkv.compaction import compress_prompt
+from sglang_hybridkv.retrieval import retrieve
 
 
 class _Chunk(NamedTuple):
@@ -178,20 +178,15 @@ class HybridAttnMixin(AttentionBackend):
 
     def _retrieve_rows(self, queries, layer_idx, req_rows):
         pool, compression = self.token_to_kv_pool, self.token_to_kv_pool.compression
-        num_sink_chunks, num_recent_chunks = forced_chunk_counts(compression.config)
-        retrieve_chunks(
+        retrieve(
             queries,
             pool.views,
             compression.table,
-            compression.store.k_pages,
-            compression.store.v_pages,
+            compression.store,
             compression.counters,
             layer_idx,
             req_rows,
-            num_sink_chunks=num_sink_chunks,
-            num_recent_chunks=num_recent_chunks,
-            chunk_score=compression.config.chunk_score,
-            estimate=compression.config.estimates,
+            compression.config,
         )
 
 

@@ -85,7 +85,8 @@ class TestOps:
                 return torch.empty(2), torch.empty(2, args[2].shape[0])
             return torch.empty_like(args[0])
 
-        where = "benchmarks.gpu_check.pool" if op in ("retrieve_chunks", "decode_attn") else "benchmarks.gpu_check.ops"
+        callers = {"retrieve_chunks": "sglang_hybridkv.retrieval", "decode_attn": "benchmarks.gpu_check.pool"}
+        where = callers.get(op, "benchmarks.gpu_check.ops")
         if op == "select_chunks":
 
             def broken(q, summaries, counts, **rest):  # as many as wanted, but not the best

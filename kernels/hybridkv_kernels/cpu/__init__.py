@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from hybridkv_kernels import checks
+
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_GROUP_SIZE = 16
@@ -23,14 +25,8 @@ _LIBRARY = Path(__file__).parent.parent / f"_cpu{sysconfig.get_config_var('EXT_S
 
 def obstacle(device: torch.device | str, dtype: torch.dtype, head_dim: int, group_size: int) -> str | None:
     """Why the C++ kernels cannot serve these tensors; None when they can."""
-    if dtype not in ELEMENT_TYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in ELEMENT_TYPES)
-        return f"the C++ kernels have the types {names}, not {str(dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS:
-        return f"the C++ kernels have head sizes {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    if not 1 <= group_size <= MAX_GROUP_SIZE:
-        return f"the C++ kernels have groups of 1 to {MAX_GROUP_SIZE} query heads, not {group_size}"
-    return copy_obstacle(device)
+    shape = checks.shape_obstacle("the C++ kernels", dtype, head_dim, group_size, HEAD_DIMS, MAX_GROUP_SIZE)
+    return shape or copy_obstacle(device)
 
 
 def copy_obstacle(device: torch.device | str) -> str | None:

@@ -24,14 +24,8 @@ MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 
 def obstacle(device: torch.device | str, dtype: torch.dtype, head_dim: int, group_size: int) -> str | None:
     """Why the Triton kernels cannot serve these tensors; None when they can."""
-    if dtype not in checks.FLOATS:
-        names = ", ".join(str(known).removeprefix("torch.") for known in checks.FLOATS)
-        return f"the Triton kernels have the types {names}, not {str(dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS:
-        return f"the Triton kernels have head sizes {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    if not 1 <= group_size <= MAX_GROUP_SIZE:
-        return f"the Triton kernels have groups of 1 to {MAX_GROUP_SIZE} query heads, not {group_size}"
-    return copy_obstacle(device)
+    shape = checks.shape_obstacle("the Triton kernels", dtype, head_dim, group_size, HEAD_DIMS, MAX_GROUP_SIZE)
+    return shape or copy_obstacle(device)
 
 
 def copy_obstacle(device: torch.device | str) -> str | None:
@@ -102,5 +96,5 @@ def twin(op: str) -> Callable[..., Any]:
 
 @functools.cache
 def load_twin(op: str) -> Callable[..., Any]:
-    """Import a twin now; CUDA graphs and servers want no import in their first step."""
+    """Import a twin."""
     return getattr(importlib.import_module(f"hybridkv_kernels.{op}.triton"), op)

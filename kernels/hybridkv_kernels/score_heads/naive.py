@@ -7,6 +7,7 @@ import torch
 
 HIT_LEVEL = 0.6  # CateKV: a key is hit when it lies above vmin + 0.6 (vmax - vmin) of its row
 _HIT_QUANTILES = (0.005, 0.995)
+OF_QUERIES = ("capture", "worst_capture")  # statistics of single query heads; the others are of the group's mean
 
 
 def score_heads(
@@ -25,18 +26,42 @@ def score_heads(
     """Statistic [H] and salience [H, N]; arguments as the public function's."""
     queries, causal = query_attention(q, k if slots is None else k[slots], scaling)
     probs = queries.mean(dim=1)
-    if statistic == "sparsity":
-        value = sparsity(probs, causal, sparsity_fraction)
-    elif statistic == "top_mass":
-        value = top_mass(probs, causal, mass_fraction)
-    elif statistic == "hit_cv":
-        value = hit_cv(probs, causal, chunk_size)
-    elif statistic == "stability":
-        value = stability(probs)
-    else:
+    if statistic in OF_QUERIES:
         captured = capture(queries, num_captured(probs.shape[-1], capture_fraction), num_sinks, num_recent)
-        value = captured.mean(dim=(1, 2)) if statistic == "capture" else captured.amin(dim=(1, 2))
+        value = captured_statistic(statistic, captured)
+    else:
+        value = row_statistic(statistic, probs, causal, sparsity_fraction, mass_fraction, chunk_size)
     return value, probs.mean(dim=1)
+
+
+def row_statistic(
+    statistic: str,
+    probs: torch.Tensor,
+    causal: torch.Tensor,
+    sparsity_fraction: float,
+    mass_fraction: float,
+    chunk_size: int,
+) -> torch.Tensor:
+    """[H]: a statistic of the group's mean probabilities [H, W, N], one that is not among OF_QUERIES."""
+    if statistic == "sparsity":
+        return sparsity(probs, causal, sparsity_fraction)
+    if statistic == "top_mass":
+        return top_mass(probs, causal, mass_fraction)
+    if statistic == "hit_cv":
+        return hit_cv(probs, causal, chunk_size)
+    assert statistic == "stability", f"{statistic} is no statistic of rows"
+    return stability(probs)
+
+
+def captured_statistic(statistic: str, captured: torch.Tensor) -> torch.Tensor:
+    """[H]: one of OF_QUERIES, from what each query keeps, [H, G, W] in any order of the last two."""
+    return captured.mean(dim=(1, 2)) if statistic == "capture" else captured.amin(dim=(1, 2))
+
+
+def causal_mask(num_rows: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """[W, N], bool: the keys that each of the last `num_rows` tokens sees."""
+    positions = torch.arange(num_tokens, device=device)
+    return positions <= positions[num_tokens - num_rows :, None]
 
 
 def observed_attention(q: torch.Tensor, k: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,8 +75,7 @@ def query_attention(q: torch.Tensor, k: torch.Tensor, scaling: float) -> tuple[t
     num_rows, num_tokens, num_kv_heads = q.shape[0], k.shape[0], k.shape[1]
     q_HGWD = q.float().view(num_rows, num_kv_heads, -1, q.shape[-1]).permute(1, 2, 0, 3)
     logits = q_HGWD @ k.float().permute(1, 2, 0).unsqueeze(1) * scaling
-    positions = torch.arange(num_tokens, device=k.device)
-    causal = positions <= positions[num_tokens - num_rows :, None]
+    causal = causal_mask(num_rows, num_tokens, k.device)
     return logits.masked_fill(~causal, float("-inf")).softmax(dim=-1), causal
 
 
@@ -103,15 +127,18 @@ def capture(queries: torch.Tensor, num_kept: int, num_sinks: int, num_recent: in
     if queries.shape[2] == 1:
         return queries.new_zeros(queries.shape[:3])
     probs, queries = queries.mean(dim=1).nan_to_num(0.0), queries.nan_to_num(0.0)
+    kept = wanted_keys(probs, num_sinks, num_recent).argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+    return queries.gather(-1, kept.unsqueeze(1).expand(-1, queries.shape[1], -1, -1)).sum(dim=-1).clamp(max=1.0)
+
+
+def wanted_keys(probs: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tensor:
+    """[H, W, N], double: how much the other rows of finite probs [H, W, N] want a key; inf for what is always kept."""
     # The sum of the other rows ranks as their mean does; in double, so that a row leaves no trace when it is taken out.
     others = probs.double().sum(dim=1, keepdim=True) - probs.double()
-    num_rows, num_tokens = queries.shape[2:]
-    key = torch.arange(num_tokens, device=queries.device)
-    own = key[num_tokens - num_rows :, None]
-    forced = (key < num_sinks) | ((key <= own) & (key > own - num_recent))
-    others = others.masked_fill(forced, float("inf"))
-    kept = others.argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
-    return queries.gather(-1, kept.unsqueeze(1).expand(-1, queries.shape[1], -1, -1)).sum(dim=-1).clamp(max=1.0)
+    key = torch.arange(probs.shape[2], device=probs.device)
+    own = key[probs.shape[2] - probs.shape[1] :, None]
+    is_forced = (key < num_sinks) | ((key <= own) & (key > own - num_recent))
+    return others.masked_fill_(is_forced, float("inf"))
 
 
 def num_captured(num_tokens: int, fraction: float) -> int:

@@ -13,7 +13,6 @@ import triton.language as tl
 from hybridkv_kernels import gpu
 from hybridkv_kernels.gpu.head_pages import dot
 from hybridkv_kernels.score_heads import naive
-from hybridkv_kernels.score_heads.naive import num_captured
 from hybridkv_kernels.select_chunks.triton import top_images
 
 _TARGET_PROGRAMS = 512
@@ -207,33 +206,20 @@ def score_heads(
     lse = passes.row_lse()
     probs, salience = passes.probabilities(lse)
     finite = probs.nan_to_num(0.0)
-    positions = torch.arange(num_tokens, device=k.device)
-    causal = positions <= positions[num_tokens - num_rows :, None]
-    if statistic == "sparsity":
-        value = naive.sparsity(finite, causal, sparsity_fraction)
-    elif statistic == "top_mass":
-        value = naive.top_mass(finite, causal, mass_fraction)
-    elif statistic == "hit_cv":
-        value = naive.hit_cv(finite, causal, chunk_size)
-    elif statistic == "stability":
-        value = naive.stability(finite)
+    if statistic not in naive.OF_QUERIES:
+        causal = naive.causal_mask(num_rows, num_tokens, k.device)
+        value = naive.row_statistic(statistic, finite, causal, sparsity_fraction, mass_fraction, chunk_size)
     elif num_rows == 1:
         value = probs.new_zeros(len(probs))
     else:
-        kept = _kept_keys(finite, num_captured(num_tokens, capture_fraction), num_sinks, num_recent)
-        captured = passes.captured(lse, kept)
-        value = captured.mean(dim=(1, 2)) if statistic == "capture" else captured.amin(dim=(1, 2))
+        kept = _kept_keys(finite, naive.num_captured(num_tokens, capture_fraction), num_sinks, num_recent)
+        value = naive.captured_statistic(statistic, passes.captured(lse, kept))
     return value, salience
 
 
 def _kept_keys(probs: torch.Tensor, num_kept: int, num_sinks: int, num_recent: int) -> torch.Tensor:
     """[H, W, N], bool: the `num_kept` keys of `naive.capture` for each row; ties go to the earlier key."""
-    wide = probs.double()
-    others = wide.sum(dim=1, keepdim=True) - wide
-    key = torch.arange(probs.shape[2], device=probs.device)
-    own = key[probs.shape[2] - probs.shape[1] :, None]
-    is_forced = (key < num_sinks) | ((key <= own) & (key > own - num_recent))
-    bits = others.masked_fill_(is_forced, float("inf")).flatten(0, 1).view(torch.int64)
+    bits = naive.wanted_keys(probs, num_sinks, num_recent).flatten(0, 1).view(torch.int64)
     # Larger numbers get larger images: the sign bit is flipped, and of negative numbers all others, too.
     images = bits ^ ((bits >> 63) & _NOT_SIGN) ^ _SIGN
     counts = torch.full((len(images),), num_kept, dtype=torch.int32, device=probs.device)

@@ -1,0 +1,43 @@
+"""Decode: what the settings mean for the retrieval of chunks."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.retrieve_chunks import retrieve_chunks
+from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
+from sglang_hybridkv.host_store import HostStore
+
+
+def forced_chunk_counts(config: CompressorConfig) -> tuple[int, int]:
+    """Chunks of sinks and chunks of the recent window that are always resident."""
+    return -(-config.num_sink_tokens // config.page_size), -(-config.recent_window // config.page_size)
+
+
+def retrieve(
+    q: torch.Tensor,
+    views: HeadPageViews,
+    table: HeadPageTable,
+    store: HostStore,
+    counters: torch.Tensor,
+    layer_idx: int,
+    req_rows: torch.Tensor,
+    config: RetrievalConfig,
+) -> None:
+    """`retrieve_chunks` from `store` as `config` has it; the other arguments, errors and cost are the kernel's."""
+    num_sink_chunks, num_recent_chunks = forced_chunk_counts(config)
+    retrieve_chunks(
+        q,
+        views,
+        table,
+        store.k_pages,
+        store.v_pages,
+        counters,
+        layer_idx,
+        req_rows,
+        num_sink_chunks=num_sink_chunks,
+        num_recent_chunks=num_recent_chunks,
+        chunk_score=config.chunk_score,
+        estimate=config.estimates,
+    )
