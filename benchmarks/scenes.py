@@ -101,7 +101,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and the exact right answer."""
+    """What is asked, and the exact right answer; empty where any answer is as right as another."""
 
     kind: str
     text: str

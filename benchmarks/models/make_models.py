@@ -15,15 +15,14 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models.folders import make_once
+
 DEFAULT_DIR = Path(__file__).resolve().parents[2] / ".models"
-STAMP = "made_by.json"
 MAX_POSITIONS = 32768
 VOCAB_TARGET = 1024
 LOGIT_STD = 3.0
@@ -274,27 +273,14 @@ def make_model(name: str, out_dir: Path = DEFAULT_DIR) -> Path:
     """
     if name not in SPECS:
         raise ValueError(f"model: expected one of {', '.join(SPECS)}, got {name!r}")
-    folder, stamp = out_dir / name, _stamp(name)
-    if (folder / STAMP).is_file() and json.loads((folder / STAMP).read_text()) == stamp:
-        return folder
-    out_dir.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=out_dir))
-    try:
+
+    def build(folder: Path) -> None:
         spec, tokenizer = SPECS[name], _tokenizer()
         model = _build(spec, tokenizer)
         _initialise(model, spec)
-        _save(model, tokenizer, spec, scratch)
-        (scratch / STAMP).write_text(json.dumps(stamp))
-        scratch.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not (folder / STAMP).is_file():  # else another process made it meanwhile
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+        _save(model, tokenizer, spec, folder)
+
+    return make_once(out_dir / name, _stamp(name), build)
 
 
 def make_models(names: Sequence[str] = tuple(SPECS), out_dir: Path = DEFAULT_DIR) -> dict[str, Path]:

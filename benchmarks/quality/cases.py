@@ -1,4 +1,4 @@
-"""What is asked: scenes, tasks and the messages of each question, drawn from a seed."""
+"""What is asked: scenes or texts, tasks and the messages of each question, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import texts
 from benchmarks.scenes import ARRANGEMENTS, KINDS, Question, Scene, ask, draw_scene, image_url
+from benchmarks.texts import DEVELOPMENT, LENGTHS, SPLITS, Text, ask_text, draw_text
 
+TEXT = "text"
+SCENES = (*ARRANGEMENTS, TEXT)
 CONTEXTS = {400: ((20, 20),), 1600: ((40, 40),), 2400: ((40, 30), (40, 30))}
-"""Visual tokens: (rows, columns) of each image."""
+"""Visual tokens: (rows, columns) of each image. Texts have LENGTHS instead."""
 
 SECOND_TASKS = ("second_new", "second_turn", "second_in_place")
-"""The second question about the same images: in a new request, in a later turn of the conversation, and in place, that
-is inside the request that was compressed for the first one. The last is what a compressor without an exact prefix
-would do: the server is made to write the first answer and the second question into its own compressed cache."""
+"""The second question about the same images or text: in a new request, in a later turn of the conversation, and in
+place, that is inside the request that was compressed for the first one. The last is what a compressor without an exact
+prefix would do: the server is made to write the first answer and the second question into its own compressed cache."""
 
-TASKS = (*KINDS, *SECOND_TASKS)
-SECOND_KINDS = (("get", "list"), ("read", "read"))
+TASKS = (*KINDS, *texts.KINDS, *SECOND_TASKS)
+SECOND_KINDS = (("get", "list"), ("read", "read"), ("price", "needle"))
 """First and second question; the first pair whose kinds a scene has."""
 
 END_OF_TURN = "<|im_end|>"
@@ -32,27 +36,44 @@ class Cell:
 
     Attributes
     ----------
-    scene : arrangement, one of ARRANGEMENTS.
-    context : visual tokens, one of CONTEXTS.
+    scene : arrangement of a drawn scene, or "text".
+    context : visual tokens of a drawn scene, one of CONTEXTS; tokens of a text, one of LENGTHS.
     n : scenes; each task is asked once a scene.
     tasks : those that the scene has no answer for are left out.
+    split : half of the prose and the words of a text.
     """
 
     scene: str
     context: int
     n: int
     tasks: tuple[str, ...]
+    split: str = DEVELOPMENT
 
     def __post_init__(self) -> None:
-        if self.scene not in ARRANGEMENTS:
-            raise ValueError(f"scene: expected one of {', '.join(ARRANGEMENTS)}, got {self.scene!r}")
-        if self.context not in CONTEXTS:
-            raise ValueError(f"context: expected one of {', '.join(map(str, CONTEXTS))}, got {self.context}")
+        if self.scene not in SCENES:
+            raise ValueError(f"scene: expected one of {', '.join(SCENES)}, got {self.scene!r}")
+        if self.context not in contexts_of(self.scene):
+            legal = ", ".join(map(str, contexts_of(self.scene)))
+            raise ValueError(f"context: expected one of {legal} for {self.scene}, got {self.context}")
         if self.n < 1:
             raise ValueError(f"n: expected at least 1, got {self.n}")
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
+        if self.split not in SPLITS or (self.split != DEVELOPMENT and self.scene != TEXT):
+            raise ValueError(
+                f"split: expected one of {', '.join(SPLITS)}, the second only of texts, got {self.split!r}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Scene and, of a text that is not for development, its split."""
+        return self.scene if self.split == DEVELOPMENT else f"{self.scene}-{self.split}"
+
+
+def contexts_of(scene: str) -> tuple[int, ...]:
+    """Return the contexts that a scene can have."""
+    return LENGTHS if scene == TEXT else tuple(CONTEXTS)
 
 
 @dataclass(frozen=True)
@@ -82,22 +103,24 @@ def _generator(seed: int, *parts: object) -> np.random.Generator:
 
 def exchange_key(cell: Cell, index: int, task: str) -> str:
     """Return the key of one question."""
-    return f"{cell.scene}/{cell.context}/{index}/{task}"
+    return f"{cell.name}/{cell.context}/{index}/{task}"
 
 
-def _second_kinds(scene: Scene) -> tuple[str, str] | None:
+def _second_kinds(scene: Scene | Text) -> tuple[str, str] | None:
     return next((pair for pair in SECOND_KINDS if set(pair) <= set(scene.kinds)), None)
 
 
-def scene_tasks(scene: Scene, tasks: tuple[str, ...]) -> list[str]:
+def scene_tasks(scene: Scene | Text, tasks: tuple[str, ...]) -> list[str]:
     """Return the tasks that a scene has an answer for."""
     second = _second_kinds(scene) is not None
     return [task for task in tasks if task in scene.kinds or (task in SECOND_TASKS and second)]
 
 
-def draw_case(seed: int, cell: Cell, index: int) -> Scene:
-    """Draw scene number `index` of a cell; it does not depend on the tasks."""
-    rng = _generator(seed, cell.scene, cell.context, index)
+def draw_case(seed: int, cell: Cell, index: int) -> Scene | Text:
+    """Draw scene or text number `index` of a cell; it does not depend on the tasks."""
+    rng = _generator(seed, cell.name, cell.context, index)
+    if cell.scene == TEXT:
+        return draw_text(rng, cell.context, split=cell.split)
     return draw_scene(rng, CONTEXTS[cell.context], arrangement=cell.scene)
 
 
@@ -105,27 +128,34 @@ def _turn(content: Any, role: str = "user") -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def make_exchange(seed: int, cell: Cell, index: int, scene: Scene, task: str, pictures: list[Any]) -> Exchange:
-    """Make one question about a scene of `draw_case`.
+def _ask(rng: np.random.Generator, scene: Scene | Text, kind: str) -> Question:
+    return ask_text(rng, scene, kind) if isinstance(scene, Text) else ask(rng, scene, kind)
+
+
+def make_exchange(seed: int, cell: Cell, index: int, scene: Scene | Text, task: str, pictures: list[Any]) -> Exchange:
+    """Make one question about a scene or text of `draw_case`.
 
     Parameters
     ----------
-    pictures : the scene's images as parts of a message.
+    pictures : the scene's images as parts of a message; none of a text.
     """
 
     def opening(question: Question) -> list[dict[str, Any]]:
+        if isinstance(scene, Text):
+            # The text first: questions about it share a prefix. A string: templates of text models know no parts.
+            return [_turn(f"{scene.body}\n\n{question.text}")]
         return [_turn([*pictures, {"type": "text", "text": question.text}])]
 
     key = exchange_key(cell, index, task)
     if task in scene.kinds:
-        question = ask(_generator(seed, cell.scene, cell.context, index, task), scene, task)
+        question = _ask(_generator(seed, cell.name, cell.context, index, task), scene, task)
         return Exchange(key, None, opening(question), question)
     kinds = _second_kinds(scene)
     if task not in SECOND_TASKS or kinds is None:
         raise ValueError(f"task: a {cell.scene} scene has no answer for {task!r}")
     # The same two questions for all three tasks, whose only difference is then where the second one is asked.
-    rng = _generator(seed, cell.scene, cell.context, index, "second")
-    first, second = (ask(rng, scene, kind) for kind in kinds)
+    rng = _generator(seed, cell.name, cell.context, index, "second")
+    first, second = (_ask(rng, scene, kind) for kind in kinds)
     if task == "second_new":
         return Exchange(key, opening(first), opening(second), second)
     if task == "second_turn":
@@ -140,13 +170,24 @@ def make_exchanges(seed: int, cell: Cell, index: int, skip: Container[str]) -> I
     scene = draw_case(seed, cell, index)
     tasks = [task for task in scene_tasks(scene, cell.tasks) if exchange_key(cell, index, task) not in skip]
     # Once for all of them: pictures of this size take longer to encode than to ask about.
-    pictures = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in scene.images if tasks]
+    images = scene.images if tasks and isinstance(scene, Scene) else ()
+    pictures = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in images]
     for task in tasks:
         yield make_exchange(seed, cell, index, scene, task, pictures)
 
 
-def words_right(said: str, question: Question) -> float:
-    """Return the share of the answer's words, counted without those the question already has, that are in place."""
+def is_right(question: Question, said: str) -> bool | None:
+    """Whether an answer is right; None where there is no right one."""
+    return texts.is_right(question, said) if question.kind in texts.KINDS else said.strip() == question.answer
+
+
+def words_right(said: str, question: Question) -> float | None:
+    """Return the share of the answer's words, counted without those the question already has, that are in place.
+
+    None where there is no right answer.
+    """
+    if not question.answer:
+        return None
     given = set(question.text.replace(",", " ").split())
     asked = question.answer.replace(",", " ").split()
     words = said.replace(",", " ").split()

@@ -15,6 +15,7 @@ from benchmarks.quality.cases import (
     Exchange,
     draw_case,
     exchange_key,
+    is_right,
     make_exchanges,
     scene_tasks,
     words_right,
@@ -63,7 +64,7 @@ def score(exchange: Exchange, reply: Reply) -> Answer:
         assert exchange.case is not None, "a question of a data set has its case"
         scored = score_case(exchange.case, said)
     else:
-        scored = {"right": said == question.answer, "partial": words_right(said, question)}
+        scored = {"right": is_right(question, said), "partial": words_right(said, question)}
     return {
         "key": exchange.key,
         "question": question.text,

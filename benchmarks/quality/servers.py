@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scenes
+from benchmarks import scenes, texts
 from benchmarks.harness import Server, compression_flags, detect_device, engine_flags
 from benchmarks.quality import cases
 from sglang_hybridkv.compressors import compressor_names
@@ -150,6 +150,6 @@ def code_fingerprint() -> str:
         for path in sorted(root.rglob("*")):
             if path.suffix in SOURCE_SUFFIXES:
                 digest.update(f"{name}/{path.relative_to(root)}\n".encode() + path.read_bytes())
-    for module in (scenes, cases):
+    for module in (scenes, texts, cases):
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()[:12]

@@ -1,0 +1,406 @@
+"""Texts of real English with facts hidden in them, and questions about them with exact answers.
+
+The prose comes from the license texts of Debian's base-files and from the Python manual that is part of Python
+(`pydoc_data.topics`): the same on every machine with the same versions of both. A text is a random choice of passages
+in random order, with facts between their sentences: access codes of places, who holds the key to which place, a list of
+prices, the crew of a ship, notices. All are drawn from one random generator. Two halves of the prose, by file, and of
+the words in the facts are kept apart, so that what was chosen on one can be reported on the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.scenes import Question
+
+DEVELOPMENT, HELD_OUT = "development", "held-out"
+SPLITS = (DEVELOPMENT, HELD_OUT)
+LENGTHS = (1000, 2000, 4000, 7000)
+"""Tokens of a text, as SmolLM2 counts them."""
+
+LICENSES = Path("/usr/share/common-licenses")
+LICENSE_FILES = {
+    # Versions of one license repeat each other, so that families stay together.
+    DEVELOPMENT: ("GPL-3", "GPL-2", "GPL-1", "LGPL-2.1", "LGPL-2", "LGPL-3"),
+    HELD_OUT: ("GFDL-1.3", "GFDL-1.2", "Apache-2.0", "MPL-2.0", "MPL-1.1", "CC0-1.0", "Artistic"),
+}
+
+NUM_CODES = 4
+NUM_PRICES = 24
+NUM_CREW = 8
+MOST_NOTICES = 6
+CLOZE_WORDS = (8, 12)
+"""Least and most words that a question leaves to complete."""
+
+# The words of the facts; every second one belongs to the held-out half.
+COLOURS = "blue green golden white amber scarlet violet bronze red silver black purple orange crimson ivory copper"
+PLACES = "gate garden library mill castle chapel market station tower bridge harbour barn palace temple factory museum"
+PEOPLE = (
+    "Anna Boris Clara David Elena Felix Greta Henry Irene Jacob Karen Lucas Maria Nathan Olivia Peter "
+    "Quentin Rachel Simon Teresa Victor Wendy Xavier Yvonne Albert Bella Conrad Diana Edward Fiona George Helen"
+)
+GOODS = (
+    "apple candle hammer ladder mirror pencil ribbon saddle teapot violin wallet anchor basket carpet drum engine "
+    "feather guitar helmet iron jacket kettle lantern magnet needle oven pillow quilt rope shovel ticket umbrella "
+    "bottle camera dagger easel funnel goblet hinge inkwell jar knife lemon mask napkin oar paddle quiver rocket scarf "
+    "trumpet urn vase whistle yarn zipper blanket curtain doll envelope flute glove hook idol"
+)
+SHIPS = "Aurora Borealis Corsair Dolphin Endeavour Falcon Gallant Horizon"
+NOTICE = "NOTICE: The bell was rung."
+
+KINDS = ("needle", "pair", "hop", "price", "crew", "cloze", "notices", "summary", "sequel")
+FREE_KINDS = ("summary", "sequel")
+"""Questions without a right answer: what is said is compared with what stock says."""
+NUMBER_KINDS = ("needle", "pair", "hop", "price", "notices")
+"""Questions whose answer is a number, of "pair" two."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what is hidden in it.
+
+    Attributes
+    ----------
+    body : all of it, paragraphs separated by empty lines.
+    codes : place and its access code, four, in the order of the text.
+    holders : person and the place that their key opens, one for each place.
+    prices : article and price, in the order of the list.
+    crew : names in the order of the text.
+    ship : whose crew it is.
+    num_notices : how often the notice stands in the text.
+    sentences : of the prose, long enough to leave a part of them to complete.
+    """
+
+    body: str
+    codes: tuple[tuple[str, str], ...]
+    holders: tuple[tuple[str, str], ...]
+    prices: tuple[tuple[str, str], ...]
+    crew: tuple[str, ...]
+    ship: str
+    num_notices: int
+    sentences: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Questions that can be asked."""
+        return KINDS
+
+
+# Prose ----------------------------------------------------------------------------------------------------------------
+def _license_texts() -> Iterator[tuple[str, str, str]]:
+    """Yield half, name and text of the license files that are there."""
+    for split, names in LICENSE_FILES.items():
+        for name in names:
+            path = LICENSES / name
+            if path.exists():
+                yield split, name, path.read_text(encoding="utf-8", errors="replace")
+
+
+def _manual_texts() -> Iterator[tuple[str, str, str]]:
+    """Yield half, name and text of the topics of Python's manual, the longest first."""
+    from pydoc_data.topics import topics
+
+    for number, name in enumerate(sorted(topics, key=lambda name: (-len(topics[name]), name))):
+        # Halves of about one size: 0, 3, 4, 7, ... of the longest first.
+        yield SPLITS[number % 4 in (1, 2)], name, topics[name]
+
+
+def _source_texts() -> Iterator[tuple[str, str, str]]:
+    found = list(_license_texts())
+    for split in SPLITS:
+        if not any(half == split for half, _, _ in found):
+            raise ValueError(
+                f"texts: none of {', '.join(LICENSE_FILES[split])} is in {LICENSES}; they come with Debian's and "
+                "Ubuntu's package base-files"
+            )
+    try:
+        found += _manual_texts()
+    except ImportError:
+        raise ValueError("texts: this Python has no module pydoc_data.topics, the text of its manual") from None
+    yield from found
+
+
+def _sentences(text: str) -> Iterator[tuple[int, str]]:
+    """Yield number of the paragraph and sentence of everything that reads like prose."""
+    for number, paragraph in enumerate(re.split(r"\n\s*\n", text)):
+        if re.search(r"::=|>>>|\||^\s*[-=*#]{4,}\s*$", paragraph, re.MULTILINE):
+            continue
+        whole_words = re.sub(r"(?<=\w-)\n\s*(?=\w)", "", paragraph)
+        plain = re.sub(r"\s+", " ", re.sub(r"[*`]+", "", whole_words)).strip()
+        for sentence in re.split(r"(?<=[.;:])\s+(?=[A-Z])", plain):
+            letters = sum(character.isalpha() or character in " ,." for character in sentence)
+            whole = re.fullmatch(r"[A-Z][^\n]*[.;:]", sentence)
+            if whole and 40 <= len(sentence) <= 400 and letters >= 0.92 * len(sentence):
+                yield number, sentence
+
+
+@functools.cache
+def passages(split: str) -> tuple[tuple[str, ...], ...]:
+    """Return the passages of one half of the sources: runs of sentences of one paragraph, none of them twice.
+
+    Raises
+    ------
+    ValueError
+        A source is not there; the message says which.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    runs: dict[tuple[str, str, int], list[str]] = {}
+    seen: set[str] = set()
+    # Of both halves: a sentence that is in both belongs to the first that has it.
+    for half, name, text in _source_texts():
+        for paragraph, sentence in _sentences(text):
+            folded = re.sub(r"\W+", " ", sentence).lower().strip()
+            if folded not in seen:
+                seen.add(folded)
+                runs.setdefault((half, name, paragraph), []).append(sentence)
+    return tuple(tuple(run) for (half, _, _), run in runs.items() if half == split)
+
+
+def sources_digest() -> str:
+    """Return a digest of all passages: answers about texts of other sources must not be compared."""
+    return hashlib.sha256(repr([passages(split) for split in SPLITS]).encode()).hexdigest()[:12]
+
+
+def count_tokens(text: str) -> int:
+    """Estimate the tokens of a text as SmolLM2 counts them: measured within 5 % on these texts."""
+    words = re.findall(r"[^\W\d_]+", text)
+    # A long word is two tokens or three, and so is many a word that begins a line; a digit is one token, and so is the
+    # space before a number.
+    pieces = sum(1.04 + 0.035 * max(0, len(word) - 4) for word in words)
+    pieces += 0.8 * len(re.findall(r"\n[^\W\d_]", text))
+    return round(pieces + len(re.findall(r"\d| (?=\d)|[^\w\s]+|_|\n+", text)))
+
+
+# Texts ----------------------------------------------------------------------------------------------------------------
+def _words(split: str, words: str) -> list[str]:
+    """Return one half's share of some words."""
+    return words.split()[SPLITS.index(split) :: len(SPLITS)]
+
+
+def _pick(rng: np.random.Generator, words: list[str], count: int) -> list[str]:
+    return [words[i] for i in rng.permutation(len(words))[:count]]
+
+
+def _number(rng: np.random.Generator, count: int, digits: int) -> list[str]:
+    """Draw different numbers."""
+    low = 10 ** (digits - 1)
+    return [str(low + i) for i in rng.permutation(9 * low)[:count]]
+
+
+@dataclass
+class _Facts:
+    """What a text hides, and how it is said."""
+
+    codes: list[tuple[str, str]]
+    holders: list[tuple[str, str]]
+    prices: list[tuple[str, str]]
+    crew: list[str]
+    ship: str
+    num_notices: int
+
+    @property
+    def sentences(self) -> list[str]:
+        """To be put between the sentences of the prose."""
+        said = [f"The access code of the {place} is {code}." for place, code in self.codes]
+        said += [f"{person} holds the key to the {place}." for person, place in self.holders]
+        return said + [NOTICE] * self.num_notices
+
+    @property
+    def blocks(self) -> list[str]:
+        """To stand as paragraphs of their own."""
+        prices = "\n".join(f"{article}: {price}" for article, price in self.prices)
+        crew = ", ".join(self.crew)
+        return [f"Price list:\n{prices}", f"The crew of the ship {self.ship}: {crew}."]
+
+
+def _draw_facts(rng: np.random.Generator, split: str) -> _Facts:
+    places = [f"{colour} {place}" for colour in _words(split, COLOURS) for place in _words(split, PLACES)]
+    places = _pick(rng, places, NUM_CODES)
+    people = _pick(rng, _words(split, PEOPLE), NUM_CODES + NUM_CREW)
+    order = rng.permutation(NUM_CODES)
+    return _Facts(
+        codes=list(zip(places, _number(rng, NUM_CODES, 4), strict=True)),
+        holders=[(person, places[i]) for person, i in zip(people[:NUM_CODES], order, strict=True)],
+        prices=list(zip(_pick(rng, _words(split, GOODS), NUM_PRICES), _number(rng, NUM_PRICES, 3), strict=True)),
+        crew=people[NUM_CODES:],
+        ship=_pick(rng, _words(split, SHIPS), 1)[0],
+        num_notices=int(rng.integers(1, MOST_NOTICES + 1)),
+    )
+
+
+def _choose_prose(rng: np.random.Generator, split: str, length: int) -> list[list[str]]:
+    """Choose passages of about `length` tokens; the last one is cut where it has to be."""
+    known = passages(split)
+    chosen: list[list[str]] = []
+    left = length
+    for i in rng.permutation(len(known)):
+        passage: list[str] = []
+        for sentence in known[i]:
+            size = count_tokens(sentence)
+            if size <= left:
+                passage.append(sentence)
+                left -= size
+        if passage:
+            chosen.append(passage)
+        if left < 8:
+            break
+    return chosen
+
+
+def _insert(rng: np.random.Generator, prose: list[list[str]], sentences: list[str]) -> None:
+    """Put each sentence somewhere into the prose, in place."""
+    for sentence in sentences:
+        passage = prose[int(rng.integers(1, max(2, len(prose) - 1)))]
+        passage.insert(int(rng.integers(0, len(passage) + 1)), sentence)
+
+
+def draw_text(rng: np.random.Generator, length: int, *, split: str = DEVELOPMENT) -> Text:
+    """Draw a random text.
+
+    Parameters
+    ----------
+    rng : source of every choice; the same state draws the same text.
+    length : tokens, facts included, as SmolLM2 counts them; met within a few per cent.
+    split : half of the prose and of the words, one of SPLITS.
+
+    Raises
+    ------
+    ValueError
+        Unknown split, a length without room for the facts, or a source of the prose is not there.
+    """
+    facts = _draw_facts(rng, split)
+    room = length - count_tokens("\n\n".join([*facts.sentences, *facts.blocks]))
+    if room < 100:
+        raise ValueError(f"length: expected at least {length - room + 100} tokens, got {length}")
+    prose = _choose_prose(rng, split, room)
+    sentences = tuple(sentence for passage in prose for sentence in passage if _is_cloze(sentence))
+    _insert(rng, prose, facts.sentences)
+    paragraphs = [" ".join(passage) for passage in prose]
+    for block in facts.blocks:
+        paragraphs.insert(int(rng.integers(1, len(paragraphs))), block)
+    body = "\n\n".join(paragraphs)
+    return Text(
+        body=body,
+        codes=tuple(sorted(facts.codes, key=lambda fact: body.index(f"of the {fact[0]} is"))),
+        holders=tuple(facts.holders),
+        prices=tuple(facts.prices),
+        crew=tuple(facts.crew),
+        ship=facts.ship,
+        num_notices=facts.num_notices,
+        sentences=sentences,
+    )
+
+
+# Questions ------------------------------------------------------------------------------------------------------------
+
+
+def _is_cloze(sentence: str) -> bool:
+    return CLOZE_WORDS[0] + 8 <= len(sentence.split()) <= 30
+
+
+def _ask_needle(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    place, code = text.codes[rng.integers(len(text.codes))]
+    return f"What is the access code of the {place}? Answer with the number only.", code
+
+
+def _ask_pair(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    (first, code), (second, other) = (text.codes[i] for i in rng.permutation(len(text.codes))[:2])
+    asked = f"What is the access code of the {first}, and what is the access code of the {second}?"
+    return f"{asked} Answer with the two numbers in this order.", f"{code}, {other}"
+
+
+def _ask_hop(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    person, place = text.holders[rng.integers(len(text.holders))]
+    asked = f"Which place does {person} hold the key to, and what is the access code of that place?"
+    return asked, dict(text.codes)[place]
+
+
+def _ask_price(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    article, price = text.prices[rng.integers(len(text.prices))]
+    return f"What is the price of the {article} in the price list? Answer with the number only.", price
+
+
+def _ask_crew(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    asked = f"Copy the list of the crew of the ship {text.ship}: the names only, in the same order, with commas."
+    return asked, ", ".join(text.crew)
+
+
+def _ask_cloze(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    words = text.sentences[rng.integers(len(text.sentences))].split()
+    left = int(rng.integers(CLOZE_WORDS[0], CLOZE_WORDS[1] + 1))
+    begun, rest = " ".join(words[:-left]), " ".join(words[-left:])
+    return f'Complete the sentence of the text word for word: "{begun}', rest
+
+
+def _ask_notices(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    return f'How often does "{NOTICE}" stand in the text? Answer with the number only.', str(text.num_notices)
+
+
+def _ask_summary(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    return "Summarize the text in three sentences.", ""
+
+
+def _ask_sequel(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+    return "Continue the text from where it ends, in the same style.", ""
+
+
+_ASK: dict[str, Callable[[np.random.Generator, Text], tuple[str, str]]] = {
+    "needle": _ask_needle,
+    "pair": _ask_pair,
+    "hop": _ask_hop,
+    "price": _ask_price,
+    "crew": _ask_crew,
+    "cloze": _ask_cloze,
+    "notices": _ask_notices,
+    "summary": _ask_summary,
+    "sequel": _ask_sequel,
+}
+
+
+def ask_text(rng: np.random.Generator, text: Text, kind: str) -> Question:
+    """Make a question about a text.
+
+    Parameters
+    ----------
+    kind : one of `text.kinds`: "needle" (one access code of four), "pair" (two of them, in order), "hop" (the access
+        code of the place whose key somebody holds), "price" (one line of a list of 24), "crew" (copy a list of eight
+        names), "cloze" (the rest of a sentence of the prose, 8 to 12 words), "notices" (how often a line stands in the
+        text, 1 to 6), "summary" and "sequel" (free text: the answer is empty, there is no right one).
+    """
+    if kind not in text.kinds:
+        raise ValueError(f"kind: expected one of {', '.join(text.kinds)} for this text, got {kind!r}")
+    asked, answer = _ASK[kind](rng, text)
+    return Question(kind, asked, answer)
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+def normalise(kind: str, said: str) -> str:
+    """Return what is compared of an answer.
+
+    Of an answer that is a number, or several, the different numbers in their order, whatever stands around them: an
+    answer that names a second number is another answer. Of words, everything but white space and quotation marks at
+    the ends, and a final full stop.
+    """
+    if kind in NUMBER_KINDS:
+        return ", ".join(dict.fromkeys(re.findall(r"\d+", said)))
+    return re.sub(r"\s+", " ", said).strip(" \"“”'").removesuffix(".").strip()
+
+
+def is_right(question: Question, said: str) -> bool | None:
+    """Whether an answer is right; None where there is no right one."""
+    if not question.answer:
+        return None
+    given = normalise(question.kind, said)
+    if question.kind == "cloze":
+        # Some say the whole sentence.
+        begun = question.text.partition('"')[2]
+        given = normalise(question.kind, given.removeprefix(begun))
+    return given == normalise(question.kind, question.answer)
