@@ -39,6 +39,7 @@ NEEDLE_WORDS = (
 _PAPER, _INK, _FAINT, _JOIN = 255, 0, 120, 60
 _MARGIN = 3  # pixels at the left edge, for the bar of pieces that follow the last one without a space
 _SIZES = range(20, 6, -1)  # of the font, in pixels
+_LONGEST_RUN = 8
 _SIGNS = {"\n": "n", "\t": "t", " ": "_"}
 
 
@@ -61,7 +62,7 @@ def _fit(text: str) -> tuple[int, list[str]]:
     """Font size and rows: the largest that fits the cell, else the smallest."""
     for size in _SIZES:
         rows = _wrap(text, size)
-        if len(rows) * size <= CELL_PIXELS + 2 and (len(rows) == 1 or len(text) > 4):
+        if len(rows) * size <= CELL_PIXELS and (len(rows) == 1 or len(text) > 4):
             break
     return size, rows
 
@@ -111,6 +112,12 @@ def piece_text(tokenizer: Any, piece: int) -> str:
     return str(tokenizer.decode([piece], clean_up_tokenization_spaces=False))
 
 
+def _is_drawable(text: str) -> bool:
+    """No part of a character, no control character, and no long run of one sign, which is hard to count."""
+    is_long_run = len(text) > _LONGEST_RUN and len(set(text.strip())) < 2
+    return "\ufffd" not in text and (text == "\n" or text.isprintable()) and not is_long_run
+
+
 def choose_pieces(tokenizer: Any, count: int, texts: Sequence[str] | None = None) -> list[int]:
     """Ids of the word pieces to be drawn, sorted.
 
@@ -130,7 +137,7 @@ def choose_pieces(tokenizer: Any, count: int, texts: Sequence[str] | None = None
         if len(drawings) == count:
             break
         text = piece_text(tokenizer, piece)
-        if piece not in special and "\ufffd" not in text and (text == "\n" or text.isprintable()):
+        if piece not in special and _is_drawable(text):
             drawings.setdefault(draw_piece(text).tobytes(), piece)
     return sorted(drawings.values())
 
