@@ -148,12 +148,13 @@ def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> 
     fast.save_pretrained(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Qwen2_5_VLProcessor"}
-    _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "preprocessor_config.json", _image_settings())
-    _write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "preprocessor_config.json", image_settings())
+    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def _image_settings() -> dict[str, Any]:
+def image_settings() -> dict[str, Any]:
+    """Settings of the image processor: pictures whose sides are multiples of a cell pass as they are."""
     least, most = CELL_PIXELS**2, MAX_POSITIONS * CELL_PIXELS**2
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
@@ -175,5 +176,6 @@ def _image_settings() -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write one of a checkpoint's settings files."""
     path.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,343 @@
+"""Give a pretrained text model eyes: a Qwen2.5-VL that reads pages of text. ``--language FOLDER --out FOLDER``.
+
+The language model is taken as it is. The vision tower maps each 28-pixel cell with a drawn word piece to the language
+model's own input embedding of that piece, so that a page of pictures is to the model what the text is. The tower is
+solved, not trained by descent: the merger's first layer holds one template a piece (a linear discriminant of its
+pixels, with a threshold between its own drawing and the most similar other one), and the last layer is the exact
+regression from the templates' answers to the embeddings.
+
+Positions: an image is one line of text, and `mrope_section` gives all of the rotation to the column, so that cells
+along a line, and the text after it, have the positions that text would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, image_settings, write_json
+from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, piece_text
+from benchmarks.scenes import CELL_PIXELS
+
+NUM_PIECES = 6144
+"""One template each; the tower's work a cell grows with the square."""
+VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+SPARE_IDS = (7, 8, 9, 10)
+"""Of SmolLM2's vocabulary: special tokens that no training text had; they get the names of `VISION_TOKENS`."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_PATCHES, _PATCH_DIM = MERGE**2, PATCH_PIXELS**2
+_CONTRAST = 0.8  # share of a patch's mean that is taken away
+_LEAST_MARGIN = 1e-3  # between a drawing and the most similar other one, of 1: four of bf16's errors of such a product
+_ANSWER = 4.0  # of a template before its GELU: this for its own drawing, at most the negative for any other
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well single cells are read.
+
+    Attributes
+    ----------
+    right : share of cells whose nearest embedding, of all pieces, is that of the piece shown.
+    error : mean of |output - embedding| / |embedding|.
+    worst : greatest such error.
+    cosine : least cosine of output and embedding.
+    """
+
+    right: float
+    error: float
+    worst: float
+    cosine: float
+
+
+def cell_patches(texts: Sequence[str]) -> torch.Tensor:
+    """[cells, 4, 196] in [-1, 1]: the grey patches of drawn pieces, in the order of the image processor."""
+    pixels = torch.from_numpy(np.stack([draw_piece(text) for text in texts])).float().div_(127.5).sub_(1)
+    pixels = pixels.view(-1, MERGE, PATCH_PIXELS, MERGE, PATCH_PIXELS).transpose(2, 3)
+    return pixels.reshape(-1, _PATCHES, _PATCH_DIM)
+
+
+def processed_pixels(patches: torch.Tensor) -> torch.Tensor:
+    """[cells * 4, 3 * 2 * 196]: what the image processor makes of the same cells; colours and frames are equal."""
+    return patches.reshape(-1, 1, _PATCH_DIM).expand(-1, 6, -1).flatten(1)
+
+
+def build_config(language: Any, num_pieces: int) -> Qwen2_5_VLConfig:
+    """Qwen2.5-VL with the shape of a Llama, and a tower of `num_pieces` templates without transformer blocks."""
+    head_dim = language.hidden_size // language.num_attention_heads
+    vision_hidden = num_pieces // _PATCHES
+    if num_pieces % 256 or vision_hidden < _PATCH_DIM:
+        raise ValueError(f"num_pieces: expected a multiple of 256 of at least 1,024, got {num_pieces}")
+    if getattr(language, "head_dim", head_dim) != head_dim:
+        raise ValueError(f"language: expected head_dim = {head_dim} (hidden size / heads), got {language.head_dim}")
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps"
+    )
+    return Qwen2_5_VLConfig(
+        text_config={
+            **{name: getattr(language, name) for name in names.split()},
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [0, 0, head_dim // 2],
+                "rope_theta": language.rope_parameters["rope_theta"],
+            },
+            "bos_token_id": language.bos_token_id,
+            "eos_token_id": language.eos_token_id,
+            "pad_token_id": language.eos_token_id,
+            "tie_word_embeddings": True,
+        },
+        vision_config={
+            "depth": 0,
+            "hidden_size": vision_hidden,
+            "intermediate_size": vision_hidden,
+            "num_heads": vision_hidden // 64,
+            "patch_size": PATCH_PIXELS,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "window_size": CELL_PIXELS,
+            "out_hidden_size": language.hidden_size,
+            "fullatt_block_indexes": [],
+            "tokens_per_second": 2,
+            "in_channels": 3,
+        },
+        **dict(
+            zip(
+                ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"),
+                SPARE_IDS,
+                strict=True,
+            )
+        ),
+        tie_word_embeddings=True,
+    )
+
+
+def copy_language(model: Any, llama: Any) -> None:
+    """Copy a Llama's weights; Qwen2's attention has biases beside them, which stay zero.
+
+    The tokens around an image get zero vectors: of all that was tried they disturb the text least, and with tied
+    embeddings their logits are zero, which no greedy answer picks.
+    """
+    weights = llama.model.state_dict()
+    missing, unexpected = model.model.language_model.load_state_dict(weights, strict=False)
+    if unexpected or any(not name.endswith("_proj.bias") for name in missing):
+        raise ValueError(f"language: expected the weights of a Llama; missing {missing}, unexpected {unexpected}")
+    with torch.no_grad():
+        for name in missing:
+            model.model.language_model.get_parameter(name).zero_()
+        model.model.language_model.embed_tokens.weight[list(SPARE_IDS)] = 0
+    model.tie_weights()
+
+
+def solve_templates(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [N, F] and thresholds [N] of a detector of each row of `seen` [N, F], fp64, all of one length.
+
+    A detector answers +`_ANSWER` to its own row and at most -`_ANSWER` to any other: of all rows of one length a row
+    has the greatest product with itself.
+    """
+    scores = seen @ seen.T
+    own = scores.diagonal().clone()
+    scores.fill_diagonal_(-torch.inf)
+    rival = scores.max(1).values
+    if (own - rival).min() < _LEAST_MARGIN * own.mean():
+        raise ValueError(f"pieces: two drawings are too much alike, by {(own - rival).min() / own.mean():.1e}")
+    gain = 2 * _ANSWER / (own - rival)
+    return seen * gain[:, None], -gain * (own + rival) / 2
+
+
+def solve_tower(tower: Any, patches: torch.Tensor, targets: torch.Tensor) -> None:
+    """Set the weights of a tower without blocks so that cells [N, 4, 196] give targets [N, hidden]."""
+    num_pieces, width = len(patches), tower.merger.hidden_size
+    first, _, last = tower.merger.mlp
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.zero_()
+        tower.merger.ln_q.weight.fill_(1)
+        # The first 196 channels of a patch are its grey pixels less most of their mean, which the paper dominates.
+        # What stays of the mean keeps a blank patch from vanishing in the norm, so that all cells have one length.
+        lens = torch.eye(_PATCH_DIM) - _CONTRAST / _PATCH_DIM
+        tower.patch_embed.proj.weight[:_PATCH_DIM] = (lens / 6).view(-1, 1, 1, PATCH_PIXELS, PATCH_PIXELS)
+        seen = normalised_patches(tower, patches)
+        templates, thresholds = solve_templates(seen[..., :_PATCH_DIM].double().flatten(1))
+        columns = first.weight.view(width, _PATCHES, -1)
+        columns[:num_pieces, :, :_PATCH_DIM] = templates.view(num_pieces, _PATCHES, -1).float()
+        first.bias[:num_pieces] = thresholds.float()
+        answers = F.gelu(_rounded_linear(first, seen.flatten(1)))
+        last.weight[:] = solve_last_layer(answers[:, :num_pieces], targets, width).float()
+
+
+def _round(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16)
+
+
+def _rounded_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, _round(layer.weight), _round(layer.bias))
+
+
+def normalised_patches(tower: Any, patches: torch.Tensor) -> torch.Tensor:
+    """[N, 4, context], bf16: what the merger's first layer gets, rounded as in the served model."""
+    kernel = _round(tower.patch_embed.proj.weight.flatten(1))
+    x = F.linear(_round(processed_pixels(patches)), kernel)
+    return tower.merger.ln_q(x).to(torch.bfloat16).view(len(patches), _PATCHES, -1)
+
+
+def solve_last_layer(answers: torch.Tensor, targets: torch.Tensor, width: int) -> torch.Tensor:
+    """[hidden, width]: weights that take answers [N, N], nearly diagonal, to targets [N, hidden]; zero beyond N."""
+    solved = torch.linalg.solve(answers.double(), targets.double())
+    return F.pad(solved.T, (0, width - len(answers)))
+
+
+def measure(tower: Any, patches: torch.Tensor, targets: torch.Tensor, batch: int = 512) -> Accuracy:
+    """Read every cell with a copy of the tower in bf16."""
+    tower = copy.deepcopy(tower).to(torch.bfloat16)
+    with torch.inference_mode():
+        outputs = torch.cat([_read(tower, part) for part in patches.split(batch)])
+        nearest = torch.cat([torch.cdist(part, targets).argmin(1) for part in outputs.split(batch)])
+    errors = (outputs - targets).norm(dim=1) / targets.norm(dim=1)
+    right = (nearest == torch.arange(len(targets))).float().mean()
+    cosine = F.cosine_similarity(outputs, targets).min()
+    return Accuracy(right.item(), errors.mean().item(), errors.max().item(), cosine.item())
+
+
+def _read(tower: Any, patches: torch.Tensor) -> torch.Tensor:
+    """[N, hidden] of cells that stand in one line."""
+    grid = torch.tensor([[1, MERGE, MERGE * len(patches)]])
+    return tower(processed_pixels(patches), grid_thw=grid).pooler_output.float()
+
+
+def rename_tokens(folder: Path) -> None:
+    """Give the spare special tokens of a saved tokenizer the names by which SGLang finds images in a prompt."""
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    added = {token["id"]: token for token in settings["added_tokens"]}
+    for spare_id, name in zip(SPARE_IDS, VISION_TOKENS, strict=True):
+        if spare_id not in added:
+            raise ValueError(f"language: expected a special token with the id {spare_id} in its tokenizer")
+        vocabulary = settings["model"]["vocab"]
+        vocabulary[name] = vocabulary.pop(added[spare_id]["content"], spare_id)
+        added[spare_id]["content"] = name
+    path.write_text(json.dumps(settings, ensure_ascii=False))
+
+
+def save_tokenizer(language: Path, folder: Path) -> None:
+    """Write tokenizer, chat template and image processor settings as SGLang and transformers read them."""
+    shutil.copy(language / "tokenizer.json", folder)
+    rename_tokens(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    # Named explicitly: else transformers loads the model family's tokenizer class, which rewrites the pre-tokenizer.
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Qwen2_5_VLProcessor"}
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "preprocessor_config.json", image_settings())
+    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+
+
+def make_reader(
+    language: Path, folder: Path, num_pieces: int = NUM_PIECES, texts: Sequence[str] | None = None
+) -> Accuracy:
+    """Write a checkpoint that reads pages with the language model in `language`, a Llama with SmolLM2's tokenizer.
+
+    Parameters
+    ----------
+    num_pieces : word pieces that can be drawn, and width of the tower: a multiple of 256.
+    texts : where the pieces are taken from; `benchmarks.pages.sources()` unless given.
+    """
+    if not (language / "config.json").is_file():
+        raise ValueError(f"language: expected a folder with a config.json, got {str(language)!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(language, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    llama = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
+    pieces = choose_pieces(tokenizer, num_pieces, texts)
+    model = Qwen2_5_VLForConditionalGeneration(build_config(llama.config, num_pieces))
+    copy_language(model, llama)
+    patches = cell_patches([piece_text(tokenizer, piece) for piece in pieces])
+    targets = llama.get_input_embeddings().weight.detach()[pieces]
+    solve_tower(model.model.visual, patches, targets)
+    accuracy = measure(model.model.visual, patches, targets)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.do_sample = False
+    model.to(torch.bfloat16).save_pretrained(folder)
+    write_json(folder / PIECES_FILE, pieces)
+    (folder / "README.md").write_text(describe(accuracy, len(pieces)))
+    return accuracy
+
+
+def describe(accuracy: Accuracy, num_pieces: int) -> str:
+    """Model card."""
+    return f"""# A reader of pages made of real weights
+
+Language model: taken as it is, from SmolLM2-135M-Instruct (Apache-2.0) unless another was given. Architecture:
+Qwen2_5_VLForConditionalGeneration with zero biases, and all of M-RoPE's rotation by the column.
+
+Vision tower: solved in closed form by `benchmarks/models/train_reader.py`, no gradient step. Each cell of 28 pixels is
+one visual token. The merger's first layer holds a template of each of {num_pieces:,} drawn word pieces, its last layer
+the language model's input embeddings of them. `{PIECES_FILE}` lists the token ids; other words are spelled in parts.
+
+Single cells in bf16: nearest embedding right {accuracy.right:.2%}, error {accuracy.error:.2%} of the embedding's length
+on average and {accuracy.worst:.2%} at worst, cosine at least {accuracy.cosine:.5f}.
+
+## How to ask
+`benchmarks/pages.py` draws a text as one picture a line (`PageWriter.load(FOLDER).user_message(text, question)`).
+Each line costs two tokens more than its cells; their vectors are zero.
+
+## What it cannot do
+- It reads the drawings of `benchmarks/pages.py` only: same font (Pillow's own), size and place. It is a lookup of
+  drawings, not an eye: other pictures give vectors that mean nothing.
+- One row of cells a picture: the rows of a taller one would have the same positions.
+- No video. Context: the language model's (SmolLM2: 8,192 tokens).
+- What it answers is what its language model answers to the same text.
+"""
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--language", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
+    parser.add_argument(
+        "--pieces", type=int, default=NUM_PIECES, help="word pieces that can be drawn (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    started = time.monotonic()
+    accuracy = make_reader(args.language, args.out, args.pieces)
+    print(f"{args.out}: {time.monotonic() - started:.0f} s, {accuracy}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Pages of text as pictures: every word piece of a tokenizer is drawn into a cell of 28 pixels, one visual token each.
+
+A page is a list of images, one a line of text: a row of cells. The pictures are those that the vision tower of
+`benchmarks.models.train_reader` maps to the language model's own embeddings, so that it reads a page as it reads text.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from benchmarks.scenes import CELL_PIXELS, image_url
+
+PIECES_FILE = "pieces.json"
+"""In the folder of a checkpoint that reads pages: the token ids whose drawings it knows."""
+CELLS_PER_LINE = 32
+MOST_CELLS_PER_LINE = 199
+"""The image processor of Qwen2-VL refuses pictures more than 200 times as long as high."""
+
+LICENSES = Path("/usr/share/common-licenses")
+NEEDLE_WORDS = (
+    "The access code of the blue gate is 4711. What? Answer with the number only. "
+    "red green silver golden black white purple yellow orange brown gray pink violet copper amber "
+    "tower garden bridge library harbour harbor castle station market river forest museum school church temple palace "
+    "north south east west first second third last one two three four five six seven eight nine ten "
+    "Alice Bob Carol David Emma Frank George Helen Ivan Julia Kevin Laura Maria Nina Oscar Paul Rose Sarah Thomas "
+    "London Paris Rome Berlin Madrid Vienna Tokyo Lisbon Oslo Dublin Athens Cairo Delhi Boston Chicago "
+    "lives works was born likes owns password secret number key door room name city colour color animal cat dog horse"
+)
+_PAPER, _INK, _FAINT, _JOIN = 255, 0, 120, 60
+_MARGIN = 3  # pixels at the left edge, for the bar of pieces that follow the last one without a space
+_SIZES = range(20, 6, -1)  # of the font, in pixels
+_LONGEST_RUN = 8
+_SIGNS = {"\n": "n", "\t": "t", " ": "_"}
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size=size)
+
+
+def _wrap(text: str, size: int) -> list[str]:
+    """Rows of a text, broken wherever the cell is full."""
+    rows, width = [""], CELL_PIXELS - _MARGIN
+    for character in text:
+        if rows[-1] and _font(size).getlength(rows[-1] + character) > width:
+            rows.append("")
+        rows[-1] += character
+    return rows
+
+
+def _fit(text: str) -> tuple[int, list[str]]:
+    """Font size and rows: the largest that fits the cell, else the smallest."""
+    for size in _SIZES:
+        rows = _wrap(text, size)
+        if len(rows) * size <= CELL_PIXELS and (len(rows) == 1 or len(text) > 4):
+            break
+    return size, rows
+
+
+@functools.lru_cache(100_000)
+def draw_piece(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Grey pixels [28, 28] of a word piece: black on white.
+
+    A leading space is not drawn; a piece without one has a bar at the left edge, which ties it to the piece before.
+    Other white space is drawn as faint signs.
+    """
+    picture = Image.new("L", (CELL_PIXELS, CELL_PIXELS), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    if text.startswith(" "):
+        text = text[1:]
+    else:
+        draw.rectangle((0, 2, 1, CELL_PIXELS - 3), fill=_JOIN)
+    size, rows = _fit(text)
+    top = (CELL_PIXELS - len(rows) * size) / 2
+    for row, characters in enumerate(rows):
+        left = float(_MARGIN)
+        for character in characters:
+            ink = _FAINT if character in _SIGNS else _INK
+            draw.text((left, top + size * (row + 0.5)), _SIGNS.get(character, character), ink, _font(size), anchor="lm")
+            left += _font(size).getlength(character)
+    return np.asarray(picture)
+
+
+def sources() -> Iterator[str]:
+    """The texts that the quality bench asks about: Debian's licences, where they are, and the manual in Python."""
+    from pydoc_data import topics
+
+    yield " ".join([NEEDLE_WORDS] * 100)
+    for path in sorted(LICENSES.glob("*")):
+        if not path.is_symlink():
+            yield path.read_text(errors="replace")
+    yield from topics.topics.values()
+
+
+def squeeze(text: str) -> str:
+    """Running text: each run of white space becomes one space."""
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def piece_text(tokenizer: Any, piece: int) -> str:
+    """What a word piece stands for, its leading space included."""
+    return str(tokenizer.decode([piece], clean_up_tokenization_spaces=False))
+
+
+def _is_drawable(text: str) -> bool:
+    """No part of a character, no control character, and no long run of one sign, which is hard to count."""
+    is_long_run = len(text) > _LONGEST_RUN and len(set(text.strip())) < 2
+    return "\ufffd" not in text and (text == "\n" or text.isprintable()) and not is_long_run
+
+
+def choose_pieces(tokenizer: Any, count: int, texts: Sequence[str] | None = None) -> list[int]:
+    """Ids of the word pieces to be drawn, sorted.
+
+    All printable ASCII characters come first, so that any ASCII text can be spelled, then the most frequent pieces of
+    the texts (`sources()` unless given), then those that the tokenizer learned first. Pieces that look like one taken
+    before are left out, as are special tokens and parts of characters.
+    """
+    counts: collections.Counter[int] = collections.Counter()
+    for text in sources() if texts is None else texts:
+        counts.update(tokenizer(squeeze(text), add_special_tokens=False)["input_ids"])
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    first = [tokenizer(character, add_special_tokens=False)["input_ids"][0] for character in characters]
+    frequent = [piece for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    special = set(tokenizer.added_tokens_decoder)
+    drawings: dict[bytes, int] = {}
+    for piece in [*first, *frequent, *range(len(tokenizer))]:
+        if len(drawings) == count:
+            break
+        text = piece_text(tokenizer, piece)
+        if piece not in special and _is_drawable(text):
+            drawings.setdefault(draw_piece(text).tobytes(), piece)
+    return sorted(drawings.values())
+
+
+@dataclass(frozen=True)
+class PageWriter:
+    """Draws pages for one checkpoint.
+
+    Attributes
+    ----------
+    tokenizer : the checkpoint's; a fast one of the byte-pair kind.
+    pieces : ids of the word pieces that the checkpoint's vision tower reads.
+    """
+
+    tokenizer: Any
+    pieces: frozenset[int]
+
+    @classmethod
+    def load(cls, folder: Path) -> PageWriter:
+        """Of a checkpoint made by `benchmarks.models.train_reader`."""
+        from transformers import AutoTokenizer
+
+        if not (folder / PIECES_FILE).is_file():
+            raise ValueError(f"folder: expected a checkpoint with a {PIECES_FILE}, got {str(folder)!r}")
+        pieces = json.loads((folder / PIECES_FILE).read_text())
+        return cls(AutoTokenizer.from_pretrained(folder), frozenset(pieces))
+
+    @functools.cached_property
+    def _halves(self) -> dict[str, tuple[str, str]]:
+        """The two parts that the tokenizer merges into each piece."""
+        merges = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        pairs = (tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges)
+        return {left + right: (left, right) for left, right in pairs}
+
+    def _spell_piece(self, token: str) -> Iterator[int]:
+        piece = self.tokenizer.convert_tokens_to_ids(token)
+        if piece in self.pieces:
+            yield piece
+        elif token in self._halves:
+            for half in self._halves[token]:
+                yield from self._spell_piece(half)
+        else:
+            raise ValueError(f"text: no drawing for the piece {token!r}; printable ASCII can always be drawn")
+
+    def spell(self, text: str) -> list[int]:
+        """Token ids of a text; pieces without a drawing are spelled in the parts that the tokenizer made them of."""
+        return [piece for token in self.tokenizer.tokenize(text) for piece in self._spell_piece(token)]
+
+    def break_lines(self, pieces: Sequence[int], cells_per_line: int = CELLS_PER_LINE) -> list[list[int]]:
+        """Cut a text into lines, before a word where the line has one, so that words and numbers stay whole."""
+        if not 1 <= cells_per_line <= MOST_CELLS_PER_LINE:
+            raise ValueError(f"cells_per_line: expected 1 to {MOST_CELLS_PER_LINE}, got {cells_per_line}")
+        lines, start = [], 0
+        while start < len(pieces):
+            end = min(start + cells_per_line, len(pieces))
+            if end < len(pieces):
+                words = (i for i in range(end, start, -1) if piece_text(self.tokenizer, pieces[i])[:1].isspace())
+                end = next(words, end)
+            lines.append(list(pieces[start:end]))
+            start = end
+        return lines
+
+    def draw_lines(self, text: str, cells_per_line: int = CELLS_PER_LINE) -> list[Image.Image]:
+        """Pictures of a text, one a line, each 28 pixels high and 28 wide for each piece.
+
+        Raises
+        ------
+        ValueError
+            A character of the text cannot be drawn, or a line would be too long for the image processor.
+        """
+        return [
+            Image.fromarray(np.hstack([draw_piece(piece_text(self.tokenizer, piece)) for piece in line])).convert("RGB")
+            for line in self.break_lines(self.spell(text), cells_per_line)
+        ]
+
+    def user_message(self, page: str, question: str, cells_per_line: int = CELLS_PER_LINE) -> dict[str, Any]:
+        """Return the OpenAI chat message: the page as pictures, then the question as text."""
+        lines = self.draw_lines(page, cells_per_line)
+        pictures = [{"type": "image_url", "image_url": {"url": image_url(line)}} for line in lines]
+        return {"role": "user", "content": [*pictures, {"type": "text", "text": f"\n{question}"}]}
