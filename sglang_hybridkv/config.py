@@ -56,10 +56,11 @@ MinObservationRows = Annotated[
 ]
 MinPromptTokens = Annotated[int, Field(ge=1, description="prompts with fewer tokens are served dense")]
 ChunkScore = Annotated[
-    Literal["mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max"],
+    Literal["mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread"],
     Field(
         description="score of a chunk for a query group: max or mean over the group of q . mean key, Quest's min/max "
-        "bound, ArkVale's centre plus half the extent, or the best of 2 or 4 mean keys a chunk"
+        "bound, ArkVale's centre plus half the extent, the best of 2 or 4 mean keys a chunk, or q . mean key plus half "
+        "the spread of the chunk's keys"
     ),
 ]
 Unretrieved = Annotated[

@@ -42,7 +42,7 @@ Variants = dict[str, dict[str, Any]]
 ABLATION: Variants = {
     "": {},
     "all static": {"theta": 0.0},
-    "all dynamic": {"theta": 1.01},
+    "all dynamic": {"max_dynamic_heads": 1.0},
     "no head level": {"static_weight": "uniform"},
     "neither level": {"static_weight": "uniform", "dynamic_ratio": 1.0},
     "paper": {"preset": "paper"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import torch
@@ -10,17 +12,18 @@ from pydantic import Field, model_validator
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.budget import apportion, head_weights, share_by_ratio
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
-from sglang_hybridkv.config import PageSize, RetrievalConfig
+from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RetrievalConfig
 from sglang_hybridkv.select import text_first_order
 
 # Defaults by preset; a field that the user gives wins. "paper" is the published method, its open choices inferred.
-# "tuned" is what the fields say, found on the trained tiny model, see docs/quality.md: few heads move, those are told
-# by their worst query, they get several times the rows of the others, and small chunks with one mean key each are the
-# least that serves them where scenes are coherent.
+# "tuned" is what the fields say, found on drawn scenes and on real text with a pretrained model, see docs/quality.md: a
+# fixed share of the heads retrieves, those that lost most of their worst query; small chunks, whose score knows their
+# spread, serve them; static heads keep single tokens, not neighbourhoods.
 _PAPER: dict[str, Any] = {
     "page_size": 16,
     "statistic": "sparsity",
     "theta": 0.9,
+    "max_dynamic_heads": 1.0,
     "dynamic_share": 0.32,
     "static_weight": "sparsity",
     "text_share": 1.0,
@@ -38,6 +41,8 @@ class HybridKVConfig(RetrievalConfig):
     """Settings of HybridKV; "inferred" marks a choice that the published text does not fix."""
 
     page_size: PageSize = 8
+    chunk_score: ChunkScore = "mean_spread"
+    pool_kernel: PoolKernel = 1
     preset: Literal["tuned", "paper"] = Field(
         "tuned", description="set of defaults: chosen by measured quality, or as the paper has them"
     )
@@ -45,7 +50,10 @@ class HybridKVConfig(RetrievalConfig):
         "worst_capture", description="statistic S in [0, 1] of a head; static when S >= theta (inferred)"
     )
     theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(
-        0.005, description="threshold of the statistic; 0 makes every head static, above 1 every head dynamic"
+        1.01, description="threshold of the statistic; 0 makes every head static, above 1 as many dynamic as may be"
+    )
+    max_dynamic_heads: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.35, description="largest share of the heads, rounded down, that are dynamic: those with the lowest statistic"
     )
     sparsity_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="'sparsity' counts keys below this fraction of a row's largest probability (inferred)"
@@ -60,7 +68,7 @@ class HybridKVConfig(RetrievalConfig):
         None, description="r: share of the budget that goes to the dynamic heads; null: dynamic_ratio decides"
     )
     dynamic_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = Field(
-        4.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
+        3.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
     )
     static_weight: Literal["sparsity", "density", "uniform"] = Field(
         "density", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
@@ -75,6 +83,14 @@ class HybridKVConfig(RetrievalConfig):
     def _fill_from_the_preset(cls, values: Any) -> Any:
         preset = values.get("preset", "tuned") if isinstance(values, dict) else None
         return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
+
+
+def lowest(statistic: torch.Tensor, count: int) -> torch.Tensor:
+    """Mask of the `count` lowest of a statistic [L, H]; ties go to the earlier head. No host sync."""
+    order = statistic.flatten().argsort(stable=True)
+    mask = torch.zeros(statistic.numel(), dtype=torch.bool, device=statistic.device)
+    mask[order[:count]] = True
+    return mask.view_as(statistic)
 
 
 class HybridKV(Compressor):
@@ -105,7 +121,8 @@ class HybridKV(Compressor):
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
         """Types by threshold, budgets by type and weight; no host sync."""
         config, statistic = self.config, observation.statistic
-        is_dynamic = statistic < config.theta if retrieval else torch.zeros_like(statistic, dtype=torch.bool)
+        most = self.most_dynamic(statistic.numel()) if retrieval else 0
+        is_dynamic = lowest(statistic, most) & (statistic < config.theta)
         share = config.dynamic_share
         if share is None:
             share = share_by_ratio(is_dynamic, config.dynamic_ratio)
@@ -113,6 +130,11 @@ class HybridKV(Compressor):
         floor = min(config.min_head_pages, observation.num_pages)
         pages = apportion(weights, total_head_pages, floor, observation.num_pages)
         return HeadPlan(is_dynamic, pages.view_as(statistic))
+
+    def most_dynamic(self, num_heads: int) -> int:
+        """Heads of a model of `num_heads` KV heads that may be dynamic."""
+        # As the user wrote it: 0.29 of 100 heads are 29.
+        return math.floor(Fraction(repr(self.config.max_dynamic_heads)) * num_heads)
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """Text first, then salient visual tokens."""

@@ -21,7 +21,7 @@ from tests import builders
 
 MODEL = Path(diagnose.__file__).parent / "models" / "tiny-qwen2_5_vl-scenes"
 SHORT = {"min_prompt_tokens": 1, "min_head_pages": 1}
-ALL_STATIC, ALL_DYNAMIC = {"theta": 0.0}, {"theta": 1.01}
+ALL_STATIC, ALL_DYNAMIC = {"theta": 0.0}, {"max_dynamic_heads": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_full_attention_is_what_the_model_computed(model: TracedModel, drawn: tu
             torch.testing.assert_close(probs.sum(-1), torch.ones(probs.shape[:2]))
 
 
-@pytest.mark.parametrize("heads", [ALL_STATIC, ALL_DYNAMIC, {"theta": 0.7}])
+@pytest.mark.parametrize("heads", [ALL_STATIC, ALL_DYNAMIC, {"theta": 0.7, "max_dynamic_heads": 1.0}])
 def test_nothing_is_lost_at_budget_one(trace: Trace, heads: dict[str, float]) -> None:
     measured = measure_prompt(trace, compressor_of(1.0, **heads))
     assert measured["output_error"].max() < 1e-4
@@ -94,7 +94,7 @@ def test_nothing_is_lost_at_budget_one(trace: Trace, heads: dict[str, float]) ->
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.35])
-@pytest.mark.parametrize("heads", [ALL_STATIC, ALL_DYNAMIC, {"theta": 0.7}])
+@pytest.mark.parametrize("heads", [ALL_STATIC, ALL_DYNAMIC, {"theta": 0.7, "max_dynamic_heads": 1.0}])
 def test_measures_keep_their_laws(trace: Trace, heads: dict[str, float], budget: float) -> None:
     measured = measure_prompt(trace, compressor_of(budget, **heads))
     assert set(measured) == {*MEASURES, *STATISTICS}
@@ -104,11 +104,11 @@ def test_measures_keep_their_laws(trace: Trace, heads: dict[str, float], budget:
         assert (measured[name] <= 1 + 1e-5).all()
     assert (measured["output_error"] >= 0).all()
     assert measured["output_error"].max() > 1e-3, "something is lost"
-    if heads != {"theta": 0.7}:
+    if heads != {"theta": 0.7, "max_dynamic_heads": 1.0}:
         assert measured["is_dynamic"].unique().tolist() == [float(heads == ALL_DYNAMIC)]
 
 
-@pytest.mark.parametrize("heads", [ALL_STATIC, ALL_DYNAMIC, {"theta": 0.7}])
+@pytest.mark.parametrize("heads", [ALL_STATIC, ALL_DYNAMIC, {"theta": 0.7, "max_dynamic_heads": 1.0}])
 def test_a_head_attends_to_what_is_called_resident_and_to_the_tail(trace: Trace, heads: dict[str, float]) -> None:
     prompt = CompressedPrompt(trace, compressor_of(0.2, **heads))
     for layer_idx in range(len(trace.q)):
@@ -124,7 +124,7 @@ def test_a_head_attends_to_what_is_called_resident_and_to_the_tail(trace: Trace,
 
 
 def test_two_measurements_agree(trace: Trace) -> None:
-    compressor = compressor_of(0.2, theta=0.7)
+    compressor = compressor_of(0.2, theta=0.7, max_dynamic_heads=1.0)
     first, again = (measure_prompt(trace, compressor) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 

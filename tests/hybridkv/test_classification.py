@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ def observed(draw):
     """A compressor, an observation, and a legal budget in head pages."""
     config = HybridKVConfig(
         theta=draw(st.sampled_from([0.0, 0.5, 0.9, 1.01])),
+        max_dynamic_heads=draw(st.sampled_from([0.0, 0.29, 0.35, 1.0])),
         dynamic_share=draw(st.none() | st.floats(0.0, 1.0)),
         dynamic_ratio=draw(st.sampled_from([0.1, 1.0, 3.0])),
         min_head_pages=draw(st.integers(1, 4)),
@@ -32,11 +35,18 @@ def observed(draw):
 
 @LAWS
 @given(observed())
-def test_static_exactly_when_the_statistic_reaches_theta(case):
+def test_dynamic_are_the_lowest_below_theta_as_many_as_may_be(case):
     compressor, observation, total = case
-    plan = compressor.plan(observation, total, retrieval=True)
-    theta = torch.tensor(compressor.config.theta)
-    assert torch.equal(plan.is_dynamic, ~(observation.statistic >= theta))
+    statistic, is_dynamic = (
+        observation.statistic.flatten(),
+        compressor.plan(observation, total, retrieval=True).is_dynamic.flatten(),
+    )
+    most = int(Decimal(str(compressor.config.max_dynamic_heads)) * len(statistic))
+    below = [
+        head for head, value in enumerate(statistic.tolist()) if value < torch.tensor(compressor.config.theta).item()
+    ]
+    expected = sorted(below, key=lambda head: (statistic[head].item(), head))[:most]
+    assert is_dynamic.nonzero().flatten().tolist() == sorted(expected)
 
 
 @LAWS
@@ -85,7 +95,7 @@ def test_each_head_ranks_every_token_once(case):
 
 @pytest.mark.parametrize(("theta", "dynamic"), [(0.0, 0), (1.01, 4)])
 def test_theta_beyond_the_statistic_makes_all_heads_one_type(theta, dynamic):
-    compressor = HybridKV(HybridKVConfig(theta=theta))
+    compressor = HybridKV(HybridKVConfig(theta=theta, max_dynamic_heads=1.0))
     observation = PromptObservation(torch.tensor([[0.0, 1.0], [0.5, 0.9]]), torch.rand(2, 2, 64), torch.ones(64), 4)
     assert int(compressor.plan(observation, 8, retrieval=True).is_dynamic.sum()) == dynamic
 

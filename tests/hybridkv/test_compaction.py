@@ -24,7 +24,7 @@ THETA = {"static": 0.0, "dynamic": 1.01, "mixed": 0.5}
 
 
 def pool_of(generator, *, heads="mixed", pool=None, **config):
-    values = {"min_prompt_tokens": 1, "min_head_pages": 1, "theta": THETA[heads]} | config
+    values = {"min_prompt_tokens": 1, "min_head_pages": 1, "theta": THETA[heads], "max_dynamic_heads": 1.0} | config
     return TinyPool(generator, HybridKVConfig(**values), **pool or {})
 
 

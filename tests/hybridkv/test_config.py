@@ -150,6 +150,7 @@ def test_the_paper_preset_is_the_method_as_published():
     assert chosen == ("sparsity", 0.9, 0.32, "sparsity", "mean_max")
     rest = (config.text_share, config.observation_rows, config.num_sink_tokens, config.recent_window)
     assert (*rest, config.pool_kernel, config.pool_mode) == (1.0, 32, 4, 16, 5, "average")
+    assert config.max_dynamic_heads == 1.0
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -38,6 +38,7 @@ class EstimatingPool(TinyPool):
             chunk_score=chunk_score,
             unretrieved="estimate",
             theta=0.5,
+            max_dynamic_heads=1.0,
             page_size=P,
             min_head_pages=1,
             min_prompt_tokens=1,

@@ -84,6 +84,7 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
             budget=budget,
             chunk_score=chunk_score,
             theta=theta,
+            max_dynamic_heads=1.0,
             num_sink_tokens=windows[0],
             recent_window=windows[1],
             page_size=P,
@@ -162,7 +163,7 @@ test_cpp_decode_against_brute_force = needs_library(CppDecodeAgainstBruteForce.T
 
 
 def dynamic_pool(**config):
-    values = {"theta": 1.01, "page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "budget": 0.3}
+    values = {"max_dynamic_heads": 1.0, "page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "budget": 0.3}
     return TinyPool(fresh_generator(), HybridKVConfig(**values | config))
 
 
@@ -370,7 +371,7 @@ def check_same_step(pool, compressed, prompts, layer, q, isa=None, twin=None):
 
 def mixed_pool(dtype=torch.float32, **config):
     """Requests with static and dynamic heads and a dense one, which share one pool."""
-    values = {"page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "theta": 0.7}
+    values = {"page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "theta": 0.7, "max_dynamic_heads": 1.0}
     shape = {"dtype": dtype, "group_size": 3, "pages": 220, "host_pages": 120}
     pool = TinyPool(fresh_generator(), HybridKVConfig(**values | config), **shape)
     prompts = [pool.add_prompt(n) for n in (37 * P + 5, 3 * P, 18 * P, 25 * P + 1)]
@@ -415,7 +416,7 @@ def test_cpp_equals_naive_at_any_budget_and_number_of_threads(threads, budget):
 @pytest.mark.parametrize("group_size", [*range(1, 9), 16])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 def test_cpp_equals_naive_for_model_shapes(head_dim, group_size, isa):
-    config = HybridKVConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, theta=1.01, budget=0.3)
+    config = HybridKVConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, max_dynamic_heads=1.0, budget=0.3)
     pool = TinyPool(fresh_generator(), config, head_dim=head_dim, group_size=group_size, pages=60, host_pages=40)
     prompt = pool.add_prompt(21 * P)
     pool.compress(prompt)

@@ -58,7 +58,7 @@ def test_equals_naive_over_many_steps(windows, chunk_score):
 def test_equals_naive_however_the_work_is_shared(monkeypatch, block, num_programs, budget):
     monkeypatch.setattr(twin, "select_block", lambda num_chunks: block)
     monkeypatch.setattr(twin, "_TARGET_PROGRAMS", num_programs)
-    config = HybridKVConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, theta=1.01, budget=budget)
+    config = HybridKVConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, max_dynamic_heads=1.0, budget=budget)
     pool = TinyPool(fresh_generator(), config, num_layers=1, num_kv_heads=2, pages=220, host_pages=80)
     prompt = pool.add_prompt(71 * P)
     pool.compress(prompt)
@@ -81,7 +81,9 @@ def test_equals_naive_however_the_work_is_shared(monkeypatch, block, num_program
     ],
 )
 def test_equals_naive_for_model_shapes(page_size, head_dim, group_size, dtype):
-    config = HybridKVConfig(page_size=page_size, min_head_pages=1, min_prompt_tokens=1, theta=1.01, budget=0.3)
+    config = HybridKVConfig(
+        page_size=page_size, min_head_pages=1, min_prompt_tokens=1, max_dynamic_heads=1.0, budget=0.3
+    )
     shape = {"head_dim": head_dim, "group_size": group_size, "pages": 60, "host_pages": 40, "dtype": dtype}
     pool = TinyPool(fresh_generator(), config, **shape)
     prompt = pool.add_prompt(21 * page_size)
@@ -132,7 +134,7 @@ def test_queries_that_are_no_numbers_leave_the_buffers_sound(broken, chunk_score
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("chunk_score", ["mean_max", "mean_mean", "quest", "arkvale"])
 def test_the_chosen_chunks_are_the_best_ones_by_the_published_formulas(chunk_score):
-    pool, prompts, compressed = mixed_pool(budget=0.25, chunk_score=chunk_score, theta=1.01)
+    pool, prompts, compressed = mixed_pool(budget=0.25, chunk_score=chunk_score, max_dynamic_heads=1.0)
     q = pool.queries(4)
     pool.retrieve(prompts, 0, q)
     for prompt, query in zip(prompts, q, strict=True):

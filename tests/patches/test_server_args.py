@@ -120,7 +120,7 @@ def test_help_explains_every_flag_and_field():
     )
     words = " ".join(text.split())
     assert "min_prompt_tokens (an integer at least 1; default 512): prompts" in words
-    assert "theta (a number at least 0 and at most 1.01; default 0.005): threshold" in words
+    assert "theta (a number at least 0 and at most 1.01; default 1.01): threshold" in words
     assert "calibration (a text; required): path" in words
     assert "Of quest, new or with another default: chunk_score" in words
     assert "host_store_bytes (an integer at least 0 or null; default null): bytes" in words

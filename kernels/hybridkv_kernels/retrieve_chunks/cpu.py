@@ -9,6 +9,7 @@ import torch
 from hybridkv_kernels import cpu
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import CHUNK_SCORES, summary_vectors
+from hybridkv_kernels.select_chunks.naive import as_plain_score
 
 _POINTERS = (
     "q k_flat v_flat k_host v_host chunk_of_head_page counters pages host_pages num_pages num_chunks first_head_page "
@@ -47,6 +48,7 @@ def retrieve_chunks(
     isa: int | None = None,
 ) -> None:
     """Arguments as the public function's; `isa` is for tests."""
+    q, chunk_score = as_plain_score(q, chunk_score)
     q, req_rows = q.contiguous(), req_rows.to(torch.int64)
     layout = table.layout
     arguments = RetrieveArgs(

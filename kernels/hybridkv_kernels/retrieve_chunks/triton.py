@@ -15,6 +15,7 @@ import triton.language as tl
 from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids, summary_rows
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import summary_vectors
+from hybridkv_kernels.select_chunks.naive import as_plain_score
 from hybridkv_kernels.select_chunks.triton import (
     chosen_of_tile,
     chunk_images,
@@ -259,6 +260,7 @@ def retrieve_chunks(
     layout, batch, max_chunks = table.layout, q.shape[0], table.host_pages.shape[1]
     if max_chunks == 0:
         return
+    q, chunk_score = as_plain_score(q, chunk_score)
     num_entries, head_dim = batch * layout.num_kv_heads, q.shape[2]
     shape = {"L": layout.num_layers, "H": layout.num_kv_heads}
     constants = score_constants(q.dtype, head_dim, q.shape[1] // layout.num_kv_heads)

@@ -5,7 +5,7 @@ import torch
 from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.select_chunks import naive
 
-CHUNK_SCORES = ("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max")
+CHUNK_SCORES = ("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread")
 _select_on_gpu = gpu.twin("select_chunks")
 ESTIMATING_SCORES = ("mean_max", "mean_mean", "mean2_max", "mean4_max")  # their summaries are means, as a row is
 
@@ -13,7 +13,8 @@ ESTIMATING_SCORES = ("mean_max", "mean_mean", "mean2_max", "mean4_max")  # their
 def summary_vectors(chunk_score: str, *, estimate: bool = False) -> int:
     """Vectors of head_dim on the device for one chunk.
 
-    One mean key, a minimum and a maximum, or a mean of each part; with `estimate` a mean value beside each mean key.
+    One mean key, with or without the spread around it, a minimum and a maximum, or a mean of each part; with `estimate`
+    a mean value beside each mean key.
 
     Raises
     ------
@@ -31,7 +32,8 @@ def summarize_chunks(k: torch.Tensor, chunk_score: str, v: torch.Tensor | None =
     ----------
     k : [E, C, P, D], bf16 | fp16 | fp32. Keys after RoPE, E heads, C chunks of P tokens.
     chunk_score : "mean_max" | "mean_mean" (one vector: the mean) | "quest" | "arkvale" (minimum and maximum) |
-        "mean2_max" | "mean4_max" (vector i: the mean of the i-th half or quarter of the tokens; P divides).
+        "mean2_max" | "mean4_max" (vector i: the mean of the i-th half or quarter of the tokens; P divides) |
+        "mean_spread" (one vector: the mean, and in place of its element 0 the root mean square distance to it).
     v : as k, or None. Values of the same tokens, for `decode_attn` with `estimate`; one of ESTIMATING_SCORES only.
 
     Returns
@@ -89,7 +91,8 @@ def select_chunks(
     -----
     Cost: reads q and the summaries once. Source: HybridKV (arXiv 2604.05887), Quest (arXiv
     2406.10774), ArkVale (NeurIPS 2024). "mean2_max" and "mean4_max" score finer than they move: the mean of 16
-    neighbours that have nothing in common says little of any of them.
+    neighbours that have nothing in common says little of any of them. "mean_spread" (ours) expects more of a chunk
+    whose keys differ: max over the group of q . mean + SPREAD_WEIGHT |q| spread, in the memory of "mean_max".
     """
     checks.check_shape("q", q, (None, None, None))
     checks.check_dtype("q", q, checks.FLOATS)

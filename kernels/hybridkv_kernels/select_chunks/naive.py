@@ -2,7 +2,16 @@
 
 import torch
 
-_SUMMARY_VECTORS = {"mean_max": 1, "mean_mean": 1, "quest": 2, "arkvale": 2, "mean2_max": 2, "mean4_max": 4}
+SPREAD_WEIGHT = 0.5  # of a chunk's spread along the query, beside q . mean key
+_SUMMARY_VECTORS = {
+    "mean_max": 1,
+    "mean_mean": 1,
+    "quest": 2,
+    "arkvale": 2,
+    "mean2_max": 2,
+    "mean4_max": 4,
+    "mean_spread": 1,
+}
 _BOXES = ("quest", "arkvale")
 
 
@@ -17,7 +26,22 @@ def summarize_chunks(k: torch.Tensor, chunk_score: str, v: torch.Tensor | None) 
         return torch.stack((k.amin(dim=2), k.amax(dim=2)), dim=2)
     rows = (k,) if v is None else (k, v)
     means = [row.float().unflatten(2, (summary_vectors(chunk_score), -1)).mean(dim=3) for row in rows]
+    if chunk_score == "mean_spread":
+        means[0][..., 0] = (k.float() - means[0]).square().sum(dim=3).mean(dim=2, keepdim=True).sqrt()
     return torch.cat(means, dim=2).to(k.dtype)
+
+
+def as_plain_score(q: torch.Tensor, chunk_score: str) -> tuple[torch.Tensor, str]:
+    """The query and the chunk score that select the same chunks, where "mean_spread" is "mean_max" of another query.
+
+    Its summary carries the spread of the chunk in place of element 0, the fastest of RoPE, whose mean over a chunk says
+    least: so q . summary is q . mean key plus the weighted spread when q has SPREAD_WEIGHT |q| there.
+    """
+    if chunk_score != "mean_spread":
+        return q, chunk_score
+    q = q.clone()
+    q[..., 0] = SPREAD_WEIGHT * q.norm(dim=-1, dtype=None if q.dtype == torch.float64 else torch.float32)
+    return q, "mean_max"
 
 
 def select_chunks(
@@ -29,6 +53,7 @@ def select_chunks(
     chunk_score: str,
 ) -> torch.Tensor:
     """Mask [E, C] of the chosen chunks; arguments as the public function's."""
+    q, chunk_score = as_plain_score(q, chunk_score)
     scores = score_chunks(q.float(), summaries.float(), chunk_score)
     forced = forced_chunks(summaries.shape[1], num_selected, num_sink_chunks, num_recent_chunks)
     return top_by_score(scores.masked_fill(forced, float("inf")), num_selected)
@@ -36,17 +61,25 @@ def select_chunks(
 
 def score_chunks(q: torch.Tensor, summaries: torch.Tensor, chunk_score: str) -> torch.Tensor:
     """[E, C], fp32: how much the query group may want each chunk."""
+    return join_group(score_chunks_by_query(q, summaries, chunk_score), chunk_score)
+
+
+def score_chunks_by_query(q: torch.Tensor, summaries: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """[E, G, C], fp32: how much each query may want each chunk."""
+    q, chunk_score = as_plain_score(q, chunk_score)
     if chunk_score == "quest":  # upper bound of q . k over the box of the chunk's keys
         low, high = summaries.unbind(dim=2)
-        per_query = q.clamp(min=0) @ high.transpose(1, 2) + q.clamp(max=0) @ low.transpose(1, 2)
-        return per_query.amax(dim=1)
+        return q.clamp(min=0) @ high.transpose(1, 2) + q.clamp(max=0) @ low.transpose(1, 2)
     if chunk_score == "arkvale":  # centre of the box plus half its extent seen from the query
         low, high = summaries.unbind(dim=2)
         centre, extent = (high + low) / 2, (high - low).norm(dim=-1) / 2
-        per_query = q @ centre.transpose(1, 2) + q.norm(dim=-1, keepdim=True) * extent.unsqueeze(1) / 2
-        return per_query.amax(dim=1)
-    per_query = (q @ summaries.flatten(1, 2).transpose(1, 2)).unflatten(2, summaries.shape[1:3]).amax(dim=3)
-    return per_query.mean(dim=1) if chunk_score == "mean_mean" else per_query.amax(dim=1)
+        return q @ centre.transpose(1, 2) + q.norm(dim=-1, keepdim=True) * extent.unsqueeze(1) / 2
+    return (q @ summaries.flatten(1, 2).transpose(1, 2)).unflatten(2, summaries.shape[1:3]).amax(dim=3)
+
+
+def join_group(by_query: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """[E, C]: what the queries of a group [E, G, C] want together."""
+    return by_query.mean(dim=1) if chunk_score == "mean_mean" else by_query.amax(dim=1)
 
 
 def forced_chunks(

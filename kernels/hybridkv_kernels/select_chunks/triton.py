@@ -10,6 +10,7 @@ import triton.language as tl
 
 from hybridkv_kernels import gpu
 from hybridkv_kernels.gpu.head_pages import dot
+from hybridkv_kernels.select_chunks.naive import as_plain_score
 
 
 @triton.jit
@@ -161,6 +162,7 @@ def select_chunks(
     chunk_score: str,
 ) -> torch.Tensor:
     """Mask [E, C] of the chosen chunks; arguments as the public function's. CUDA graph: capturable, no sync."""
+    q, chunk_score = as_plain_score(q, chunk_score)
     num_entries, num_chunks, vectors, head_dim = summaries.shape
     images = torch.empty(num_entries, num_chunks, dtype=torch.int32, device=q.device)
     num_selected = num_selected.to(torch.int32)

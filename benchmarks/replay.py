@@ -1,0 +1,399 @@
+"""Answers under compression without a server: one prefill of a prompt, then every compressor decodes beside the others.
+
+The model runs in this process on the CPU. What a compressor decides is computed by its own code from the same
+observation as in the engine; a decode step then attends to the rows that the engine would hold: kept rows of static
+heads, the chunks that the step's own query selects in dynamic heads, and the dense tail. All settings decode as one
+batch over the same keys and values, so that a table of twenty servers costs little more than one.
+`tests/benchmarks/test_replay.py` compares it with the engine's kernels, number by number.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hybridkv_kernels.select_chunks import forced_chunks, summarize_chunks, top_chunks
+from hybridkv_kernels.select_chunks.naive import join_group, score_chunks_by_query
+from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
+from sglang_hybridkv.compaction import kept_tokens
+from sglang_hybridkv.compressors import Compressor, PromptLayer, PromptObservation
+from sglang_hybridkv.config import RetrievalConfig
+from sglang_hybridkv.geometry import PromptGeometry
+from sglang_hybridkv.retrieval import forced_chunk_counts
+from sglang_hybridkv.select import pool_salience
+from sglang_hybridkv.spans import VisualSpan, num_observation_rows, text_mask
+
+_ATTENTION = "hybridkv_replay"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt whose prefill has run.
+
+    Attributes
+    ----------
+    ids : [N], int64.
+    q : [L, N, H * G, D] and k, v : [L, N, H, D]. After RoPE.
+    logits : [vocabulary]. Of the token after the prompt.
+    spans : images.
+    scaling : factor of q . k before the softmax.
+    position_delta : what a token's index misses of its position; 0 but for M-RoPE.
+    """
+
+    ids: torch.Tensor
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    logits: torch.Tensor
+    spans: tuple[VisualSpan, ...]
+    scaling: float
+    position_delta: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and KV heads."""
+        return self.k.shape[0], self.k.shape[2]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one setting holds of a prompt.
+
+    Attributes
+    ----------
+    name : for reports.
+    covered : tokens of the page-aligned prompt; later ones are dense.
+    kept : [L, H, covered], bool. Rows of static heads; of dynamic heads, those that the buffer starts with.
+    is_dynamic : [L, H], bool.
+    num_pages : [L, H], int64. Kept or buffer pages.
+    config : of the compressor; says how chunks are scored.
+    merged : per layer, keys and values [H, covered, D] in place of the prompt's; None without merging.
+    device_pages : pages of L x H head pages on the device, summaries and rounding included.
+    statistic : [L, H]. The compressor's number for each head.
+    """
+
+    name: str
+    covered: int
+    kept: torch.Tensor
+    is_dynamic: torch.Tensor
+    num_pages: torch.Tensor
+    config: Any
+    device_pages: int
+    merged: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    statistic: torch.Tensor | None = None
+
+    def resident_ratio(self, num_tokens: int) -> float:
+        """Device bytes over stock's for a request of `num_tokens` tokens in all, as the engine counts them."""
+        page_size = self.config.page_size
+        allocated = -(-num_tokens // page_size)
+        return (self.device_pages + allocated - self.covered // page_size) / allocated
+
+    def record(self, prompt_len: int) -> dict[str, Any]:
+        """The engine's record of the request; its first answered token is counted, as at the commit."""
+        num_dynamic = int(self.is_dynamic.sum())
+        return {
+            "compressed": True,
+            "reason": None,
+            "prompt_tokens": prompt_len,
+            "budget": self.config.budget,
+            "resident_ratio": self.resident_ratio(prompt_len + 1),
+            "host_bytes": None,
+            "static_heads": self.is_dynamic.numel() - num_dynamic,
+            "dynamic_heads": num_dynamic,
+        }
+
+
+def observe(prompt: Prompt, compressor: Compressor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the compressor sees of the prompt, as the engine shows it: statistic [L, H] and salience [L, H, N]."""
+    num_tokens, config = len(prompt.ids), compressor.config
+    rows = min(config.observation_rows, num_tokens)
+    if compressor.observed_rows == "text":
+        rows = num_observation_rows(prompt.spans, num_tokens, config.observation_rows)
+    is_text, slots = text_mask(prompt.spans, num_tokens), torch.arange(num_tokens)
+    scores = [
+        compressor.score_layer(PromptLayer(q[-rows:].contiguous(), k, v, slots, prompt.scaling, is_text, layer_idx))
+        for layer_idx, (q, k, v) in enumerate(zip(prompt.q, prompt.k, prompt.v, strict=True))
+    ]
+    statistic, salience = (torch.stack(parts) for parts in zip(*scores, strict=True))
+    return statistic, salience
+
+
+def geometry_of(prompt: Prompt, compressor: Compressor, max_new_tokens: int) -> PromptGeometry:
+    """Sizes of the compressed prompt; ValueError when the engine would serve it dense."""
+    num_layers, num_kv_heads = prompt.shape
+    shape = PoolShape(compressor.config.page_size, num_layers * num_kv_heads, sys.maxsize)
+    geometry = decide(len(prompt.ids), max_new_tokens, compressor.config, shape)
+    if isinstance(geometry, DenseReason):
+        raise ValueError(f"a prompt of {len(prompt.ids)} tokens is served dense: {EXPLANATIONS[geometry]}")
+    return geometry
+
+
+@torch.inference_mode()
+def compress(prompt: Prompt, compressor: Compressor, name: str, max_new_tokens: int = 64) -> Held:
+    """Do what the engine does at the end of prefill, up to the rows that it would move."""
+    config = compressor.config
+    if isinstance(config, RetrievalConfig) and (config.estimates or config.prefetch != "off"):
+        raise ValueError("replay: unretrieved = 'estimate' and prefetch are for servers only")
+    num_layers, num_kv_heads = prompt.shape
+    compressor.bind(num_layers, num_kv_heads)
+    geometry = geometry_of(prompt, compressor, max_new_tokens)
+    statistic, salience = observe(prompt, compressor)
+    pooled = pool_salience(salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
+    is_text = text_mask(prompt.spans, geometry.covered)
+    observation = PromptObservation(statistic, pooled, is_text, geometry.num_chunks)
+    plan = compressor.plan(observation, geometry.total_head_pages, retrieval=compressor.retrieves)
+    kept = kept_tokens(compressor, observation, plan)
+    merged = None
+    if compressor.merges:
+        merged = tuple(
+            compressor.merge(
+                k[: geometry.covered].transpose(0, 1), v[: geometry.covered].transpose(0, 1), mine, is_text
+            )
+            for k, v, mine in zip(prompt.k, prompt.v, kept, strict=True)
+        )
+    pages = geometry.pages_used(int(plan.is_dynamic.sum()), num_layers * num_kv_heads)
+    return Held(name, geometry.covered, kept, plan.is_dynamic, plan.num_head_pages, config, pages, merged, statistic)
+
+
+def everything(prompt: Prompt, compressor: Compressor) -> Held:
+    """Hold every row, as stock does."""
+    num_layers, num_kv_heads = prompt.shape
+    page_size = compressor.config.page_size
+    pages = len(prompt.ids) // page_size
+    kept = torch.ones(num_layers, num_kv_heads, pages * page_size, dtype=torch.bool)
+    heads = torch.zeros(num_layers, num_kv_heads, dtype=torch.int64)
+    return Held("full", pages * page_size, kept, heads.bool(), heads + pages, compressor.config, pages)
+
+
+@dataclass
+class _Extend:
+    """Prefill: new tokens attend to the first `num_base` of the base and to their own."""
+
+    base: Prompt | None
+    num_base: int
+    layers: list[tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=list)
+    scaling: float = 0.0
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+        """[1, H * G, T, D]: attention of T new queries; keeps what the prompt needs."""
+        self.scaling = scaling
+        states = [x[0].transpose(0, 1) for x in (q, k, v)]
+        if self.base is not None and self.num_base:
+            earlier = (x[layer_idx, : self.num_base] for x in (self.base.q, self.base.k, self.base.v))
+            states = [torch.cat(pair) for pair in zip(earlier, states, strict=True)]
+        self.layers.append(tuple(states))
+        keys, values = (x.transpose(0, 1)[None] for x in states[1:])
+        mask = None
+        if self.num_base:
+            place = torch.arange(keys.shape[2])
+            mask = place <= place[self.num_base :, None]
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+
+
+class Replay:
+    """Decode of one prompt under several settings at once; `step` takes the tokens of all of them.
+
+    Attributes
+    ----------
+    length : tokens that were decoded so far, the same for every setting.
+    """
+
+    def __init__(self, model: ReplayedModel, prompt: Prompt, held: Sequence[Held]):
+        self.model, self.prompt, self.held, self.length = model, prompt, list(held), 0
+        self._tails: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(prompt.k)
+        self._rows: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._summaries: dict[tuple[int, str, int, int], torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, T, vocabulary]: logits after each of `tokens` [B, T], which go on from those of the steps before."""
+        start = len(self.prompt.ids) + self.length + self.prompt.position_delta
+        logits = self.model.run(tokens, torch.arange(start, start + tokens.shape[1]), self)
+        self.length += tokens.shape[1]
+        return logits
+
+    def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+        """[B, H * G, T, D]: attention of T new queries of each setting."""
+        tail = self._tails[layer_idx]
+        if tail is not None:
+            k, v = torch.cat((tail[0], k), dim=2), torch.cat((tail[1], v), dim=2)
+        self._tails[layer_idx] = (k, v)
+        grouped = q.unflatten(1, (k.shape[1], -1))  # [B, H, G, T, D]
+        place = torch.arange(k.shape[2])
+        is_later = place > place[-q.shape[2] :, None]  # [T, S]
+        out = torch.empty_like(grouped)
+        for i in range(len(self.held)):
+            for kv_head in range(k.shape[1]):
+                rows_k, rows_v, unseen = self._prompt_rows(i, layer_idx, kv_head, grouped[i, kv_head])
+                mine = grouped[i, kv_head]
+                on_prompt = mine @ rows_k.T * scaling
+                if unseen is not None:
+                    on_prompt.masked_fill_(unseen, float("-inf"))
+                on_tail = (mine @ k[i, kv_head].T * scaling).masked_fill_(is_later, float("-inf"))
+                probs = torch.cat((on_prompt, on_tail), dim=-1).softmax(-1)
+                num_rows = len(rows_k)
+                out[i, kv_head] = probs[..., :num_rows] @ rows_v + probs[..., num_rows:] @ v[i, kv_head]
+        return out.flatten(1, 2)
+
+    def _prompt_rows(
+        self, i: int, layer_idx: int, kv_head: int, q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys and values of the prompt that a head has at hand, and those [T, rows] that a query does not see."""
+        held = self.held[i]
+        if held.is_dynamic[layer_idx, kv_head]:
+            keys, values = self.prompt.k[layer_idx, :, kv_head], self.prompt.v[layer_idx, :, kv_head]
+            return keys, values, self._not_retrieved(held, layer_idx, kv_head, q)
+        key = (i, layer_idx, kv_head)
+        if key not in self._rows:
+            self._rows[key] = self._static_rows(held, layer_idx, kv_head)
+        return *self._rows[key], None
+
+    def _static_rows(self, held: Held, layer_idx: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.prompt.k[layer_idx, :, kv_head], self.prompt.v[layer_idx, :, kv_head]
+        kept = held.kept[layer_idx, kv_head]
+        first_k, first_v = keys[: held.covered], values[: held.covered]
+        if held.merged is not None:
+            first_k, first_v = (rows[kv_head] for rows in held.merged[layer_idx])
+        return torch.cat((first_k[kept], keys[held.covered :])), torch.cat((first_v[kept], values[held.covered :]))
+
+    def _not_retrieved(self, held: Held, layer_idx: int, kv_head: int, q: torch.Tensor) -> torch.Tensor:
+        """[T, N], bool: prompt rows outside the chunks that each query group of q [G, T, D] chooses."""
+        score, page_size = held.config.chunk_score, held.config.page_size
+        summaries = self._chunk_summaries(layer_idx, score, page_size, held.covered)[kv_head]
+        by_query = score_chunks_by_query(q.flatten(0, 1)[None], summaries[None], score)[0]
+        scores = join_group(by_query.unflatten(0, q.shape[:2]).transpose(0, 1), score)
+        counts = held.num_pages[layer_idx, kv_head].expand(len(scores))
+        forced = forced_chunks(len(summaries), counts, *forced_chunk_counts(held.config))
+        chosen = top_chunks(scores.masked_fill(forced, float("inf")), counts)
+        unseen = torch.zeros(len(scores), len(self.prompt.ids), dtype=torch.bool)
+        unseen[:, : held.covered] = ~chosen.repeat_interleave(page_size, dim=1)
+        return unseen
+
+    def _chunk_summaries(self, layer_idx: int, score: str, page_size: int, covered: int) -> torch.Tensor:
+        """[H, C, V, D]: chunk summaries of one layer."""
+        key = (layer_idx, score, page_size, covered)
+        if key not in self._summaries:
+            keys = self.prompt.k[layer_idx, :covered].transpose(0, 1).unflatten(1, (-1, page_size))
+            self._summaries[key] = summarize_chunks(keys.contiguous(), score)
+        return self._summaries[key]
+
+
+class ReplayedModel:
+    """A checkpoint of transformers, text or vision-language, whose attention this module computes."""
+
+    def __init__(self, path: str | Path, dtype: torch.dtype = torch.float32):
+        from transformers import (
+            AttentionInterface,
+            AttentionMaskInterface,
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            AutoTokenizer,
+        )
+
+        AttentionInterface.register(_ATTENTION, self._attend)
+        AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
+        config = AutoConfig.from_pretrained(path)
+        self.is_visual = hasattr(config, "vision_config")
+        if self.is_visual:
+            attention: Any = {"text_config": _ATTENTION, "vision_config": "sdpa"}
+            self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+            self.processor = AutoProcessor.from_pretrained(path)
+            self.tokenizer = self.processor.tokenizer
+            self.text_model = self.model.model.language_model
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=_ATTENTION)
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.text_model = self.model.model
+        self.model.eval()
+        self._attention: Any = None
+
+    def _attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        out = self._attention.attend(module.layer_idx, query, key, value, kwargs["scaling"])
+        return out.transpose(1, 2).contiguous(), None
+
+    def run(self, tokens: torch.Tensor, positions: torch.Tensor, attention: Any, last: int | None = None) -> Any:
+        """[B, T, vocabulary]: logits of text tokens [B, T] at positions [T], of the `last` of them where given."""
+        self._attention = attention
+        position_ids = positions.expand(tokens.shape)
+        if self._has_mrope:
+            position_ids = position_ids.expand(3, *tokens.shape)
+        embeds = self.text_model.get_input_embeddings()(tokens)
+        hidden = self.text_model(inputs_embeds=embeds, position_ids=position_ids, use_cache=False).last_hidden_state
+        return self.model.lm_head(hidden if last is None else hidden[:, -last:]).float()
+
+    @property
+    def _has_mrope(self) -> bool:
+        parameters = getattr(self.text_model.config, "rope_parameters", None) or {}
+        return "mrope_section" in parameters
+
+    def encode(self, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Inputs of the model for a conversation, with pictures as data URLs, that the model answers next."""
+        if not self.is_visual:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return {"input_ids": self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]}
+        images: list[Image.Image] = []
+        turns = [turn | {"content": [_part(part, images) for part in _parts(turn)]} for turn in messages]
+        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return dict(self.processor(text=[text], images=images or None, return_tensors="pt"))
+
+    @torch.inference_mode()
+    def prefill(self, inputs: dict[str, torch.Tensor], base: Prompt | None = None) -> Prompt:
+        """Run a prompt; `base` is another one, with the same images, whose common beginning is not computed again."""
+        ids = inputs["input_ids"][0]
+        # One token is left to compute: its logits are wanted.
+        num_base = 0 if base is None else min(_common_prefix(ids, base.ids), len(ids) - 1)
+        spans = self._spans(ids)
+        if num_base < max((span.end for span in spans), default=0):
+            num_base = 0
+        extend = _Extend(base, num_base)
+        if num_base or not spans:
+            delta = base.position_delta if num_base and base is not None else 0
+            logits = self.run(ids[None, num_base:], torch.arange(num_base, len(ids)) + delta, extend, last=1)[0, 0]
+        else:
+            self._attention = extend
+            logits = self.model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+            rope_deltas = getattr(self.model.model, "rope_deltas", None)
+            delta = 0 if rope_deltas is None else int(rope_deltas.flatten()[0])
+        q, k, v = (torch.stack(states) for states in zip(*extend.layers, strict=True))
+        return Prompt(ids, q, k, v, logits, spans, extend.scaling, delta)
+
+    def _spans(self, ids: torch.Tensor) -> tuple[VisualSpan, ...]:
+        token = getattr(self.model.config, "image_token_id", None)
+        if token is None:
+            return ()
+        is_image = torch.nn.functional.pad((ids == token).int(), (1, 1))
+        starts, ends = ((is_image.diff() == step).nonzero().flatten().tolist() for step in (1, -1))
+        return tuple(VisualSpan(start, end, "image") for start, end in zip(starts, ends, strict=True))
+
+
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    content = turn["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _part(part: dict[str, Any], images: list[Image.Image]) -> dict[str, Any]:
+    """A part of a message for transformers; its picture goes to `images`."""
+    if part["type"] != "image_url":
+        return part
+    _, data = part["image_url"]["url"].split(",", 1)
+    images.append(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+    return {"type": "image"}
+
+
+def _common_prefix(a: torch.Tensor, b: torch.Tensor) -> int:
+    length = min(len(a), len(b))
+    differs = (a[:length] != b[:length]).nonzero()
+    return int(differs[0]) if len(differs) else length
