@@ -44,14 +44,16 @@ class PoolShape:
 
 
 def decide(
-    prompt_len: int, max_new_tokens: int, config: CompressorConfig, pool: PoolShape
+    prompt_len: int, max_new_tokens: int, config: CompressorConfig, pool: PoolShape, *, num_generated: int = 0
 ) -> PromptGeometry | DenseReason:
     """Geometry of the compressed prompt, or why the request is served dense.
 
     Parameters
     ----------
-    prompt_len : tokens that prefill computes; after a retraction, what was generated is among them.
+    prompt_len : tokens of the prompt, all that is ever compressed.
     max_new_tokens : tokens that may still be generated.
+    num_generated : tokens that a retracted request has generated already; prefill computes them, too, and they stay
+        in the dense tail.
 
     Notes
     -----
@@ -74,7 +76,7 @@ def decide(
         return DenseReason.BUDGET_BELOW_FLOOR
     if config.budget < 1.0 and geometry.num_pages >= geometry.num_chunks:
         return DenseReason.SAVES_NOTHING
-    beside = max(prompt_len, prompt_len - geometry.covered + max_new_tokens)
+    beside = num_generated + max(prompt_len, prompt_len - geometry.covered + max_new_tokens)
     slack = 2 * pool.page_size
     if beside + geometry.num_pages * pool.page_size + slack >= pool.num_tokens:
         return DenseReason.POOL_TOO_SMALL

@@ -55,7 +55,8 @@ def compress_prompt(
     kept = kept_tokens(compressor, observation, plan)
     _check_plan(compressor, plan, kept, reservation)
     place_heads(table, row, plan, geometry)
-    _move_kept_rows(views, table, row, slots, kept, plan.is_dynamic)
+    kept_rows = kept.nonzero(as_tuple=True)
+    _move_kept_rows(views, table, row, slots, kept_rows, plan.is_dynamic)
     for layer_idx in range(views.layout.num_layers):
         if compressor.merges and not kept[layer_idx].all():
             _merge_layer(views, table, compressor, row, slots, kept, is_text, layer_idx)
@@ -65,6 +66,7 @@ def compress_prompt(
     outcome = torch.stack((plan.is_dynamic.numel() - num_dynamic, num_dynamic))
     reservation.outcome.copy_(outcome, non_blocking=True)
     reservation.head_counts = plan.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
+    reservation.digest = digest_plan(kept_rows, plan.is_dynamic, geometry.covered).to("cpu", non_blocking=True)
     if outcome.is_cuda:
         reservation.written = torch.cuda.Event()
         reservation.written.record()
@@ -103,6 +105,27 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
 
 
+def digest_plan(kept_rows: tuple[torch.Tensor, ...], is_dynamic: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[], int64: differs when a head's type, its pages or one of its kept tokens differs, but for a chance of 2^-64.
+
+    Parameters
+    ----------
+    kept_rows : three times [M], int64. Layer, head and token of each kept row, in any order.
+    is_dynamic : [L, H], bool.
+    num_tokens : covered tokens.
+
+    Notes
+    -----
+    The wrapping sum of SplitMix64 over the rows: integers, so that no device or order changes it, and no sync.
+    """
+    layer_idx, kv_head, token = kept_rows
+    place = (layer_idx * is_dynamic.shape[1] + kv_head) * num_tokens + token
+    mixed = (2 * place + is_dynamic[layer_idx, kv_head] + 1) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
+    return (mixed ^ (mixed >> 31)).sum()
+
+
 def _check_plan(compressor: Compressor, plan: HeadPlan, kept: torch.Tensor, reservation: Reservation) -> None:
     """Refuse what would write to pages of other requests, or leave rows that nobody wrote."""
     geometry, counts = reservation.geometry, plan.num_head_pages
@@ -133,10 +156,10 @@ def _move_kept_rows(
     table: HeadPageTable,
     row: int,
     slots: torch.Tensor,
-    kept: torch.Tensor,
+    kept_rows: tuple[torch.Tensor, ...],
     is_dynamic: torch.Tensor,
 ) -> None:
-    layer_idx, kv_head, token = kept.nonzero(as_tuple=True)
+    layer_idx, kv_head, token = kept_rows
     destination = _head_page_rows(views, table, row, torch.arange(len(token), device=token.device))
     compact_kv(views.k_flat, views.v_flat, views.token_rows(layer_idx, slots[token], kv_head), destination)
     page_size = views.layout.page_size

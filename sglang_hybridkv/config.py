@@ -50,10 +50,6 @@ PoolKernel = Annotated[
 ]
 PoolMode = Annotated[Literal["average", "max"], Field(description="what the pooling takes of its neighbours")]
 ObservationRows = Annotated[int, Field(ge=1, le=256, description="W: last queries of the prompt that are observed")]
-MinObservationRows = Annotated[
-    int,
-    Field(ge=1, le=256, description="queries that a prefix hit must leave to compute, so that some are observed"),
-]
 MinPromptTokens = Annotated[int, Field(ge=1, description="prompts with fewer tokens are served dense")]
 ChunkScore = Annotated[
     Literal["mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread"],
@@ -105,17 +101,7 @@ class CompressorConfig(BaseModel):
     pool_kernel: PoolKernel = 5
     pool_mode: PoolMode = "average"
     observation_rows: ObservationRows = 32
-    min_observation_rows: MinObservationRows = 8
     min_prompt_tokens: MinPromptTokens = 512
-
-    @model_validator(mode="after")
-    def _observed_rows_are_enough(self) -> CompressorConfig:
-        if self.min_observation_rows > self.observation_rows:
-            raise ValueError(
-                f"min_observation_rows = {self.min_observation_rows} is not allowed; "
-                f"legal: at most observation_rows, which is {self.observation_rows}"
-            )
-        return self
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:

@@ -19,12 +19,14 @@ class Reservation:
     pages : [num_pages], int64. Device pages in the request's linear order. Until the commit the ledger owns them;
         afterwards the request's row owns the first `num_in_row` and the ledger the surplus.
     host_pages : [num_host_pages], int64. Owned by the ledger throughout.
-    prefilled : tokens whose KV is exact; later ones are computed over compressed context.
+    prefilled : tokens whose KV is exact, after a retraction more than the prompt; later ones are computed over
+        compressed context.
     retrieval : whether heads may be dynamic.
     outcome : [2], int64, on the CPU. Static and dynamic heads; written by the forward, read at the commit.
     head_counts : [L, H], int32, on the CPU. Kept or buffer pages of each head, from the forward; see
         `head_counts_on_host`.
-    written : set by the forward where it writes `outcome` and `head_counts` without waiting.
+    digest : [], int64, on the CPU. `digest_plan` of what is kept, from the forward; read at the commit.
+    written : set by the forward where it writes `outcome`, `head_counts` and `digest` without waiting.
     """
 
     geometry: PromptGeometry
@@ -36,6 +38,7 @@ class Reservation:
     outcome: torch.Tensor
     committed: bool = False
     head_counts: torch.Tensor | None = None
+    digest: torch.Tensor | None = None
     written: torch.cuda.Event | None = None
 
     def head_counts_on_host(self) -> torch.Tensor:

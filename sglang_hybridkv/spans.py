@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 
@@ -31,3 +32,16 @@ def num_observation_rows(spans: tuple[VisualSpan, ...], prompt_len: int, wanted:
     """
     text_after = prompt_len - max((span.end for span in spans), default=0)
     return min(wanted, text_after if text_after > 0 else prompt_len)
+
+
+def observed_window(
+    observed_rows: Literal["text", "last"], spans: tuple[VisualSpan, ...], prompt_len: int, wanted: int
+) -> range:
+    """Positions of the prompt whose queries are observed: its end, and a function of the prompt and `wanted` alone.
+
+    Parameters
+    ----------
+    observed_rows : of the compressor.
+    """
+    rows = num_observation_rows(spans if observed_rows == "text" else (), prompt_len, wanted)
+    return range(prompt_len - rows, prompt_len)

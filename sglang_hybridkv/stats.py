@@ -37,6 +37,8 @@ class RequestRecord:
     ----------
     resident_ratio : device bytes of the request's pages (kept rows, chunk buffers, summaries, rounding, dense
         tail) / bytes that stock SGLang would hold for it; 1.0 when dense.
+    plan : 16 hexadecimal digits that stand for types, pages and kept tokens of all heads; None when dense. The same
+        prompt has the same ones under the same settings, whatever is cached or running beside it.
     """
 
     compressed: bool
@@ -47,6 +49,7 @@ class RequestRecord:
     host_bytes: int = 0
     static_heads: int = 0
     dynamic_heads: int = 0
+    plan: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for msgpack and JSON."""

@@ -1,4 +1,4 @@
-"""Reserve compressed pages before the final chunk is launched, and leave it queries to observe."""
+"""Reserve compressed pages before the final chunk is launched."""
 
 from hybridkv_patches.hook import Hook
 from sglang_hybridkv.srt import settings
@@ -13,15 +13,6 @@ def reserve(_result, batch, *args, **kwargs):
         compression.prepare(req, batch.tree_cache)
 
 
-def leave_observation_rows(original, req, input_len):
-    """A prefix hit must not swallow the queries that the classification observes."""
-    length = original(req, input_len)
-    active = settings.active()
-    if active is None or input_len < active.config.min_prompt_tokens:
-        return length
-    return max(0, min(length, input_len - active.config.min_observation_rows))
-
-
 HOOKS = (
     Hook(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
@@ -29,12 +20,5 @@ HOOKS = (
         function=reserve,
         why="with overlap a decode step is launched before the prefill's result is seen: pages must exist by then",
         until="SGLang has a callback between allocation and launch of a prefill",
-    ),
-    Hook(
-        target="sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
-        kind="around",
-        function=leave_observation_rows,
-        why="the tree's swa_reprefill_tail_tokens would shorten the hits of dense requests, too",
-        until="SGLang asks the tree per request how much of a hit to recompute",
     ),
 )

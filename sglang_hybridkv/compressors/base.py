@@ -22,7 +22,8 @@ class PromptLayer:
 
     Attributes
     ----------
-    q : [W, H * G, D], contiguous. Queries after RoPE of the last W prompt tokens, in order.
+    q : [W, H * G, D], contiguous. Queries after RoPE of the last W prompt tokens, in order; the same whatever was
+        cached, and however the prompt was cut into chunks.
     k_rows, v_rows : [slots, H, D]. The layer's keys after RoPE and values in the pool; only read.
     slots : [N], int64. Token slots of the whole prompt; W <= N.
     scaling : factor of q . k before the softmax.
@@ -97,7 +98,7 @@ class Compressor:
     name : value of ``--kv-compressor``.
     config_class : fields of ``--kv-compressor-config``. A subclass of `RetrievalConfig` lets heads be dynamic.
     observed_rows : queries that `score_layer` sees: the last "text" after the last visual token, or the "last" ones
-        whatever they are; at most observation_rows, and fewer after a prefix hit.
+        whatever they are; at most observation_rows. They depend on the prompt alone: a prefix hit stops before them.
     merges : whether `merge` changes kept rows.
     retrieves : whether heads may be dynamic; follows from config_class. Without it the engine reserves neither host
         pages nor summary pages, and a request holds exactly its budget.

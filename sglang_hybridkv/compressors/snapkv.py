@@ -19,8 +19,7 @@ class SnapKV(Compressor):
     Scores are softmax over the whole prompt, mean over the window and the query group, average pooling of width 5.
     Deviations: the window is the end of the page-aligned prompt (what follows stays dense); budgets are a share of
     the prompt in whole pages instead of a fixed number of tokens; one score for the heads of a group, as its
-    grouped-query ports have it; pooling sees the window's own tokens and counts real neighbours only at the ends;
-    after a prefix hit fewer queries are observed, `min_observation_rows` at least.
+    grouped-query ports have it; pooling sees the window's own tokens and counts real neighbours only at the ends.
     """
 
     name = "snapkv"

@@ -19,7 +19,7 @@ from sglang_hybridkv.retrieval import retrieve
 
 
 class _Chunk(NamedTuple):
-    """Place of one request's prefill chunk: rows [q_start, q_end) of the batch, tokens [start, end) of the prompt."""
+    """Place of one request's prefill chunk: rows [q_start, q_end) of the batch, tokens [start, end) of its sequence."""
 
     row: int
     q_start: int
@@ -91,11 +91,11 @@ class HybridAttnMixin(AttentionBackend):
         observer, layer_idx = pool.compression.observer, layer.layer_id - pool.start_layer
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         for chunk in self._observed:
-            tail = observer.keep_tail(chunk.row, layer_idx, queries[chunk.q_start : chunk.q_end], chunk.start)
+            observed = observer.gather(chunk.row, layer_idx, queries[chunk.q_start : chunk.q_end], chunk.start)
             if observer.is_final(chunk.row):
-                slots = self.req_to_token_pool.req_to_token[chunk.row, : chunk.end].long()
+                slots = self.req_to_token_pool.req_to_token[chunk.row, : observer.prompt_len(chunk.row)].long()
                 keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
-                if observer.score(chunk.row, tail, keys, values, slots, layer.scaling):
+                if observer.score(chunk.row, observed, keys, values, slots, layer.scaling):
                     self._compress(chunk.row, slots)
         return out
 

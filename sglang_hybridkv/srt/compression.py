@@ -16,7 +16,7 @@ from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Ledger, Reservation
 from sglang_hybridkv.prefetch import QueryPrefetch
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.spans import VisualSpan, observed_window
 from sglang_hybridkv.srt.observation import PromptObserver
 from sglang_hybridkv.srt.settings import Settings
 from sglang_hybridkv.stats import CompressionStats, HeldBytes, RequestRecord
@@ -77,21 +77,34 @@ class Compression:
         self._kv_by_row.clear()
 
     def plan(self, req) -> PromptGeometry | DenseReason:
-        """Geometry of the request's compressed prompt, or why it is served dense."""
-        left = req.sampling_params.max_new_tokens - len(req.output_ids)
-        return decide(len(req.full_untruncated_fill_ids), left, self.config, self.shape)
+        """Geometry of the request's compressed prompt, or why it is served dense.
 
-    def planned_pages(self, req) -> int:
-        """Pages that admission charges beside the prompt; 0 when the request will be served dense."""
+        What a retracted request has generated is prefilled again, exactly, but never compressed: it stays dense.
+        """
+        prompt_len, num_generated = len(req.origin_input_ids), len(req.output_ids)
+        left = req.sampling_params.max_new_tokens - num_generated
+        return decide(prompt_len, left, self.config, self.shape, num_generated=num_generated)
+
+    def planned(self, req) -> PromptGeometry | None:
+        """Geometry of the request's compressed prompt; None when it will be served dense."""
         plan = self.plan(req)
-        return plan.num_pages if isinstance(plan, PromptGeometry) else 0
+        return plan if isinstance(plan, PromptGeometry) else None
+
+    def window(self, req) -> range:
+        """Positions of the request's prompt whose queries are observed."""
+        return observed_window(
+            self.compressor.observed_rows,
+            visual_spans(req.multimodal_inputs),
+            len(req.origin_input_ids),
+            self.config.observation_rows,
+        )
 
     def prepare(self, req, tree_cache) -> None:
-        """Before a prefill chunk of `req` is launched: reserve on the final one, observe on the others."""
+        """Before a prefill chunk of `req` is launched: observe, and on the final one reserve."""
         row = req.kv.req_pool_idx
+        if self.planned(req) is not None:
+            self.observer.watch(row, self.window(req))
         if req.extend_range.end < len(req.full_untruncated_fill_ids):
-            if isinstance(self.plan(req), PromptGeometry):
-                self.observer.watch(row)
             return
         reserved = self._reserve(req, tree_cache)
         if isinstance(reserved, DenseReason):
@@ -135,7 +148,8 @@ class Compression:
         row = req.kv.req_pool_idx
         reservation = self.ledger.by_row[row]
         num_static, num_dynamic = reservation.outcome.tolist()
-        assert num_static + num_dynamic == self.shape.head_pages_per_page, "committed before it was compressed"
+        assert reservation.digest is not None, "committed before it was compressed"
+        assert num_static + num_dynamic == self.shape.head_pages_per_page
         geometry, per_page = reservation.geometry, self.shape.head_pages_per_page
         unused, unused_host = self.ledger.commit(
             row, geometry.pages_used(num_dynamic, per_page), geometry.host_pages_used(num_dynamic, per_page)
@@ -154,6 +168,7 @@ class Compression:
             host_bytes=held.host,
             static_heads=num_static,
             dynamic_heads=num_dynamic,
+            plan=f"{int(reservation.digest) % 2**64:016x}",
         )
         setattr(req, _RECORD, record)
         self.stats.observe(self.held())

@@ -1,4 +1,4 @@
-"""Observation rows of prompts that are being prefilled: kept across chunks, scored layer by layer."""
+"""Observation rows of prompts that are being prefilled: gathered from their chunks, scored layer by layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from sglang_hybridkv.compressors import Compressor, PromptLayer
 from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.spans import num_observation_rows, text_mask
+from sglang_hybridkv.spans import text_mask
 
 
 @dataclasses.dataclass
@@ -22,9 +22,11 @@ class _Prompt:
 
 
 class PromptObserver:
-    """Last queries of each prompt by request row, and the scores they give.
+    """Observed queries of each prompt by request row, and the scores they give.
 
-    A prompt is *watched* while earlier chunks run and *begun* when its final chunk is about to be launched.
+    A prompt is *watched* from its first chunk on and *begun* when its final one is about to be launched. Which queries
+    are observed is known before the first chunk, so every chunk adds those that are its own, and their sum is the same
+    however the prompt is cut. A prefix hit never reaches them (`HybridRadixCache.match_prefix`).
     """
 
     def __init__(self, compressor: Compressor, num_layers: int):
@@ -34,57 +36,61 @@ class PromptObserver:
 
     def clear(self) -> None:
         """Forget all prompts."""
-        self._watched: set[int] = set()
+        self._windows: dict[int, range] = {}
         self._prompts: dict[int, _Prompt] = {}
-        self._tails: dict[tuple[int, int], tuple[int, torch.Tensor]] = {}
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
-    def watch(self, row: int) -> None:
-        """Keep the last queries of the chunk that is launched next for `row`."""
-        self._watched.add(row)
+    def watch(self, row: int, window: range) -> None:
+        """Keep the queries of positions `window` of the chunk that is launched next for `row`; before each chunk."""
+        self._windows[row] = window
 
     def begin(self, row: int, reservation: Reservation) -> None:
-        """The chunk that is launched next for `row` is its final one."""
-        self._watched.discard(row)
-        self._prompts[row] = _Prompt(reservation, text_mask(reservation.spans, reservation.prefilled))
+        """The chunk that is launched next for `row`, which is watched, is its final one."""
+        self._prompts[row] = _Prompt(reservation, text_mask(reservation.spans, self.prompt_len(row)))
 
     def drop(self, row: int | None) -> None:
         """Forget `row`; None, a request without a row, is legal."""
         if row is None:
             return
-        self._watched.discard(row)
+        self._windows.pop(row, None)
         self._prompts.pop(row, None)
         for layer_idx in range(self.num_layers):
-            self._tails.pop((row, layer_idx), None)
+            self._kept.pop((row, layer_idx), None)
 
     def is_interested(self, row: int) -> bool:
         """Whether the forward has to show the queries of `row`."""
-        return row in self._watched or row in self._prompts
+        return row in self._windows
 
     def is_final(self, row: int) -> bool:
-        """Whether this forward computes the end of the prompt of `row`."""
+        """Whether this forward computes what is left of `row`, so that its prompt can be scored."""
         return row in self._prompts
 
-    def keep_tail(self, row: int, layer_idx: int, q: torch.Tensor, start: int) -> torch.Tensor:
-        """Queries [<= W, H * G, D] up to the end of this chunk, from it and, where it is short, the one before.
+    def prompt_len(self, row: int) -> int:
+        """Tokens of the watched prompt; a retracted request computes more, which nobody observes."""
+        return self._windows[row].stop
+
+    def gather(self, row: int, layer_idx: int, q: torch.Tensor, start: int) -> torch.Tensor:
+        """Observed queries [<= W, H * G, D] of this chunk and those before it.
 
         Parameters
         ----------
         q : [T, H * G, D]. Queries of the chunk.
-        start : position of its first token. A gap to the kept rows (a prefix hit in between) drops them.
+        start : position of its first token.
         """
-        wanted = self.compressor.config.observation_rows
-        tail = q[-wanted:]
-        end, kept = self._tails.pop((row, layer_idx), (None, None))
-        if kept is not None and end == start and len(tail) < wanted:
-            tail = torch.cat((kept[len(tail) - wanted :], tail))
-        if row in self._watched:
-            self._tails[row, layer_idx] = (start + len(q), tail.clone())
-        return tail
+        window = self._windows[row]
+        rows = q[max(window.start - start, 0) : max(window.stop - start, 0)]
+        kept = self._kept.pop((row, layer_idx), None)
+        if kept is not None:
+            rows = torch.cat((kept, rows))
+        if not self.is_final(row) and len(rows):
+            # A copy: the queries live in a buffer that the next forward overwrites.
+            self._kept[row, layer_idx] = rows.clone()
+        return rows
 
     def score(
         self,
         row: int,
-        tail: torch.Tensor,
+        q: torch.Tensor,
         k_rows: torch.Tensor,
         v_rows: torch.Tensor,
         slots: torch.Tensor,
@@ -94,19 +100,17 @@ class PromptObserver:
 
         Parameters
         ----------
-        tail : [<= W, H * G, D]. From `keep_tail`.
+        q : [W, H * G, D]. From `gather`.
         k_rows, v_rows : [slots, H, D]. The layer's keys and values in the pool.
         slots : [N], int64. Token slots of the whole prompt.
         """
-        prompt, compressor = self._prompts[row], self.compressor
-        if compressor.observed_rows == "text":
-            rows = num_observation_rows(prompt.reservation.spans, len(slots), compressor.config.observation_rows)
-            tail = tail[-rows:]
-        prompt.is_text = prompt.is_text.to(tail.device)
+        prompt, window = self._prompts[row], self._windows[row]
+        assert (len(q), len(slots)) == (len(window), window.stop), f"{len(q)} queries of {window}, {len(slots)} keys"
+        prompt.is_text = prompt.is_text.to(q.device)
         layer = PromptLayer(
-            tail.contiguous(), k_rows, v_rows, slots, scaling, prompt.is_text, layer_idx=len(prompt.statistic)
+            q.contiguous(), k_rows, v_rows, slots, scaling, prompt.is_text, layer_idx=len(prompt.statistic)
         )
-        statistic, salience = compressor.score_layer(layer)
+        statistic, salience = self.compressor.score_layer(layer)
         prompt.statistic.append(statistic)
         prompt.salience.append(salience)
         return len(prompt.statistic) == self.num_layers
@@ -114,4 +118,5 @@ class PromptObserver:
     def finish(self, row: int) -> tuple[Reservation, torch.Tensor, torch.Tensor]:
         """Reservation, statistic [L, H] and salience [L, H, N] of a prompt whose layers have all run."""
         prompt = self._prompts.pop(row)
+        del self._windows[row]
         return prompt.reservation, torch.stack(prompt.statistic), torch.stack(prompt.salience)

@@ -2,24 +2,60 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 
 class HybridRadixCache(UnifiedRadixCache):
     """UnifiedRadixCache that commits compressed prompts and never keys KV computed over compressed context."""
 
+    def __init__(self, params):
+        super().__init__(params)
+        # What a component answers here caps an insert; stock's own has no opinion. Its class cannot be replaced: the
+        # tree's Rust core refuses a registry of other classes.
+        self.components[ComponentType.FULL].prepare_for_caching_req = self._insertable
+
     @property
     def compression(self):
         """The scheduler's compression state; it hangs on the allocator."""
         return self.token_to_kv_pool_allocator.compression
+
+    def match_prefix(self, params):
+        """A hit ends before the queries that are observed, so that a prompt has one plan, cached or not.
+
+        Only what a request may reuse is capped, not what it has just inserted: then it holds a row.
+        """
+        req = params.req
+        if req is None or req.kv.holds_kv or self.compression.planned(req) is None:
+            return super().match_prefix(params)
+        key = copy.copy(params.key)
+        key.limit = min(len(key), self.compression.window(req).start)
+        return super().match_prefix(dataclasses.replace(params, key=key))
 
     def cache_unfinished_req(self, req, chunked=False, **kwargs):
         super().cache_unfinished_req(req, chunked=chunked, **kwargs)
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
         if not chunked and reservation is not None:
             self._commit(req, reservation)
+
+    def _insertable(self, req, insert_params, token_ids_len, is_finished):
+        """How much of a request that goes on may enter the tree; None, all of it, in stock's words.
+
+        After a commit the tree may evict what it holds, at any moment. A request that was retracted computes its own
+        generated tokens together with its prompt, and goes on to read them: they stay in its row and its own.
+        """
+        if is_finished:
+            return None
+        reservation = self.compression.ledger.get(req.kv.req_pool_idx)
+        if reservation is not None:
+            return reservation.geometry.covered
+        geometry = self.compression.planned(req) if insert_params.chunked else None
+        return None if geometry is None else geometry.covered
 
     def _commit(self, req, reservation) -> None:
         self.unpin(req)

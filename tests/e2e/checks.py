@@ -99,7 +99,7 @@ def assert_dense(answer: Answer, reason: str) -> None:
     record = answer.record
     assert (record["compressed"], record["reason"]) == (False, reason)
     assert (record["resident_ratio"], record["host_bytes"]) == (1.0, 0)
-    assert (record["static_heads"], record["dynamic_heads"]) == (0, 0)
+    assert (record["static_heads"], record["dynamic_heads"], record["plan"]) == (0, 0, None)
 
 
 def loads(server: Server) -> dict[str, Any]:

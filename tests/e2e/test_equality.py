@@ -20,7 +20,7 @@ from tests.e2e.checks import (
     read_answer,
     request_body,
 )
-from tests.e2e.conftest import CHUNK_TOKENS, VL, make_server, run_servers
+from tests.e2e.conftest import CHUNK_TOKENS, OBSERVED_ROWS, VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, Vision, image_url, text
 
 pytestmark = pytest.mark.server
@@ -122,12 +122,11 @@ def test_video_and_image(pair: Pair, vision: Vision) -> None:
 
 
 @every_vision
-@pytest.mark.parametrize("length", [320, 333, 328])
-def test_same_prompt_again_leaves_fewer_rows_than_are_observed(pair: Pair, length: int) -> None:
+@pytest.mark.parametrize("length", [320, 333, 352])
+def test_same_prompt_again_computes_the_observed_rows_anew(pair: Pair, length: int) -> None:
     prompt = text(1000 + length, length)
     assert pair.check(prompt).cached == 0
-    # At least min_observation_rows (8) are computed anew, from the start of a page.
-    assert pair.check(prompt).cached == (length - 8) // 16 * 16
+    assert pair.check(prompt).cached == (length - OBSERVED_ROWS) // 16 * 16
 
 
 @every_vision

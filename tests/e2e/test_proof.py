@@ -33,6 +33,7 @@ REQUEST_FIELDS = {
     "host_bytes",
     "static_heads",
     "dynamic_heads",
+    "plan",
 }
 
 

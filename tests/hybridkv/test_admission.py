@@ -87,17 +87,24 @@ def test_saves_nothing_boundary():
 
 
 @LAWS
-@given(st.integers(512, 5000), st.integers(2, 6000), st.sampled_from([0.1, 0.5, 1.0]))
-def test_pool_too_small_begins_where_the_larger_peak_stops_fitting(prompt_len, left, budget):
-    """Compressed pages stand beside the whole prompt first, and beside tail and answer later."""
+@given(st.integers(512, 5000), st.integers(2, 6000), st.integers(0, 3000), st.sampled_from([0.1, 0.5, 1.0]))
+def test_pool_too_small_begins_where_the_larger_peak_stops_fitting(prompt_len, left, generated, budget):
+    """Compressed pages stand beside all that is prefilled first, and beside tail and answer later."""
     config = HybridKVConfig(budget=budget)
-    decided = decide(prompt_len, left, config, POOL)
+    decided = decide(prompt_len, left, config, POOL, num_generated=generated)
     if decided is DenseReason.BUDGET_BELOW_FLOOR:
         return
-    tail = prompt_len - decided.covered
-    peak = decided.num_pages * 16 + max(prompt_len, tail + left) + 2 * 16
-    assert decide(prompt_len, left, config, PoolShape(16, 8, peak)) is DenseReason.POOL_TOO_SMALL
-    assert decide(prompt_len, left, config, PoolShape(16, 8, peak + 1)) == decided
+    tail = prompt_len + generated - decided.covered
+    peak = decided.num_pages * 16 + max(prompt_len + generated, tail + left) + 2 * 16
+    for pool_size, expected in ((peak, DenseReason.POOL_TOO_SMALL), (peak + 1, decided)):
+        assert decide(prompt_len, left, config, PoolShape(16, 8, pool_size), num_generated=generated) == expected
+
+
+@LAWS
+@given(st.integers(1, 5000), st.integers(0, 500), st.integers(0, 3000), st.floats(0.001, 1.0))
+def test_what_was_generated_before_a_retraction_changes_no_plan(prompt_len, left, generated, budget):
+    config = HybridKVConfig(budget=budget)
+    assert decide(prompt_len, left, config, POOL, num_generated=generated) == decide(prompt_len, left, config, POOL)
 
 
 @LAWS

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.retrieve_chunks.naive import read_summaries
+from sglang_hybridkv.compaction import digest_plan
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
@@ -336,3 +337,37 @@ def test_a_plan_that_breaks_the_contract_writes_nothing(fault, sentence):
     assert torch.equal(pool.keys.nan_to_num(7.0), keys.nan_to_num(7.0))
     assert torch.equal(pool.values.nan_to_num(7.0), values.nan_to_num(7.0))
     assert torch.equal(pool.table.num_head_pages, pages)
+
+
+def digest(is_dynamic, kept):
+    return int(digest_plan(kept.nonzero(as_tuple=True), is_dynamic, kept.shape[-1]))
+
+
+@LAWS
+@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(2, 40), st.integers(0, 2**31 - 1))
+def test_the_digest_tells_plans_apart(data, layers, heads, tokens, seed):
+    """By one head's type, and by one token more or less; not by the order of rows."""
+    generator = torch.Generator().manual_seed(seed)
+    is_dynamic = torch.rand(layers, heads, generator=generator) < 0.5
+    kept = torch.rand(layers, heads, tokens, generator=generator) < 0.3
+    kept[..., 0] = True  # no head is without rows
+    before = digest(is_dynamic, kept)
+    order = torch.randperm(int(kept.sum()), generator=generator)
+    assert int(digest_plan(tuple(i[order] for i in kept.nonzero(as_tuple=True)), is_dynamic, tokens)) == before
+    head = data.draw(st.integers(0, layers - 1)), data.draw(st.integers(0, heads - 1))
+    token = data.draw(st.integers(1, tokens - 1))
+    other_types, other_kept = is_dynamic.clone(), kept.clone()
+    other_types[head] ^= True
+    other_kept[(*head, token)] ^= True
+    assert before not in (digest(other_types, kept), digest(is_dynamic, other_kept))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_the_digest_does_not_depend_on_the_pages_that_a_prompt_got():
+    pool = pool_of(fresh_generator(), budget=0.5)
+    statistic, salience, digests = mixed_statistic(pool), pool.rand(2, 2, 8 * P + 3), []
+    for _ in range(2):
+        prompt = pool.add_prompt(8 * P + 3)
+        pool.compress(prompt, statistic, salience)
+        digests.append(int(prompt.reservation.digest))
+    assert digests[0] == digests[1] != 0

@@ -83,8 +83,7 @@ def test_both_budgets_must_agree():
         ({"min_prompt_tokens": "5"}, "an integer at least 1"),
         ({"recent_window": 2.5}, "an integer at least 0 and at most 1024"),
         ({"host_store_bytes": -1}, "an integer at least 0 or null"),
-        ({"min_observation_rows": 33}, "at most observation_rows, which is 32"),
-        ({"observation_rows": 4}, "at most observation_rows, which is 4"),
+        ({"observation_rows": 257}, "an integer at least 1 and at most 256"),
     ],
 )
 def test_bad_value_is_answered_with_the_legal_ones(values, legal):

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.spans import VisualSpan, num_observation_rows, text_mask
+from sglang_hybridkv.spans import VisualSpan, num_observation_rows, observed_window, text_mask
 from tests.builders import LAWS
 
 
@@ -42,3 +42,13 @@ def test_without_spans_everything_is_text():
     assert text_mask((), 5).tolist() == [True] * 5
     assert num_observation_rows((), 100, 32) == 32
     assert num_observation_rows((), 7, 32) == 7
+
+
+@LAWS
+@given(prompts(), st.integers(1, 300))
+def test_the_window_is_the_end_of_the_prompt(prompt, wanted):
+    spans, prompt_len = prompt
+    text = observed_window("text", spans, prompt_len, wanted)
+    last = observed_window("last", spans, prompt_len, wanted)
+    assert text == range(prompt_len - num_observation_rows(spans, prompt_len, wanted), prompt_len)
+    assert last == range(max(prompt_len - wanted, 0), prompt_len)

@@ -94,4 +94,5 @@ def test_record_is_plain_data():
         "host_bytes": 0,
         "static_heads": 0,
         "dynamic_heads": 0,
+        "plan": None,
     }

@@ -70,6 +70,7 @@ def commit(compression, req, num_dynamic):
     """What the forward and the tree do around a commit; the exact prompt is evicted at once."""
     reservation = compression.ledger.get(req.kv.req_pool_idx)
     reservation.outcome.copy_(torch.tensor([NUM_HEADS - num_dynamic, num_dynamic]))
+    reservation.digest = torch.tensor(-1)
     chunks = reservation.geometry.num_chunks
     compression.allocator.free_page_ids(req.row_pages[:chunks])
     compression.commit(req)
@@ -236,6 +237,7 @@ def test_dense_requests_say_why_and_hold_nothing(config, request_, reason):
     req = prepared(compression, **request_)
     info = compression.request_info(req)
     assert (info["compressed"], info["reason"], info["resident_ratio"]) == (False, reason, 1.0)
+    assert info["plan"] is None
     assert compression.server_info()["dense_requests"] == {reason: 1}
     assert not compression.ledger.by_row
     assert not compression.observer.is_interested(1)
@@ -285,14 +287,51 @@ def test_a_request_that_never_ran_has_a_record():
     assert (info["compressed"], info["reason"], info["prompt_tokens"]) == (False, "not_prefilled", 3)
 
 
-def test_planned_pages_are_what_the_reservation_takes():
+def test_what_is_planned_is_what_the_reservation_takes():
     compression = make_compression()
     req = make_request(compression, 1, 10 * P)
-    planned = compression.planned_pages(req)
+    planned = compression.planned(req)
     compression.prepare(req, None)
-    assert len(compression.ledger.get(1).pages) == planned > 0
-    short = make_request(compression, 2, P)
-    assert compression.planned_pages(short) == 0
+    assert compression.ledger.get(1).geometry == planned
+    assert len(compression.ledger.get(1).pages) == planned.num_pages > 0
+    assert compression.planned(make_request(compression, 2, P)) is None
+
+
+@pytest.mark.parametrize("num_generated", [1, P, 3 * P + 5])
+def test_a_retracted_request_has_the_plan_of_its_prompt(num_generated):
+    """What it has generated is prefilled along, and neither observed nor compressed."""
+    compression = make_compression()
+    first, again = prepared(compression, max_new_tokens=60), make_request(compression, 2, 10 * P + num_generated)
+    again.origin_input_ids, again.output_ids = again.full_untruncated_fill_ids[: 10 * P], [0] * num_generated
+    again.sampling_params = first.sampling_params
+    compression.prepare(again, None)
+    held = compression.ledger.get(2)
+    assert held.geometry == compression.ledger.get(1).geometry
+    assert (held.geometry.covered, held.prefilled) == (10 * P, 10 * P + num_generated)
+    assert compression.window(again) == compression.window(first)
+    assert compression.observer.prompt_len(2) == 10 * P
+    commit(compression, first, num_dynamic=4)
+    commit(compression, again, num_dynamic=4)
+    assert compression.request_info(again)["plan"] == compression.request_info(first)["plan"] == "f" * 16
+
+
+@pytest.mark.parametrize("num_generated", [0, 1, P, 3 * P + 5])
+@pytest.mark.parametrize("hit", [0, 4 * P])
+def test_admission_asks_for_the_larger_peak(num_generated, hit):
+    """Compressed pages beside all that is prefilled, or beside the dense tail and the rest of the answer."""
+    compression, left = make_compression(num_pages=200), 40
+    req = make_request(compression, 1, 10 * P + 3 + num_generated, max_new_tokens=num_generated + left)
+    req.origin_input_ids, req.output_ids = req.full_untruncated_fill_ids[: 10 * P + 3], [0] * num_generated
+    tree = SimpleNamespace(evictable_size=lambda: 0, supports_mamba=lambda: False)
+    budget = compression.allocator.create_prefill_budget(tree)
+    budget.consider(req)
+    extend, pages = 10 * P + 3 + num_generated - hit, compression.planned(req).num_pages * P
+    # The hit is locked and not in what remains; after the commit it is evictable.
+    needed = P + pages + max(extend, 3 + num_generated + left - hit)
+    lengths = {"extend_input_len": extend, "total_tokens": 0, "max_new_tokens": left, "input_tokens": extend + hit}
+    for remaining, fits in ((needed, False), (needed + 1, True)):
+        budget.total_offset = compression.allocator.available_size() - remaining
+        assert budget.check_prefill(**lengths, swa_host_hit_length=0, chunk_limit=None)[0] == fits
 
 
 def test_a_commit_before_the_compression_is_an_error():

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ pytest.importorskip("sglang")
 
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.geometry import prompt_geometry
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.spans import VisualSpan, observed_window
 from sglang_hybridkv.srt.observation import PromptObserver
 from tests.builders import LAWS, fresh_generator, make_compressor, make_reservation
 
@@ -17,8 +19,7 @@ LAYERS, W = 2, 8
 
 
 def make_observer():
-    config = HybridKVConfig(preset="paper", observation_rows=W, min_observation_rows=2)
-    return PromptObserver(HybridKV(config), LAYERS)
+    return PromptObserver(HybridKV(HybridKVConfig(preset="paper", observation_rows=W)), LAYERS)
 
 
 def reservation(prompt_len=64, spans=()):
@@ -26,83 +27,90 @@ def reservation(prompt_len=64, spans=()):
     return make_reservation(geometry, range(1, 1 + geometry.num_pages), range(geometry.num_host_pages), spans=spans)
 
 
+def run_chunk(observer, row, queries, start, *, length, final=False, window):
+    """One chunk of `queries` [LAYERS, N, ...] as the engine shows it: the observed rows of each layer."""
+    observer.watch(row, window)
+    if final:
+        observer.begin(row, reservation(window.stop))
+    assert observer.is_interested(row)
+    assert observer.is_final(row) == final
+    return [observer.gather(row, layer, queries[layer, start : start + length], start) for layer in range(len(queries))]
+
+
 @st.composite
 def chunked(draw):
-    """Queries of a prompt that starts behind a cached prefix, and the borders of its chunks."""
-    lengths = draw(st.lists(st.integers(1, 20), min_size=1, max_size=5))
-    start = draw(st.integers(0, 30))
+    """A prompt with its window, what was generated after it, a cached prefix before the window, borders of chunks."""
+    prompt_len = draw(st.integers(W + 1, 80))
+    window = range(prompt_len - draw(st.integers(1, W)), prompt_len)
+    end = prompt_len + draw(st.sampled_from([0, 0, 1, 7, 30]))
+    start = draw(st.integers(0, window.start))
+    inner = draw(st.sets(st.integers(start + 1, end - 1), max_size=6)) if end - start > 1 else set()
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
-    return start, lengths, torch.randn(LAYERS, sum(lengths), 4, 16, generator=generator)
+    return window, [start, *sorted(inner), end], torch.randn(LAYERS, end, 4, 16, generator=generator)
 
 
 @LAWS
 @given(chunked())
-def test_the_tail_reaches_back_into_the_chunk_before(case):
-    """The last W rows that were computed without a gap, over any number of chunks."""
-    start, lengths, queries = case
-    observer, done = make_observer(), 0
-    for i, length in enumerate(lengths):
-        if i == len(lengths) - 1:
-            observer.begin(3, reservation())
-        else:
-            observer.watch(3)
-        assert observer.is_interested(3)
-        assert observer.is_final(3) == (i == len(lengths) - 1)
-        for layer in range(LAYERS):
-            tail = observer.keep_tail(3, layer, queries[layer, done : done + length], start + done)
-            end = done + length
-            assert torch.equal(tail, queries[layer, max(end - W, 0) : end])
-        done += length
-
-
-def test_a_gap_between_chunks_drops_the_kept_rows():
+def test_the_window_is_observed_whatever_was_cached_and_wherever_chunks_end(case):
+    """Also when its queries are those of several chunks, or of earlier ones than the last."""
+    window, borders, queries = case
     observer = make_observer()
-    q = torch.randn(20, 4, 16, generator=fresh_generator())
-    observer.watch(1)
-    observer.keep_tail(1, 0, q[:10], 0)
-    observer.begin(1, reservation())
-    assert torch.equal(observer.keep_tail(1, 0, q[10:13], start=16), q[10:13])
+    for start, end in itertools.pairwise(borders):
+        final = end == borders[-1]
+        rows = run_chunk(observer, 3, queries, start, length=end - start, final=final, window=window)
+        seen = queries[:, window.start : max(min(end, window.stop), window.start)]
+        assert torch.equal(torch.stack(rows), seen)
+    assert torch.equal(torch.stack(rows), queries[:, window.start : window.stop])
 
 
 def test_kept_rows_are_a_copy():
     """The queries live in a buffer that the next forward overwrites."""
     observer = make_observer()
-    q = torch.randn(4, 4, 16, generator=fresh_generator())
+    q = torch.randn(6, 4, 16, generator=fresh_generator())
     buffer = q.clone()
-    observer.watch(1)
-    observer.keep_tail(1, 0, buffer, 0)
+    observer.watch(1, range(1, 6))
+    observer.gather(1, 0, buffer[:4], 0)
     buffer.fill_(float("nan"))
-    observer.begin(1, reservation())
-    assert torch.equal(observer.keep_tail(1, 0, q[:2], 4), torch.cat((q, q[:2])))
+    assert torch.equal(observer.gather(1, 0, q[4:], 4), q[1:])
 
 
 def test_rows_and_layers_do_not_mix():
-    observer = make_observer()
-    q = torch.randn(2, 2, 3, 4, 16, generator=fresh_generator())
-    for row in (1, 2):
-        observer.watch(row)
-        for layer in range(2):
-            observer.keep_tail(row, layer, q[row - 1, layer], 0)
-    for row in (1, 2):
-        observer.begin(row, reservation())
-        for layer in range(2):
-            expected = torch.cat((q[row - 1, layer], q[0, 0, :1]))
-            assert torch.equal(observer.keep_tail(row, layer, q[0, 0, :1], 3), expected)
+    observer, window = make_observer(), range(1, 4)
+    q = torch.randn(2, LAYERS, 4, 4, 16, generator=fresh_generator())
+    for start, length in ((0, 3), (3, 1)):
+        rows = [run_chunk(observer, row, q[row], start, length=length, window=window) for row in range(2)]
+    assert torch.equal(torch.stack([torch.stack(layers) for layers in rows]), q[:, :, 1:])
 
 
 @pytest.mark.parametrize("forget", [lambda o: o.drop(1), lambda o: o.clear()])
 def test_what_is_dropped_leaves_nothing_to_the_row_s_next_request(forget):
-    observer = make_observer()
-    q = torch.randn(5, 4, 16, generator=fresh_generator())
-    observer.watch(1)
-    observer.keep_tail(1, 0, q, 0)
+    observer, window = make_observer(), range(0, 7)
+    q = torch.randn(LAYERS, 7, 4, 16, generator=fresh_generator())
+    run_chunk(observer, 1, q, 0, length=5, window=window)
     forget(observer)
     assert not observer.is_interested(1)
-    observer.begin(1, reservation())
-    assert torch.equal(observer.keep_tail(1, 0, q[:2], 5), q[:2])
+    rows = run_chunk(observer, 1, q, 0, length=7, final=True, window=window)
+    assert torch.equal(torch.stack(rows), q)
     forget(observer)
     assert not observer.is_final(1)
     observer.drop(None)
+
+
+def test_a_window_with_a_gap_is_an_error():
+    """A prefix hit that swallows observed queries would give the prompt another plan."""
+    observer = make_observer()
+    q, keys = torch.randn(LAYERS, 64, 4, 16, generator=fresh_generator()), torch.zeros(64, 2, 16)
+    rows = run_chunk(observer, 1, q, 60, length=4, final=True, window=range(56, 64))
+    with pytest.raises(AssertionError, match="4 queries of range"):
+        observer.score(1, rows[0], keys, keys, torch.arange(64), 0.25)
+
+
+def begin(observer, reservation):
+    """A prompt of 64 tokens in row 4, all of it in one chunk."""
+    compressor = observer.compressor
+    wanted = compressor.config.observation_rows
+    observer.watch(4, observed_window(compressor.observed_rows, reservation.spans, 64, wanted))
+    observer.begin(4, reservation)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +126,12 @@ def test_scores_are_those_of_the_text_after_the_last_image(spans, rows):
     observer, generator = make_observer(), fresh_generator()
     q, keys = torch.randn(LAYERS, 64, 4, 16, generator=generator), torch.randn(LAYERS, 64, 2, 16, generator=generator)
     mine = reservation(spans=spans)
-    observer.begin(4, mine)
+    begin(observer, mine)
     last, slots = [], torch.randperm(100, generator=generator)[:64]
     for layer in range(LAYERS):
-        tail, k_rows = observer.keep_tail(4, layer, q[layer], 0), torch.full((100, 2, 16), float("nan"))
+        observed, k_rows = observer.gather(4, layer, q[layer], 0), torch.full((100, 2, 16), float("nan"))
         k_rows[slots] = keys[layer]
-        last.append(observer.score(4, tail, k_rows, k_rows, slots, 0.25))
+        last.append(observer.score(4, observed, k_rows, k_rows, slots, 0.25))
     assert last == [False, True]
     got, statistic, salience = observer.finish(4)
     assert got is mine
@@ -140,9 +148,9 @@ def test_methods_of_the_last_window_observe_it_whatever_it_shows():
     observer = PromptObserver(make_compressor("snapkv", LAYERS, 2, observation_rows=W), LAYERS)
     generator = fresh_generator()
     q, keys = torch.randn(64, 4, 16, generator=generator), torch.randn(64, 2, 16, generator=generator)
-    observer.begin(4, reservation(spans=(VisualSpan(10, 60, "image"),)))
+    begin(observer, reservation(spans=(VisualSpan(10, 60, "image"),)))
     for _ in range(LAYERS):
-        observer.score(4, observer.keep_tail(4, 0, q, 0), keys, keys, torch.arange(64), 0.25)
+        observer.score(4, observer.gather(4, 0, q, 0), keys, keys, torch.arange(64), 0.25)
     _, _, salience = observer.finish(4)
     torch.testing.assert_close(salience[0], score_heads(q[-W:], keys, scaling=0.25)[1])
 
@@ -156,8 +164,8 @@ def test_methods_are_told_which_tokens_are_text_and_which_layer_it_is():
             return super().score_layer(layer)
 
     observer, q = PromptObserver(Spy(HybridKVConfig()), LAYERS), torch.randn(64, 4, 16, generator=fresh_generator())
-    observer.begin(4, reservation(spans=(VisualSpan(10, 59, "image"),)))
+    begin(observer, reservation(spans=(VisualSpan(10, 59, "image"),)))
     for layer in range(LAYERS):
-        observer.score(4, observer.keep_tail(4, layer, q, 0), q[:, :2], q[:, :2], torch.arange(64), 0.25)
+        observer.score(4, observer.gather(4, layer, q, 0), q[:, :2], q[:, :2], torch.arange(64), 0.25)
     mask = [not 10 <= token < 59 for token in range(64)]
     assert seen == [(mask, 0), (mask, 1)]

@@ -1,0 +1,119 @@
+"""The tree of a running server, with real requests, pools and tree core, and the forward played by the test."""
+
+from array import array
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_hybridkv.srt.radix_cache import HybridRadixCache
+from tests.srt.test_compression import NUM_HEADS, P, make_compression
+
+PROMPT, WINDOW = 10 * P + 3, 8
+
+
+class Tree:
+    """A tree over a fresh pool, and requests that go through it as the scheduler takes them."""
+
+    def __init__(self):
+        self.compression = make_compression(num_pages=100, observation_rows=WINDOW)
+        self.rows = ReqToTokenPool(4, 400, "cpu", False)
+        params = CacheInitParams(False, self.rows, self.compression.allocator, P, tree_components=(ComponentType.FULL,))
+        self.cache = HybridRadixCache(params)
+
+    def request(self, rid, prompt_len, num_generated=0, *, max_new_tokens=50):
+        """A request in the waiting queue; with generated tokens, one that was retracted."""
+        req = Req(rid, "", array("q", range(prompt_len)), SamplingParams(max_new_tokens=max_new_tokens))
+        req.output_ids.extend(range(1000, 1000 + num_generated))
+        req.sampling_params.max_new_tokens += num_generated
+        return req
+
+    def prefill(self, req, *chunk_ends):
+        """Match the prefix, then compute and insert chunk after chunk; the last one reaches the end."""
+        req.init_next_round_input(self.cache)
+        hit = len(req.prefix_indices)
+        req.lock_receipt = self.cache.inc_lock_ref(req.last_node).to_dec_params()
+        [row] = self.rows.alloc([req])
+        self.rows.write((row, slice(0, hit)), req.prefix_indices.int())
+        start, end = hit, len(req.full_untruncated_fill_ids)
+        for stop in (*chunk_ends, end):
+            self._compute(req, row, start, stop)
+            self.compression.prepare(req, self.cache)
+            if stop == end and self.compression.ledger.get(row) is not None:
+                self._compress(row)
+            self.cache.cache_unfinished_req(req, chunked=stop < end)
+            start = stop
+        return hit
+
+    def _compute(self, req, row, start, stop):
+        last = self.rows.req_to_token[row, start - 1 : start] if start else torch.tensor([-1])
+        lens = [torch.tensor([length]) for length in (start, start, stop, stop)]
+        slots = self.compression.allocator.alloc_extend(*lens, last.long(), stop - start)
+        self.rows.write((row, slice(start, stop)), slots.int())
+        req.set_extend_range(start, stop)
+        req.kv.kv_allocated_len = req.kv.kv_committed_len = stop
+
+    def _compress(self, row):
+        reservation = self.compression.ledger.get(row)
+        reservation.outcome.copy_(torch.tensor([NUM_HEADS, 0]))
+        reservation.digest = torch.tensor(0)
+
+    def release(self, req):
+        """As SGLang's `release_kv_cache`, which asks for a running server."""
+        self.cache.insert_req(req, up_to=req.kv.kv_committed_len)
+        self.cache.free_kv_row(req.kv, [(req.kv.cache_protected_len, req.kv.kv_committed_len)])
+        self.cache.unpin(req)
+        self.cache.on_release(req, inserted=True)
+
+    def evict_all(self):
+        self.cache.evict(EvictParams(num_tokens=100 * P))
+
+    def is_whole(self, req):
+        """Whether each page is free, in the tree, `req`'s own or in the ledger, as SGLang's leak check counts them."""
+        own = -(-req.kv.kv_allocated_len // P) * P - req.kv.cache_protected_len
+        in_tree = self.cache.evictable_size() + self.cache.protected_size()
+        free, unlisted = self.compression.allocator.available_size(), self.compression.ledger.unlisted_tokens()
+        return free + in_tree + own + unlisted == 100 * P
+
+
+@pytest.mark.parametrize("num_generated", [1, P, 3 * P + 1])
+@pytest.mark.parametrize("chunk_ends", [(), (4 * P,), (10 * P, 11 * P), (11 * P,)])
+def test_the_tree_never_owns_what_a_retracted_request_goes_on_to_read(num_generated, chunk_ends):
+    """After its commit the tree may evict what it holds; tokens behind the compressed prompt are no part of that."""
+    tree = Tree()
+    req = tree.request("again", PROMPT, num_generated)
+    end = PROMPT + num_generated
+    tree.prefill(req, *(stop for stop in chunk_ends if stop < end))
+    covered = tree.compression.ledger.get(req.kv.req_pool_idx).geometry.covered
+    assert covered == 10 * P
+    assert (tree.cache.evictable_size(), tree.cache.protected_size()) == (covered, 0)
+    assert tree.is_whole(req)
+    tree.evict_all()
+    assert tree.is_whole(req)
+    tail = tree.rows.req_to_token[req.kv.req_pool_idx, covered:end].tolist()
+    free = set(tree.compression.allocator.get_all_free_pages().tolist())
+    assert len(set(tail)) == num_generated + 3
+    assert not free & {slot // P for slot in tail}
+    tree.release(req)
+    assert tree.compression.allocator.available_size() == 100 * P
+
+
+@pytest.mark.parametrize("num_generated", [0, 5])
+def test_a_hit_ends_before_the_observed_rows(num_generated):
+    tree = Tree()
+    tree.prefill(tree.request("first", PROMPT + 20))
+    assert tree.prefill(tree.request("again", PROMPT, num_generated)) == (PROMPT - WINDOW) // P * P
+
+
+def test_a_request_that_is_served_dense_finds_all_that_stock_finds():
+    tree = Tree()
+    tree.prefill(tree.request("first", PROMPT + 20))
+    assert tree.prefill(tree.request("one-token", 10 * P + 1, max_new_tokens=1)) == 10 * P
