@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, image_settings, write_json
-from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, piece_text
+from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, drawings_digest, piece_text
 from benchmarks.scenes import CELL_PIXELS
 
 NUM_PIECES = 6144
@@ -295,7 +295,7 @@ def make_reader(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.do_sample = False
     model.to(torch.bfloat16).save_pretrained(folder)
-    write_json(folder / PIECES_FILE, pieces)
+    write_json(folder / PIECES_FILE, {"pieces": pieces, "drawings": drawings_digest(tokenizer, pieces)})
     (folder / "README.md").write_text(describe(accuracy, len(pieces)))
     return accuracy
 

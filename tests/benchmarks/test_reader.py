@@ -1,6 +1,7 @@
 """A page of pictures is, to the language model of a reader, what its text is."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -172,6 +173,12 @@ def test_positions_along_a_page_are_those_of_text(reader, writer, model):
     assert positions[2, 0].tolist() == served[2, 0].tolist() == list(range(ids.shape[1]))
     assert delta.item() == served_delta.item() == 0
     assert config.text_config.rope_parameters["mrope_section"] == [0, 0, 8]
+
+
+def test_other_drawings_are_noticed(reader):
+    with mock.patch("benchmarks.pages.draw_piece", lambda text: 255 - draw_piece(text)):
+        with pytest.raises(ValueError, match="other drawings"):
+            PageWriter.load(reader)
 
 
 @torch.inference_mode()
