@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 from benchmarks.scenes import CELL_PIXELS, image_url
 
 PIECES_FILE = "pieces.json"
-"""In the folder of a checkpoint that reads pages: the token ids whose drawings it knows."""
-CELLS_PER_LINE = 32
+"""In the folder of a checkpoint that reads pages: the token ids whose drawings it knows, and a digest of these."""
+CELLS_PER_LINE = 128
+"""Each line costs two tokens that the text does not have, so fewer lines are closer to the text."""
 MOST_CELLS_PER_LINE = 199
 """The image processor of Qwen2-VL refuses pictures more than 200 times as long as high."""
 
@@ -112,6 +114,12 @@ def piece_text(tokenizer: Any, piece: int) -> str:
     return str(tokenizer.decode([piece], clean_up_tokenization_spaces=False))
 
 
+def drawings_digest(tokenizer: Any, pieces: Sequence[int]) -> str:
+    """Tells whether a sample of the pieces looks as it did when the checkpoint was made."""
+    sample = (draw_piece(piece_text(tokenizer, piece)).tobytes() for piece in pieces[:: max(1, len(pieces) // 256)])
+    return hashlib.sha256(b"".join(sample)).hexdigest()
+
+
 def _is_drawable(text: str) -> bool:
     """No part of a character, no control character, and no long run of one sign, which is hard to count."""
     is_long_run = len(text) > _LONGEST_RUN and len(set(text.strip())) < 2
@@ -157,13 +165,22 @@ class PageWriter:
 
     @classmethod
     def load(cls, folder: Path) -> PageWriter:
-        """Of a checkpoint made by `benchmarks.models.train_reader`."""
+        """Of a checkpoint made by `benchmarks.models.train_reader`.
+
+        Raises
+        ------
+        ValueError
+            The folder has no such checkpoint, or this Pillow draws other pictures than those it was made for.
+        """
         from transformers import AutoTokenizer
 
         if not (folder / PIECES_FILE).is_file():
             raise ValueError(f"folder: expected a checkpoint with a {PIECES_FILE}, got {str(folder)!r}")
-        pieces = json.loads((folder / PIECES_FILE).read_text())
-        return cls(AutoTokenizer.from_pretrained(folder), frozenset(pieces))
+        made = json.loads((folder / PIECES_FILE).read_text())
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if drawings_digest(tokenizer, made["pieces"]) != made["drawings"]:
+            raise ValueError(f"folder: {str(folder)!r} was made for other drawings, by another Pillow; make it anew")
+        return cls(tokenizer, frozenset(made["pieces"]))
 
     @functools.cached_property
     def _halves(self) -> dict[str, tuple[str, str]]:

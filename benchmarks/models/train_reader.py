@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, image_settings, write_json
-from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, piece_text
+from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, drawings_digest, piece_text
 from benchmarks.scenes import CELL_PIXELS
 
 NUM_PIECES = 6144
@@ -156,7 +156,7 @@ def copy_language(model: Any, llama: Any) -> None:
 
 
 def solve_templates(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N, F] and thresholds [N] of a detector of each row of `seen` [N, F], fp64, all of one length.
+    """Weights [N, F] and biases [N] of a detector of each row of `seen` [N, F], fp64, all of one length.
 
     A detector answers +`_ANSWER` to its own row and at most -`_ANSWER` to any other: of all rows of one length a row
     has the greatest product with itself.
@@ -167,8 +167,10 @@ def solve_templates(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rival = scores.max(1).values
     if (own - rival).min() < _LEAST_MARGIN * own.mean():
         raise ValueError(f"pieces: two drawings are too much alike, by {(own - rival).min() / own.mean():.1e}")
-    gain = 2 * _ANSWER / (own - rival)
-    return seen * gain[:, None], -gain * (own + rival) / 2
+    middle = (own + rival) / 2
+    # The threshold can be a hundred times the answer: it has to be a number of bf16, so the gain gives way.
+    threshold = _round(2 * _ANSWER / (own - rival) * middle).double()
+    return seen * (threshold / middle)[:, None], -threshold
 
 
 def solve_tower(tower: Any, patches: torch.Tensor, targets: torch.Tensor) -> None:
@@ -184,10 +186,10 @@ def solve_tower(tower: Any, patches: torch.Tensor, targets: torch.Tensor) -> Non
         lens = torch.eye(_PATCH_DIM) - _CONTRAST / _PATCH_DIM
         tower.patch_embed.proj.weight[:_PATCH_DIM] = (lens / 6).view(-1, 1, 1, PATCH_PIXELS, PATCH_PIXELS)
         seen = normalised_patches(tower, patches)
-        templates, thresholds = solve_templates(seen[..., :_PATCH_DIM].double().flatten(1))
+        templates, biases = solve_templates(seen[..., :_PATCH_DIM].double().flatten(1))
         columns = first.weight.view(width, _PATCHES, -1)
         columns[:num_pieces, :, :_PATCH_DIM] = templates.view(num_pieces, _PATCHES, -1).float()
-        first.bias[:num_pieces] = thresholds.float()
+        first.bias[:num_pieces] = biases.float()
         answers = F.gelu(_rounded_linear(first, seen.flatten(1)))
         last.weight[:] = solve_last_layer(answers[:, :num_pieces], targets, width).float()
 
@@ -293,7 +295,7 @@ def make_reader(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.do_sample = False
     model.to(torch.bfloat16).save_pretrained(folder)
-    write_json(folder / PIECES_FILE, pieces)
+    write_json(folder / PIECES_FILE, {"pieces": pieces, "drawings": drawings_digest(tokenizer, pieces)})
     (folder / "README.md").write_text(describe(accuracy, len(pieces)))
     return accuracy
 
