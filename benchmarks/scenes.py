@@ -101,11 +101,20 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and the exact right answer; empty where any answer is as right as another."""
+    """What is asked, and the exact right answer.
+
+    Attributes
+    ----------
+    answer : empty where any answer is as right as another.
+    begun : words that the answer is made to begin with; `answer` is what follows them.
+    max_tokens : longest answer.
+    """
 
     kind: str
     text: str
     answer: str
+    begun: str = ""
+    max_tokens: int = 64
 
 
 @functools.cache

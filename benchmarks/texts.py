@@ -3,8 +3,11 @@
 The prose comes from the license texts of Debian's base-files and from the Python manual that is part of Python
 (`pydoc_data.topics`): the same on every machine with the same versions of both. A text is a random choice of passages
 in random order, with facts between their sentences: access codes of places, who holds the key to which place, a list of
-prices, the crew of a ship, notices. All are drawn from one random generator. Two halves of the prose, by file, and of
+prices, the crew of a ship, visitors. All are drawn from one random generator. Two halves of the prose, by file, and of
 the words in the facts are kept apart, so that what was chosen on one can be reported on the other.
+
+The models that these texts are for are weak. Most answers are therefore made to begin with words that name what is
+asked for ("The access code of the red tower is"), and end where the sentence or the line ends.
 """
 
 from __future__ import annotations
@@ -33,11 +36,13 @@ LICENSE_FILES = {
 }
 
 NUM_CODES = 4
-NUM_PRICES = 24
+NUM_PRICES = 20
 NUM_CREW = 8
-MOST_NOTICES = 6
+MOST_VISITORS = 4
 CLOZE_WORDS = (8, 12)
 """Least and most words that a question leaves to complete."""
+CLOZE_SENTENCE = (22, 40)
+"""Least and most words of the whole sentence."""
 
 # The words of the facts; every second one belongs to the held-out half.
 COLOURS = "blue green golden white amber scarlet violet bronze red silver black purple orange crimson ivory copper"
@@ -53,12 +58,12 @@ GOODS = (
     "trumpet urn vase whistle yarn zipper blanket curtain doll envelope flute glove hook idol"
 )
 SHIPS = "Aurora Borealis Corsair Dolphin Endeavour Falcon Gallant Horizon"
-NOTICE = "NOTICE: The bell was rung."
+FACT_WORDS = frozenset(" ".join((COLOURS, PLACES, PEOPLE, GOODS, SHIPS)).split())
 
-KINDS = ("needle", "pair", "hop", "price", "crew", "cloze", "notices", "summary", "sequel")
+KINDS = ("needle", "pair", "hop", "price", "crew", "cloze", "tally", "summary", "sequel")
 FREE_KINDS = ("summary", "sequel")
 """Questions without a right answer: what is said is compared with what stock says."""
-NUMBER_KINDS = ("needle", "pair", "hop", "price", "notices")
+NUMBER_KINDS = ("needle", "pair", "hop", "price", "tally")
 """Questions whose answer is a number, of "pair" two."""
 
 
@@ -74,7 +79,7 @@ class Text:
     prices : article and price, in the order of the list.
     crew : names in the order of the text.
     ship : whose crew it is.
-    num_notices : how often the notice stands in the text.
+    visitors : names of those that the text mentions as such.
     sentences : of the prose, long enough to leave a part of them to complete.
     """
 
@@ -84,7 +89,7 @@ class Text:
     prices: tuple[tuple[str, str], ...]
     crew: tuple[str, ...]
     ship: str
-    num_notices: int
+    visitors: tuple[str, ...]
     sentences: tuple[str, ...]
 
     @property
@@ -141,6 +146,11 @@ def _sentences(text: str) -> Iterator[tuple[int, str]]:
                 yield number, sentence
 
 
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+
+
 @functools.cache
 def passages(split: str) -> tuple[tuple[str, ...], ...]:
     """Return the passages of one half of the sources: runs of sentences of one paragraph, none of them twice.
@@ -150,8 +160,7 @@ def passages(split: str) -> tuple[tuple[str, ...], ...]:
     ValueError
         A source is not there; the message says which.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    _check_split(split)
     runs: dict[tuple[str, str, int], list[str]] = {}
     seen: set[str] = set()
     # Of both halves: a sentence that is in both belongs to the first that has it.
@@ -204,14 +213,14 @@ class _Facts:
     prices: list[tuple[str, str]]
     crew: list[str]
     ship: str
-    num_notices: int
+    visitors: list[str]
 
     @property
     def sentences(self) -> list[str]:
         """To be put between the sentences of the prose."""
         said = [f"The access code of the {place} is {code}." for place, code in self.codes]
         said += [f"{person} holds the key to the {place}." for person, place in self.holders]
-        return said + [NOTICE] * self.num_notices
+        return said + [f"Today's visitor is {person}." for person in self.visitors]
 
     @property
     def blocks(self) -> list[str]:
@@ -222,17 +231,17 @@ class _Facts:
 
 
 def _draw_facts(rng: np.random.Generator, split: str) -> _Facts:
-    places = [f"{colour} {place}" for colour in _words(split, COLOURS) for place in _words(split, PLACES)]
-    places = _pick(rng, places, NUM_CODES)
-    people = _pick(rng, _words(split, PEOPLE), NUM_CODES + NUM_CREW)
+    colours, places = (_pick(rng, _words(split, words), NUM_CODES) for words in (COLOURS, PLACES))
+    places = [f"{colour} {place}" for colour, place in zip(colours, places, strict=True)]
+    people = _pick(rng, _words(split, PEOPLE), NUM_CODES + NUM_CREW + int(rng.integers(1, MOST_VISITORS + 1)))
     order = rng.permutation(NUM_CODES)
     return _Facts(
         codes=list(zip(places, _number(rng, NUM_CODES, 4), strict=True)),
         holders=[(person, places[i]) for person, i in zip(people[:NUM_CODES], order, strict=True)],
         prices=list(zip(_pick(rng, _words(split, GOODS), NUM_PRICES), _number(rng, NUM_PRICES, 3), strict=True)),
-        crew=people[NUM_CODES:],
+        crew=people[NUM_CODES : NUM_CODES + NUM_CREW],
         ship=_pick(rng, _words(split, SHIPS), 1)[0],
-        num_notices=int(rng.integers(1, MOST_NOTICES + 1)),
+        visitors=people[NUM_CODES + NUM_CREW :],
     )
 
 
@@ -276,6 +285,7 @@ def draw_text(rng: np.random.Generator, length: int, *, split: str = DEVELOPMENT
     ValueError
         Unknown split, a length without room for the facts, or a source of the prose is not there.
     """
+    _check_split(split)
     facts = _draw_facts(rng, split)
     room = length - count_tokens("\n\n".join([*facts.sentences, *facts.blocks]))
     if room < 100:
@@ -294,7 +304,7 @@ def draw_text(rng: np.random.Generator, length: int, *, split: str = DEVELOPMENT
         prices=tuple(facts.prices),
         crew=tuple(facts.crew),
         ship=facts.ship,
-        num_notices=facts.num_notices,
+        visitors=tuple(facts.visitors),
         sentences=sentences,
     )
 
@@ -303,66 +313,71 @@ def draw_text(rng: np.random.Generator, length: int, *, split: str = DEVELOPMENT
 
 
 def _is_cloze(sentence: str) -> bool:
-    return CLOZE_WORDS[0] + 8 <= len(sentence.split()) <= 30
+    least, most = CLOZE_SENTENCE
+    # Without what an answer could leave out or change: quotation marks, parentheses.
+    return least <= len(sentence.split()) <= most and re.fullmatch(r"[A-Za-z ,.'-]+[.]", sentence) is not None
 
 
-def _ask_needle(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+def _ask_needle(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
     place, code = text.codes[rng.integers(len(text.codes))]
-    return f"What is the access code of the {place}? Answer with the number only.", code
+    return f"What is the access code of the {place}?", f"The access code of the {place} is", code, 12
 
 
-def _ask_pair(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+def _ask_pair(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
     (first, code), (second, other) = (text.codes[i] for i in rng.permutation(len(text.codes))[:2])
-    asked = f"What is the access code of the {first}, and what is the access code of the {second}?"
-    return f"{asked} Answer with the two numbers in this order.", f"{code}, {other}"
+    places = f"the {first} and of the {second}"
+    return f"What are the access codes of {places}?", f"The access codes of {places} are", f"{code} and {other}", 20
 
 
-def _ask_hop(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+def _ask_hop(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
     person, place = text.holders[rng.integers(len(text.holders))]
-    asked = f"Which place does {person} hold the key to, and what is the access code of that place?"
-    return asked, dict(text.codes)[place]
+    asked = f"{person} holds the key to one place. What is the access code of that place?"
+    return asked, f"The access code of the place that {person} holds the key to is", dict(text.codes)[place], 12
 
 
-def _ask_price(rng: np.random.Generator, text: Text) -> tuple[str, str]:
+def _ask_price(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
     article, price = text.prices[rng.integers(len(text.prices))]
-    return f"What is the price of the {article} in the price list? Answer with the number only.", price
+    return f"What does the price list say of {article}?", f"{article}:", price, 8
 
 
-def _ask_crew(rng: np.random.Generator, text: Text) -> tuple[str, str]:
-    asked = f"Copy the list of the crew of the ship {text.ship}: the names only, in the same order, with commas."
-    return asked, ", ".join(text.crew)
+def _ask_crew(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
+    first, *others = text.crew
+    asked = f"Copy the list of the crew of the ship {text.ship}."
+    return asked, f"The crew of the ship {text.ship}: {first},", ", ".join(others), 40
 
 
-def _ask_cloze(rng: np.random.Generator, text: Text) -> tuple[str, str]:
-    words = text.sentences[rng.integers(len(text.sentences))].split()
+def _ask_cloze(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
+    words = text.sentences[rng.integers(len(text.sentences))].removesuffix(".").split()
     left = int(rng.integers(CLOZE_WORDS[0], CLOZE_WORDS[1] + 1))
     begun, rest = " ".join(words[:-left]), " ".join(words[-left:])
-    return f'Complete the sentence of the text word for word: "{begun}', rest
+    return f'Copy the sentence of the text that begins with "{" ".join(words[:6])}".', begun, rest, 40
 
 
-def _ask_notices(rng: np.random.Generator, text: Text) -> tuple[str, str]:
-    return f'How often does "{NOTICE}" stand in the text? Answer with the number only.', str(text.num_notices)
+def _ask_tally(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
+    asked = 'How many sentences of the text begin with "Today\'s visitor is"?'
+    return asked, "The number of visitors is", str(len(text.visitors)), 8
 
 
-def _ask_summary(rng: np.random.Generator, text: Text) -> tuple[str, str]:
-    return "Summarize the text in three sentences.", ""
+def _ask_summary(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
+    return "Summarize the text in three sentences.", "", "", 64
 
 
-def _ask_sequel(rng: np.random.Generator, text: Text) -> tuple[str, str]:
-    return "Continue the text from where it ends, in the same style.", ""
+def _ask_sequel(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
+    return "Continue the text from where it ends, in the same style.", "", "", 64
 
 
-_ASK: dict[str, Callable[[np.random.Generator, Text], tuple[str, str]]] = {
+_ASK: dict[str, Callable[[np.random.Generator, Text], tuple[str, str, str, int]]] = {
     "needle": _ask_needle,
     "pair": _ask_pair,
     "hop": _ask_hop,
     "price": _ask_price,
     "crew": _ask_crew,
     "cloze": _ask_cloze,
-    "notices": _ask_notices,
+    "tally": _ask_tally,
     "summary": _ask_summary,
     "sequel": _ask_sequel,
 }
+"""What is asked, how the answer begins, how it goes on, and its most tokens, by kind."""
 
 
 def ask_text(rng: np.random.Generator, text: Text, kind: str) -> Question:
@@ -371,36 +386,39 @@ def ask_text(rng: np.random.Generator, text: Text, kind: str) -> Question:
     Parameters
     ----------
     kind : one of `text.kinds`: "needle" (one access code of four), "pair" (two of them, in order), "hop" (the access
-        code of the place whose key somebody holds), "price" (one line of a list of 24), "crew" (copy a list of eight
-        names), "cloze" (the rest of a sentence of the prose, 8 to 12 words), "notices" (how often a line stands in the
-        text, 1 to 6), "summary" and "sequel" (free text: the answer is empty, there is no right one).
+        code of the place whose key somebody holds), "price" (one line of a list of 20), "crew" (copy a list of eight
+        names), "cloze" (the rest of a sentence of the prose, 8 to 12 words), "tally" (how often a sentence stands in
+        the text, 1 to 4), "summary" and "sequel" (free text: the answer is empty, there is no right one).
     """
     if kind not in text.kinds:
         raise ValueError(f"kind: expected one of {', '.join(text.kinds)} for this text, got {kind!r}")
-    asked, answer = _ASK[kind](rng, text)
-    return Question(kind, asked, answer)
+    asked, begun, answer, max_tokens = _ASK[kind](rng, text)
+    return Question(kind, asked, answer, begun, max_tokens)
+
+
+def facts_of(text: Text) -> list[str]:
+    """Return everything that questions ask for as it stands in the text, in no order."""
+    facts = _Facts(
+        list(text.codes), list(text.holders), list(text.prices), list(text.crew), text.ship, list(text.visitors)
+    )
+    return [*facts.sentences, *facts.blocks]
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
 def normalise(kind: str, said: str) -> str:
-    """Return what is compared of an answer.
+    """Return what is compared of an answer: its first sentence, which the question began.
 
-    Of an answer that is a number, or several, the different numbers in their order, whatever stands around them: an
-    answer that names a second number is another answer. Of words, everything but white space and quotation marks at
-    the ends, and a final full stop.
+    Of an answer that is a number, or two, the different numbers in their order: the number is the whole answer or the
+    only one in it. Of words, everything but white space and quotation marks at the ends.
     """
+    words = re.sub(r"[ \t]+", " ", re.split(r"\n|\.(?=\s|[\"”]|$)", said.strip())[0])
     if kind in NUMBER_KINDS:
-        return ", ".join(dict.fromkeys(re.findall(r"\d+", said)))
-    return re.sub(r"\s+", " ", said).strip(" \"“”'").removesuffix(".").strip()
+        return ", ".join(dict.fromkeys(re.findall(r"\d+", words)))
+    return words.strip(" ,\"“”'")
 
 
 def is_right(question: Question, said: str) -> bool | None:
-    """Whether an answer is right; None where there is no right one."""
+    """Whether what follows the beginning of an answer is right; None where nothing is."""
     if not question.answer:
         return None
-    given = normalise(question.kind, said)
-    if question.kind == "cloze":
-        # Some say the whole sentence.
-        begun = question.text.partition('"')[2]
-        given = normalise(question.kind, given.removeprefix(begun))
-    return given == normalise(question.kind, question.answer)
+    return normalise(question.kind, said) == normalise(question.kind, question.answer)

@@ -84,7 +84,8 @@ class Exchange:
     ----------
     key : "scene/context/index/task"; the same for every server.
     first : messages of a request that is sent before and not scored; None without.
-    messages : those of the scored request.
+    messages : those of the scored request. When the last one is the assistant's, it is what the answer begins with:
+        the server goes on from there (`continue_final_message`).
     question : scored.
     forced : text that the server is made to write before its answer; None without.
     """
@@ -128,6 +129,15 @@ def _turn(content: Any, role: str = "user") -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def _beginning(question: Question) -> list[dict[str, Any]]:
+    return [_turn(question.begun, "assistant")] if question.begun else []
+
+
+def _whole(question: Question) -> str:
+    """Beginning and answer."""
+    return f"{question.begun} {question.answer}".strip()
+
+
 def _ask(rng: np.random.Generator, scene: Scene | Text, kind: str) -> Question:
     return ask_text(rng, scene, kind) if isinstance(scene, Text) else ask(rng, scene, kind)
 
@@ -143,7 +153,7 @@ def make_exchange(seed: int, cell: Cell, index: int, scene: Scene | Text, task: 
     def opening(question: Question) -> list[dict[str, Any]]:
         if isinstance(scene, Text):
             # The text first: questions about it share a prefix. A string: templates of text models know no parts.
-            return [_turn(f"{scene.body}\n\n{question.text}")]
+            return [_turn(f"{scene.body}\n\n{question.text}"), *_beginning(question)]
         return [_turn([*pictures, {"type": "text", "text": question.text}])]
 
     key = exchange_key(cell, index, task)
@@ -159,10 +169,11 @@ def make_exchange(seed: int, cell: Cell, index: int, scene: Scene | Text, task: 
     if task == "second_new":
         return Exchange(key, opening(first), opening(second), second)
     if task == "second_turn":
-        turns = [*opening(first), _turn(first.answer, "assistant"), _turn(second.text)]
+        turns = [*opening(first)[:1], _turn(_whole(first), "assistant"), _turn(second.text), *_beginning(second)]
         return Exchange(key, opening(first), turns, second)
-    forced = f"{first.answer}{END_OF_TURN}\n<|im_start|>user\n{second.text}{END_OF_TURN}\n<|im_start|>assistant\n"
-    return Exchange(key, None, opening(first), second, forced)
+    forced = f"{_whole(first)}{END_OF_TURN}\n<|im_start|>user\n{second.text}{END_OF_TURN}\n<|im_start|>assistant\n"
+    forced += second.begun
+    return Exchange(key, None, opening(first)[:1], second, forced)
 
 
 def make_exchanges(seed: int, cell: Cell, index: int, skip: Container[str]) -> Iterator[Exchange]:
@@ -188,7 +199,7 @@ def words_right(said: str, question: Question) -> float | None:
     """
     if not question.answer:
         return None
-    given = set(question.text.replace(",", " ").split())
+    given = set(f"{question.text} {question.begun}".replace(",", " ").split())
     asked = question.answer.replace(",", " ").split()
     words = said.replace(",", " ").split()
     scored = [i for i, word in enumerate(asked) if word not in given] or range(len(asked))

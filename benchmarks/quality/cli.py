@@ -7,22 +7,24 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.datasets import dataset_names
 from benchmarks.harness import end_on_sigterm
 from benchmarks.provenance import REPOSITORY, run_metadata
-from benchmarks.quality.cases import CONTEXTS, TASKS
+from benchmarks.quality.cases import CONTEXTS, SCENES, TASKS, TEXT, Cell
 from benchmarks.quality.client import Client, Unreachable
 from benchmarks.quality.data import MAX_TOKENS, DataSet, check_stored, load_data
+from benchmarks.quality.models import MODELS, KnownModel
 from benchmarks.quality.presets import PRESETS, Plan, Preset, Variants, build_plan
 from benchmarks.quality.report import write_markdown, write_report
 from benchmarks.quality.rows import Row
 from benchmarks.quality.runs import plan_keys
 from benchmarks.quality.servers import (
     CALIBRATION_FILE,
+    REQUEST_TOKENS,
     STOCK,
     ServerSpec,
     check_compressors,
@@ -31,11 +33,10 @@ from benchmarks.quality.servers import (
     with_calibration,
 )
 from benchmarks.quality.store import open_store
-from benchmarks.quality.table import RunSettings, run_plan, smoke_verdict
-from benchmarks.scenes import ARRANGEMENTS
+from benchmarks.quality.table import RunSettings, run_plan
+from benchmarks.texts import LENGTHS, SPLITS, sources_digest
 from sglang_hybridkv.compressors import get_compressor
 
-TINY_MODEL = REPOSITORY / "benchmarks" / "models" / "tiny-qwen2_5_vl-scenes"
 STORES = REPOSITORY / ".cache" / "quality"
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -49,6 +50,10 @@ def _listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
+def _numbers(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench_quality",
@@ -58,8 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compressors", type=_listed(str), help="in place of the preset's; stock is always asked")
     parser.add_argument("--budgets", type=_listed(float), help="shares of the KV rows, such as 0.1,0.05")
     parser.add_argument("--tasks", type=_listed(str), help=", ".join(TASKS))
-    parser.add_argument("--scenes", type=_listed(str), help=", ".join(ARRANGEMENTS))
-    parser.add_argument("--contexts", type=_listed(int), help="visual tokens: " + ", ".join(map(str, CONTEXTS)))
+    parser.add_argument("--scenes", type=_listed(str), help=", ".join(SCENES))
+    parser.add_argument(
+        "--contexts",
+        type=_listed(int),
+        help=f"visual tokens of drawn scenes: {_numbers(CONTEXTS)}; tokens of texts: {_numbers(LENGTHS)}",
+    )
+    parser.add_argument("--split", choices=SPLITS, help="half of the texts (default: development)")
     parser.add_argument("--n", type=int, help="scenes of each cell; questions of each data set (default: all)")
     parser.add_argument(
         "--data",
@@ -70,14 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, help=f"longest answer to --data (default: {MAX_TOKENS})")
     parser.add_argument("--variants", help='settings of hybridkv by name, {"name": {"theta": 0.8}}: JSON or @file')
     parser.add_argument(
-        "--model-path", type=Path, default=TINY_MODEL, help="checkpoint (default: the trained tiny one)"
+        "--model",
+        choices=MODELS,
+        default="tiny",
+        help="known model, with its presets: the trained tiny one (default), or SmolLM2 with texts",
     )
+    parser.add_argument("--model-path", type=Path, help="another checkpoint, asked what --model would be asked")
     parser.add_argument("--base-url", help="ask a server that runs already, in place of starting some")
-    parser.add_argument("--model", default="default", help="name of the model at --base-url")
+    parser.add_argument("--served-model", default="default", help="name of the model at --base-url")
     parser.add_argument("--calibration", type=Path, help=f"of sparsemm (default: {CALIBRATION_FILE} beside the model)")
     parser.add_argument("--dtype", help="as SGLang's --dtype")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at once")
+    parser.add_argument("--concurrency", type=int, help="requests at once (default: 8; smollm2: 2)")
     parser.add_argument("--out", type=Path, help="answers; what is there is not asked again (default: .cache/quality/)")
     parser.add_argument("--ignore-code-change", action="store_true", help="go on with answers of an older version")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row; else a readable line a row")
@@ -107,10 +121,10 @@ def parse_variants(text: str | None) -> Variants | None:
     return defaults | variants
 
 
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise ValueError(f"--preset: {name!r} is unknown; legal: {', '.join(PRESETS)}")
-    return PRESETS[name]
+def _preset(model: KnownModel, name: str) -> Preset:
+    if name not in model.presets:
+        raise ValueError(f"--preset: {name!r} is unknown; legal: {', '.join(model.presets)}")
+    return model.presets[name]
 
 
 def _data(args: argparse.Namespace) -> list[DataSet]:
@@ -124,7 +138,7 @@ def _data(args: argparse.Namespace) -> list[DataSet]:
 
 
 def _plan(args: argparse.Namespace) -> Plan:
-    if args.concurrency < 1:
+    if args.concurrency is not None and args.concurrency < 1:
         raise ValueError(f"--concurrency: expected at least 1, got {args.concurrency}")
     if args.n is not None and args.n < 1:
         raise ValueError(f"--n: expected at least 1, got {args.n}")
@@ -136,15 +150,18 @@ def _plan(args: argparse.Namespace) -> Plan:
 
     data = _data(args)
     plan = build_plan(
-        _preset(args.preset),
+        _preset(MODELS[args.model], args.preset),
         compressors=args.compressors,
         budgets=args.budgets,
         tasks=given(args.tasks),
         scenes=given(args.scenes),
         contexts=given(args.contexts),
         n=args.n,
+        split=args.split,
         variants=parse_variants(args.variants),
     )
+    if args.split and not any(isinstance(cell, Cell) and cell.scene == TEXT for cell in data or plan[0][1]):
+        raise ValueError("--split: only texts have halves; name them with --scenes or choose a --model of text")
     return [(spec, data) for spec, _ in plan] if data else plan
 
 
@@ -169,13 +186,14 @@ def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
     if not any(plan_keys(args.seed, cells) for _, cells in plan):
         raise ValueError("--tasks: none of them can be asked of these scenes")
     if args.base_url:
-        with contextlib.closing(Client(args.base_url, args.model)) as client:
+        with contextlib.closing(Client(args.base_url, args.served_model)) as client:
             spec, model = served_spec(client)
         plan = [(spec, plan[0][1])]
         identity = {"model": model, "seed": args.seed, "dtype": "served", "code": "served"}
         name = "-".join([re.sub(r"[^\w.]+", "_", model), str(args.seed), "served"])
     else:
         check_compressors([spec.compressor for spec, _ in plan])
+        args.model_path = args.model_path or MODELS[args.model].folder()
         args.calibration = args.calibration or args.model_path / CALIBRATION_FILE
         plan = [(with_calibration(spec, args.calibration), cells) for spec, cells in plan]
         identity = {"model": model_fingerprint(args.model_path), "seed": args.seed, "dtype": args.dtype}
@@ -185,24 +203,29 @@ def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
     if data:
         identity["max_tokens"] = data[0].max_tokens
         name += f"-data-{data[0].max_tokens}"
+    lengths = [cell.context for cell in plan[0][1] if isinstance(cell, Cell) and cell.scene == TEXT]
+    if lengths:
+        identity["texts"] = sources_digest()
     out = args.out or STORES / name
     open_store(out, identity, ignore=("code",) if args.ignore_code_change else ())
     check_stored(out, data)
     settings = RunSettings(
         out=out,
         seed=args.seed,
-        concurrency=args.concurrency,
+        concurrency=args.concurrency or MODELS[args.model].concurrency,
+        # The text of one request and that of the next one.
+        request_tokens=max([REQUEST_TOKENS, *(2 * length for length in lengths)]),
         model=None if args.base_url else args.model_path,
         dtype=args.dtype,
         calibration=args.calibration,
         base_url=args.base_url,
-        served_model=args.model,
+        served_model=args.served_model,
     )
     return settings, plan
 
 
 def _emitter(args: argparse.Namespace) -> Callable[[list[Row]], None]:
-    origin = run_metadata() | {"model": args.model if args.base_url else args.model_path.name, "seed": args.seed}
+    origin = run_metadata() | {"model": args.served_model if args.base_url else args.model_path.name, "seed": args.seed}
 
     def emit(rows: list[Row]) -> None:
         for row in rows:
@@ -229,7 +252,7 @@ def _measure(arguments: Sequence[str]) -> int:
         )
         return BAD_INPUT
     if args.preset == "smoke" and not args.base_url and not args.data:
-        verdict = smoke_verdict(results)
+        verdict = MODELS[args.model].verdict(results)
         if verdict:
             print(f"failed: {verdict}", file=sys.stderr)
             return 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -13,6 +15,11 @@ from benchmarks.quality.cases import END_OF_TURN, Exchange
 MAX_ANSWER_TOKENS = 64
 NUM_TOP_LOGPROBS = 20
 REQUEST_SECONDS = 300.0
+FORCED_LOGIT = 1.0
+"""Of a token that is forced, among log-probabilities, none of which is above 0."""
+LEAST_PROBABILITY = 1e-7
+"""Of a token that is forced; what it had before is known to about this much."""
+NEEDS_PROCESSOR = "it has to be SGLang, started with --enable-custom-logit-processor"
 
 
 class Unreachable(RuntimeError):
@@ -30,6 +37,7 @@ class Reply:
     Attributes
     ----------
     tokens, top : its tokens, and the log-probabilities of the likeliest ones at each of them.
+    ids : of the tokens; empty where the endpoint does not tell them.
     record : the compressor's record of the request; None on a stock server.
     """
 
@@ -38,26 +46,49 @@ class Reply:
     tokens: list[str]
     top: list[dict[str, float]]
     record: dict[str, Any] | None
+    ids: list[int] = field(default_factory=list)
 
 
 def forcing_processor() -> str:
-    """Return SGLang's serialised form of a logit processor that makes a request write given tokens first."""
+    """Return SGLang's serialised form of a logit processor that makes a request write given tokens first.
+
+    The log-probabilities that the server reports are those after the processor. It therefore replaces the logits by
+    their log-probabilities and lifts only the forced token above all of them, which `undo_forcing` takes back.
+    """
     import dill
     import torch
     from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
-    # Local, so that it is sent by value: the server need not have this module.
+    # Local, so that it is sent by value: the server need not have this module, nor its constants.
+    lifted = FORCED_LOGIT
+
     class WriteFirst(CustomLogitProcessor):  # type: ignore[misc]
         def __call__(self, logits: Any, custom_param_list: Any = None) -> Any:
             for row, params in zip(logits, custom_param_list, strict=True):
                 # The dict belongs to the request and lives as long.
                 step = params["step"] = params.get("step", -1) + 1
                 if step < len(params["write"]):
-                    row.fill_(-torch.inf)
-                    row[params["write"][step]] = 0.0
+                    row.copy_(torch.log_softmax(row.float(), dim=-1))
+                    row[params["write"][step]] = lifted
             return logits
 
     return json.dumps({"callable": dill.dumps(WriteFirst).hex()})
+
+
+def undo_forcing(token: str, top: dict[str, float]) -> dict[str, float]:
+    """Return the log-probabilities before `forcing_processor` lifted a token, from those that the server reports.
+
+    With p the probability that the forced token had, all others lost log(1 - p + e) to it, and it has FORCED_LOGIT
+    less the same: what it has says how much to give back.
+    """
+    lost = FORCED_LOGIT - top[token]
+    before = 1.0 + math.exp(FORCED_LOGIT) - math.exp(lost)
+    own = math.log(min(1.0, max(LEAST_PROBABILITY, before)))
+    return {name: own if name == token else min(0.0, value + lost) for name, value in top.items()}
+
+
+def _rounded(top: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{token: round(value, 4) for token, value in position.items()} for position in top]
 
 
 class Client:
@@ -103,12 +134,24 @@ class Client:
         return answer if response.is_success and isinstance(answer, dict) else None
 
     def ask(self, exchange: Exchange, max_tokens: int = MAX_ANSWER_TOKENS) -> Reply:
-        """Send the requests of an exchange and return the scored answer, of at most `max_tokens`."""
+        """Send the requests of an exchange and return the scored answer, of at most `max_tokens`.
+
+        The answer is what follows its beginning, where the exchange has one.
+        """
         if exchange.first is not None:
             self._chat(exchange.first, {})
         if exchange.forced is None:
-            return self._chat(exchange.messages, {"max_tokens": max_tokens})
-        return self._chat_forced(exchange.messages, exchange.forced)
+            reply = self._chat(exchange.messages, {"max_tokens": max_tokens})
+        else:
+            reply = self._chat_forced(exchange.messages, exchange.forced)
+        return dataclasses.replace(reply, top=_rounded(reply.top))
+
+    def force(self, messages: list[dict[str, Any]], ids: list[int]) -> list[dict[str, float]]:
+        """Have the server write these tokens, and return the log-probabilities that it would have had at each one."""
+        reply = self._write(messages, ids, 0)
+        if reply.ids != ids:
+            raise BadAnswer(f"{self.url} did not write what it was made to write; {NEEDS_PROCESSOR}")
+        return _rounded([undo_forcing(token, top) for token, top in zip(reply.tokens, reply.top, strict=True)])
 
     def _chat(self, messages: list[dict[str, Any]], extra: dict[str, Any]) -> Reply:
         body = {
@@ -121,37 +164,43 @@ class Client:
             # Of SGLang: carries the compressor's record of this very request.
             "return_meta_info": True,
         }
+        if messages[-1]["role"] == "assistant":
+            body["continue_final_message"] = True
         answer = self.post("/v1/chat/completions", body | extra)
         try:
             choice = answer["choices"][0]
             positions = (choice.get("logprobs") or {}).get("content") or []
+            meta = choice.get("meta_info") or {}
             return Reply(
                 text=choice["message"].get("content") or "",
                 prompt_tokens=answer["usage"]["prompt_tokens"],
                 tokens=[position["token"] for position in positions],
-                top=[{t["token"]: round(t["logprob"], 4) for t in position["top_logprobs"]} for position in positions],
-                record=(choice.get("meta_info") or {}).get("kv_compressor"),
+                top=[{t["token"]: t["logprob"] for t in position["top_logprobs"]} for position in positions],
+                record=meta.get("kv_compressor"),
+                # (log-probability, id, text) each.
+                ids=[token_id for _, token_id, _ in meta.get("output_token_logprobs") or []],
             )
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BadAnswer(f"{self.url}/v1/chat/completions answered without {error}") from None
 
-    def _chat_forced(self, messages: list[dict[str, Any]], forced: str) -> Reply:
+    def _write(self, messages: list[dict[str, Any]], ids: list[int], more: int) -> Reply:
+        """Have the server write some tokens, and then up to `more` of its own."""
         self._processor = self._processor or forcing_processor()
-        ids = self.post("/tokenize", {"model": self.model, "prompt": forced, "add_special_tokens": False})["tokens"]
         extra = {
-            "max_tokens": len(ids) + MAX_ANSWER_TOKENS,
+            "max_tokens": len(ids) + more,
             # The written text holds the end of a turn, which must not end the request.
             "ignore_eos": True,
             "skip_special_tokens": False,
             "custom_logit_processor": self._processor,
             "custom_params": {"write": ids},
         }
-        reply = self._chat(messages, extra)
+        return self._chat(messages, extra)
+
+    def _chat_forced(self, messages: list[dict[str, Any]], forced: str) -> Reply:
+        ids = self.post("/tokenize", {"model": self.model, "prompt": forced, "add_special_tokens": False})["tokens"]
+        reply = self._write(messages, ids, MAX_ANSWER_TOKENS)
         if not reply.text.startswith(forced):
-            raise BadAnswer(
-                f"{self.url} did not write what second_in_place makes it write; it has to be SGLang, started with "
-                "--enable-custom-logit-processor"
-            )
+            raise BadAnswer(f"{self.url} did not write what second_in_place makes it write; {NEEDS_PROCESSOR}")
         end = next((i for i, token in enumerate(reply.tokens[len(ids) :]) if token == END_OF_TURN), None)
         kept = slice(len(ids), None if end is None else len(ids) + end + 1)
         text = reply.text[len(forced) :].split(END_OF_TURN)[0]

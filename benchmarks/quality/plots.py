@@ -14,6 +14,7 @@ from benchmarks.quality.cases import SECOND_TASKS
 from benchmarks.quality.report import name_of, title
 from benchmarks.quality.rows import Row
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
+from benchmarks.texts import FREE_KINDS
 
 BASELINES = (STOCK, FULL)
 MARKERS = "osD^v<>Pp*XhHd"
@@ -74,11 +75,12 @@ def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], labe
 
 
 def _common_tasks(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the tasks that every server was asked; without second questions, which are not about the budget."""
+    """Rows of the tasks that every server was asked; without second questions, which are not about the budget, and
+    without free text, which is neither right nor wrong."""
     asked: dict[tuple[str, float | None], set[str]] = {}
     for row in rows:
         asked.setdefault((name_of(row), row["budget"]), set()).add(row["task"])
-    common = set.intersection(*asked.values()) - set(SECOND_TASKS)
+    common = set.intersection(*asked.values()) - {*SECOND_TASKS, *FREE_KINDS}
     return [row for row in rows if row["task"] in common]
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality.cases import SECOND_TASKS, Cell
+from benchmarks import texts
+from benchmarks.quality.cases import SECOND_TASKS, TEXT, Cell
 from benchmarks.quality.data import Questions
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK, ServerSpec
 from benchmarks.scenes import LOOKUP_KINDS
@@ -29,6 +30,8 @@ HEADLINE_BUDGETS = (0.1, 0.05)
 SCENE_TASKS = ("get", "list", "chain", "count", "main")
 HEADLINE_CELL = Cell("coherent", 1600, 120, (*SCENE_TASKS, *SECOND_TASKS))
 PLAIN_CELL = Cell("coherent", 1600, 40, SCENE_TASKS)
+TEXT_TASKS = (*texts.KINDS, *SECOND_TASKS)
+TEXT_CELLS = tuple(Cell(TEXT, length, n, TEXT_TASKS) for length, n in ((2000, 40), (1000, 20), (4000, 20), (7000, 10)))
 OTHER_CELLS = (
     Cell("coherent", 400, 40, SCENE_TASKS),
     Cell("coherent", 2400, 40, SCENE_TASKS),
@@ -112,6 +115,14 @@ PRESETS = {
     "sweep": Preset((FULL, HYBRIDKV), (0.1,), (Cell("coherent", 1600, 40, LOOKUP_KINDS),), variants=SWEEP),
 }
 
+TEXT_PRESETS = {
+    # For continuous integration: four minutes on two cores, servers included.
+    "smoke": Preset((HYBRIDKV,), (0.1,), (Cell(TEXT, 1000, 8, ("needle", "pair", "hop", "price", "summary")),)),
+    "headline": Preset((FULL, HYBRIDKV, "snapkv", "quest", "random"), HEADLINE_BUDGETS, TEXT_CELLS[:1]),
+    "full": Preset((FULL, *(name for name in COMPARED if name != "sparsemm")), (0.1, 0.05, 0.2), TEXT_CELLS),
+}
+"""For models of text, with real weights. sparsemm is left out: its calibration is about images."""
+
 Plan = list[tuple[ServerSpec, Sequence[Questions]]]
 
 
@@ -121,15 +132,18 @@ def _choose(
     scenes: tuple[str, ...] | None,
     contexts: tuple[int, ...] | None,
     n: int | None,
+    split: str | None,
 ) -> list[Cell]:
     """Return the preset's cells with the user's choices in their place; cells that it does not have are made."""
     known = {(cell.scene, cell.context): cell for cell in cells}
+    usual_tasks = {"page": ("read",), TEXT: TEXT_TASKS}
     chosen = []
     for scene in scenes or dict.fromkeys(scene for scene, _ in known):
-        for context in contexts or [size for name, size in known if name == scene] or [1600]:
-            default = Cell(scene, context, 40, ("read",) if scene == "page" else SCENE_TASKS)
+        for context in contexts or [size for name, size in known if name == scene] or [2000 if scene == TEXT else 1600]:
+            default = Cell(scene, context, 40, usual_tasks.get(scene, SCENE_TASKS))
             cell = known.get((scene, context), default)
-            chosen.append(dataclasses.replace(cell, tasks=tasks or cell.tasks, n=n or cell.n))
+            half = split if split and scene == TEXT else cell.split
+            chosen.append(dataclasses.replace(cell, tasks=tasks or cell.tasks, n=n or cell.n, split=half))
     return chosen
 
 
@@ -142,6 +156,7 @@ def build_plan(
     scenes: tuple[str, ...] | None = None,
     contexts: tuple[int, ...] | None = None,
     n: int | None = None,
+    split: str | None = None,
     variants: Variants | None = None,
 ) -> Plan:
     """Return the servers in the order in which they run, each with its cells.
@@ -152,18 +167,19 @@ def build_plan(
     ----------
     preset : what is not given otherwise.
     compressors, budgets, tasks, scenes, contexts, n, variants : in place of the preset's.
+    split : half of the texts.
     """
     names = [name for name in (compressors or preset.compressors) if name != STOCK]
     for budget in budgets or ():
         if not 0 < budget <= 1:
             raise ValueError(f"--budgets: expected numbers above 0 and at most 1, got {budget:g}")
-    cells = _choose(preset.cells, tasks, scenes, contexts, n)
+    cells = _choose(preset.cells, tasks, scenes, contexts, n, split)
     plan: Plan = [(ServerSpec(STOCK), cells)]
     if FULL in names:
         plan.append((ServerSpec(FULL, 1.0), cells))
     for name in sorted((name for name in names if name != FULL), key=lambda name: name != HYBRIDKV):
         for budget in budgets or preset.budgets:
-            own = _choose(preset.cells_at.get(budget, preset.cells), tasks, scenes, contexts, n)
+            own = _choose(preset.cells_at.get(budget, preset.cells), tasks, scenes, contexts, n, split)
             for variant, config in ((variants or preset.variants) if name == HYBRIDKV else {"": {}}).items():
                 plan.append((ServerSpec(name, budget, config, variant), own))
     return plan

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.quality.cases import TEXT
 from benchmarks.quality.data import RIGHT_OR_WRONG
 from benchmarks.quality.rows import Row, make_rows, task_order
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
@@ -52,8 +53,13 @@ def _cell(row: Row | None) -> str:
         return ""
     if row.get("metric", RIGHT_OR_WRONG[0]) not in RIGHT_OR_WRONG:
         return f"{row['score']:.3f} {row['metric']}"
+    if row["exact_match"] is None:
+        return "" if row["same_text"] is None else f"{row['same_text']:.2f} same, {row['forced_top1'] or 0:.3f} top-1"
     worse = row["delta_full_high"] is not None and row["delta_full_high"] < 0
-    return f"{row['exact_match']:.3f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" + (" ▼" if worse else "")
+    # Of a model that fails often, what stays right is more than a share of all.
+    is_text = str(row["scene"]).startswith(TEXT) and row["kept"] is not None
+    kept = f" kept {round(row['kept'] * row['full_right'])} of {row['full_right']}" if is_text else ""
+    return f"{row['exact_match']:.3f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" + (" ▼" if worse else "") + kept
 
 
 def _percent(value: float | None) -> str:
@@ -66,7 +72,11 @@ def _line(cells: Sequence[str]) -> str:
 
 def title(row: Row) -> str:
     """Return in words what a table is about."""
-    return f"{row['scene']} scenes, {row['context']:,} visual tokens" if row["context"] else str(row["scene"])
+    if not row["context"]:
+        return str(row["scene"])
+    if str(row["scene"]).startswith(TEXT):
+        return f"{row['scene']}, {row['context']:,} tokens"
+    return f"{row['scene']} scenes, {row['context']:,} visual tokens"
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

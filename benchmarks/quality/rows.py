@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.quality.cases import TASKS
 from benchmarks.quality.data import score_answers
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK, ServerSpec
-from benchmarks.quality.statistics import Interval, compare_answers, count_pairs, mcnemar, paired_difference, wilson
-from benchmarks.quality.store import Answer
+from benchmarks.quality.statistics import (
+    Interval,
+    coarse_kl,
+    compare_answers,
+    count_pairs,
+    mcnemar,
+    paired_difference,
+    wilson,
+)
+from benchmarks.quality.store import Answer, Answers
 
 Row = dict[str, Any]
-Answers = Mapping[str, Answer]
 Group = tuple[str, int | None, str]
 """Scene, context, task; for a data set its collection ("milebench"), no context, and its name ("milebench/WebQA")."""
 
@@ -46,8 +53,8 @@ def _record_mean(answers: Iterable[Answer], name: str, digits: int) -> float | N
 
 
 def pair_up(ours: Answers, theirs: Answers) -> tuple[list[bool], list[bool]]:
-    """Return who was right, prompt by prompt, on the prompts that both were asked."""
-    keys = sorted(ours.keys() & theirs.keys())
+    """Return who was right, prompt by prompt, on the prompts with a right answer that both were asked."""
+    keys = sorted(key for key in ours.keys() & theirs.keys() if ours[key]["right"] is not None)
     return [ours[key]["right"] for key in keys], [theirs[key]["right"] for key in keys]
 
 
@@ -76,8 +83,44 @@ def _closeness(ours: Answers, stock: Answers) -> dict[str, Any]:
     }
 
 
-def _interval(answers: Answers) -> Interval:
-    return wilson(sum(answer["right"] for answer in answers.values()), len(answers))
+def _same_text(ours: Answers, stock: Answers) -> float | None:
+    """Share of the answers that are stock's, token for token; nothing to say of stock itself."""
+    both = [key for key, answer in ours.items() if key in stock and answer is not stock[key]]
+    return _mean((float(ours[key]["tokens"] == stock[key]["tokens"]) for key in both), 4)
+
+
+def _forced(ours: Answers, stock: Answers) -> dict[str, Any]:
+    """Agreement at each token of stock's own free text, which the server was made to write."""
+    pairs = [
+        (token, expected, found)
+        for key, answer in ours.items()
+        if key in stock and answer.get("forced_top")
+        for token, expected, found in zip(stock[key]["tokens"], stock[key]["top"], answer["forced_top"], strict=True)
+    ]
+    same = [token == max(found, key=lambda name: found[name]) for token, _, found in pairs]
+    return {
+        "forced_top1": _mean(map(float, same), 4),
+        "forced_kl": _mean((coarse_kl(expected, found) for _, expected, found in pairs), 5),
+    }
+
+
+def kept_share(ours: Answers, stock: Answers) -> Interval | None:
+    """Return the share of right answers among the prompts that stock has right; None where it has none right."""
+    mine, theirs = pair_up(ours, stock)
+    return wilson(sum(a for a, b in zip(mine, theirs, strict=True) if b), sum(theirs)) if any(theirs) else None
+
+
+def _kept(ours: Answers, stock: Answers) -> dict[str, Any]:
+    right = sum(pair_up(ours, stock)[1])
+    share = None if all(ours[key] is stock.get(key) for key in ours) else kept_share(ours, stock)
+    values = [round(value, 4) for value in share] if share else [None] * 3
+    return {"full_right": right if stock else None, **dict(zip(("kept", "kept_low", "kept_high"), values, strict=True))}
+
+
+def _interval(answers: Answers) -> Interval | None:
+    """Share of right answers; None where there are no right ones."""
+    judged = [answer["right"] for answer in answers.values() if answer["right"] is not None]
+    return wilson(sum(judged), len(judged)) if judged else None
 
 
 def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerSpec, Answers]]) -> list[Row]:
@@ -97,6 +140,7 @@ def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerS
     rows = []
     for (scene, context, task), group in group_answers(answers).items():
         share = _interval(group)
+        exact = [round(value, 4) for value in share] if share else [None] * 3
         mine, theirs = pair_up(group, hybridkv)
         rows.append(
             {
@@ -106,9 +150,7 @@ def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerS
                 "scene": scene,
                 "prompt_tokens": round(_mean((answer["prompt_tokens"] for answer in group.values()), 0) or 0),
                 "n": len(group),
-                "exact_match": round(share.value, 4),
-                "ci_low": round(share.low, 4),
-                "ci_high": round(share.high, 4),
+                **dict(zip(("exact_match", "ci_low", "ci_high"), exact, strict=True)),
                 "variant": spec.variant,
                 "context": context,
                 "partial": _mean((answer["partial"] for answer in group.values()), 4),
@@ -120,6 +162,9 @@ def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerS
                 "top1_agreement": None,
                 "kl": None,
                 **_closeness(group, stock),
+                **_kept(group, stock),
+                "same_text": _same_text(group, stock),
+                **_forced(group, stock),
                 "resident_ratio": _record_mean(group.values(), "resident_ratio", 5),
                 "host_bytes": _record_mean(group.values(), "host_bytes", 0),
                 "static_heads": _record_mean(group.values(), "static_heads", 2),
@@ -134,4 +179,6 @@ def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerS
 def lookup_share(answers: Answers, kinds: Sequence[str]) -> Interval:
     """Return the share of right answers over some tasks together."""
     chosen = {key: answer for key, answer in answers.items() if key.rsplit("/", 1)[1] in kinds}
-    return _interval(chosen)
+    share = _interval(chosen)
+    assert share is not None, f"nothing of {kinds} was asked"
+    return share

@@ -20,10 +20,10 @@ from benchmarks.quality.cases import (
     scene_tasks,
     words_right,
 )
-from benchmarks.quality.client import MAX_ANSWER_TOKENS, Client, Reply
+from benchmarks.quality.client import Client, Reply
 from benchmarks.quality.data import CaseExchange, DataSet, Questions, make_case_exchanges, score_case
 from benchmarks.quality.servers import STOCK, ServerSpec
-from benchmarks.quality.store import Answer, AnswerFile
+from benchmarks.quality.store import Answer, AnswerFile, Answers
 
 
 class NotCompressed(RuntimeError):
@@ -58,7 +58,7 @@ def check_service(spec: ServerSpec, reply: Reply) -> None:
 
 
 def score(exchange: Exchange, reply: Reply) -> Answer:
-    """Return the line that is kept of an answer."""
+    """Return the line that is kept of an answer; of free text also the ids of its tokens, for `add_forced`."""
     question, said = exchange.question, reply.text.strip()
     if isinstance(exchange, CaseExchange):
         assert exchange.case is not None, "a question of a data set has its case"
@@ -75,7 +75,14 @@ def score(exchange: Exchange, reply: Reply) -> Answer:
         "record": reply.record,
         "tokens": reply.tokens,
         "top": reply.top,
+        **({} if question.answer else {"ids": reply.ids}),
     }
+
+
+def add_forced(answer: Answer, exchange: Exchange, client: Client, stock: Answer | None) -> None:
+    """Add to an answer of free text what the server would have said at each token of stock's."""
+    if stock and stock.get("ids") and exchange.forced is None:
+        answer["forced_top"] = client.force(exchange.messages, stock["ids"])
 
 
 @contextlib.contextmanager
@@ -104,11 +111,16 @@ def ask_cells(
     seed: int,
     concurrency: int,
     advance: Callable[[], Any],
+    stock: Answers | None = None,
 ) -> None:
     """Ask a running server whatever its file does not have yet.
 
-    The questions about one scene are asked one after the other, so that the radix tree has its images; scenes, and the
-    questions of a data set, run concurrently.
+    The questions about one scene are asked one after the other, so that the radix tree has its images or its text;
+    scenes, and the questions of a data set, run concurrently.
+
+    Parameters
+    ----------
+    stock : what stock answered: the free text that the server is made to write after it has written its own.
 
     Raises
     ------
@@ -123,14 +135,17 @@ def ask_cells(
     together = all(isinstance(cell, DataSet) for cell in cells) and detect_device() != "cpu"
 
     def ask_scene(cell: Questions, index: int) -> None:
-        max_tokens = cell.max_tokens if isinstance(cell, DataSet) else MAX_ANSWER_TOKENS
         for number, exchange in enumerate(_exchanges(seed, cell, index, file.answers.keys())):
             with contextlib.nullcontext() if number or together else new_images:
                 if stop.is_set():
                     return
-                reply = client.ask(exchange, max_tokens)
+                reply = client.ask(
+                    exchange, cell.max_tokens if isinstance(cell, DataSet) else exchange.question.max_tokens
+                )
             check_service(spec, reply)
-            file.append(score(exchange, reply))
+            answer = score(exchange, reply)
+            add_forced(answer, exchange, client, (stock or {}).get(exchange.key))
+            file.append(answer)
             advance()
 
     with _workers(concurrency, stop) as pool:

@@ -23,6 +23,8 @@ MIN_PROMPT_TOKENS = 64
 READY_SECONDS = 900.0
 """A table runs for hours, maybe beside other work: a slow start is no reason to leave a server out."""
 CALIBRATION_FILE = "visual_head_scores.json"
+REQUEST_TOKENS = 8192
+"""Of the KV pool on the CPU, for each request at once: what it takes itself, and what stays for the next question."""
 SOURCES = ("sglang_hybridkv", "hybridkv_kernels", "hybridkv_patches")
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
 SAMPLED_BYTES = 1 << 20
@@ -100,13 +102,20 @@ def with_calibration(spec: ServerSpec, calibration: Path) -> ServerSpec:
 
 
 def make_server(
-    spec: ServerSpec, model: Path, config: dict[str, Any], *, dtype: str | None, log_dir: Path, concurrency: int
+    spec: ServerSpec,
+    model: Path,
+    config: dict[str, Any],
+    *,
+    dtype: str | None,
+    log_dir: Path,
+    concurrency: int,
+    request_tokens: int = REQUEST_TOKENS,
 ) -> Server:
     """Return the server of a spec, not yet started."""
     on_cpu = detect_device() == "cpu"
     recipe = engine_flags(
         # Each running request with its compressed pages, and scenes whose questions are still to come.
-        max_total_tokens=8192 * concurrency if on_cpu else None,
+        max_total_tokens=request_tokens * concurrency if on_cpu else None,
         max_running_requests=concurrency,
         # A scene in one piece: its first token is then computed in one batch.
         chunked_prefill_size=4096,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,8 +15,9 @@ META_FILE = "run.json"
 ANSWERS = "answers"
 
 Answer = dict[str, Any]
-"""key, question, answer, said, right, partial, prompt_tokens, record, tokens, top; of a data set also task, metric,
-references, digest."""
+"""key, question, answer, said, right (null without a right answer), partial, prompt_tokens, record, tokens, top; of
+free text also ids and forced_top; of a data set also task, metric, references, digest."""
+Answers = Mapping[str, Answer]
 
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:

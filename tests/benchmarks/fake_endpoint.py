@@ -1,4 +1,4 @@
-"""An OpenAI endpoint that knows the scenes' right answers, and whatever else a test wants it to do."""
+"""An OpenAI endpoint that knows the right answers about scenes and texts, and whatever else a test wants it to do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sglang_hybridkv.compressors import get_compressor
 
 COMPRESSED = {"compressed": True, "reason": None, "resident_ratio": 0.25, "host_bytes": 64, "static_heads": 3}
 COMPRESSED |= {"dynamic_heads": 1}
+FIRST_ID = 1 << 21
+"""Of the tokens that are more than one character."""
 
 
 def _signature(messages: list[dict[str, Any]]) -> str:
@@ -32,6 +34,7 @@ class FakeEndpoint:
     wrong : keys of questions that it answers wrongly.
     dies_after : answers after which it hangs up; None for never.
     asked : keys of scored questions, in order.
+    wrote : how many times it wrote nothing but what it was made to write.
     max_tokens : of the scored requests.
     before : how many questions were asked before one that is scored.
     most_new : most requests at once with images that were not seen before.
@@ -45,7 +48,8 @@ class FakeEndpoint:
         self.dies_after: int | None = None
         self.asked: list[str] = []
         self.max_tokens: set[int] = set()
-        self.before = self.most_new = 0
+        self.before = self.most_new = self.wrote = 0
+        self._vocabulary: list[str] = []
         self._images: dict[str, bool] = {}
         self.slow = threading.Event()
         self.url = ""
@@ -71,19 +75,23 @@ class FakeEndpoint:
         known = self.exchanges.get(_signature(body["messages"]), [])
         # A first question looks like one of its own, but nothing that was asked has its key.
         exchange = next((e for e in known if (e.forced is not None) == (forced is not None)), None)
+        if exchange is None and forced is not None:
+            self.wrote += 1
+            return self._answer("", "", forced)
         if exchange is None:
             self.before += 1
             return self._answer("whatever", "", [])
         self.asked.append(exchange.key)
         self.max_tokens.add(body["max_tokens"])
-        said = "nothing of the kind" if exchange.key in self.wrong else exchange.question.answer
+        said = "nothing of the kind" if exchange.key in self.wrong else exchange.question.answer or "free text"
         return self._answer(said, exchange.forced or "", forced or [])
 
     @contextlib.contextmanager
     def looking(self, messages: list[dict[str, Any]]) -> Iterator[None]:
-        """Keep count of the images that are being looked at for the first time."""
+        """Keep count of the images, or texts, that are being looked at for the first time."""
         parts = messages[0]["content"]
-        image = next(part["image_url"]["url"] for part in parts if part["type"] == "image_url")
+        urls = (part["image_url"]["url"] for part in parts if isinstance(part, dict) and part["type"] == "image_url")
+        image = next(urls, str(parts)[:200])
         self._images.setdefault(image, True)
         self.most_new = max(self.most_new, sum(self._images.values()))
         if self.slow.is_set():
@@ -91,16 +99,29 @@ class FakeEndpoint:
         yield
         self._images[image] = False
 
+    def _id(self, token: str) -> int:
+        """Number of a token: of one character its own, of others by the order in which they were said."""
+        if len(token) == 1:
+            return ord(token)
+        if token not in self._vocabulary:
+            self._vocabulary.append(token)
+        return FIRST_ID + self._vocabulary.index(token)
+
+    def _token(self, token_id: int) -> str:
+        return chr(token_id) if token_id < FIRST_ID else self._vocabulary[token_id - FIRST_ID]
+
     def _answer(self, said: str, forced: str, write: list[int]) -> dict[str, Any]:
-        tokens = [chr(i) for i in write] + [*said.replace(" ", " \0").split("\0"), END_OF_TURN]
+        own = [] if write and not forced else [*said.replace(" ", " \0").split("\0"), END_OF_TURN]
+        tokens = [self._token(i) for i in write] + own
         top = [{"token": "?", "logprob": math.log(0.1)}]
         content = [
             {"token": t, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": math.log(0.9)}, *top]} for t in tokens
         ]
-        text = "".join(chr(i) for i in write) + said + (END_OF_TURN + "junk" if forced else "")
+        text = "".join(map(self._token, write)) + said + (END_OF_TURN + "junk" if forced else "")
         choice = {"message": {"content": text}, "logprobs": {"content": content}}
+        choice["meta_info"] = {"output_token_logprobs": [(0.0, self._id(token), token) for token in tokens]}
         if self.record is not None:
-            choice["meta_info"] = {"kv_compressor": self.record}
+            choice["meta_info"]["kv_compressor"] = self.record
         return {"choices": [choice], "usage": {"prompt_tokens": 1610}}
 
 
