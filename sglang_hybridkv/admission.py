@@ -70,6 +70,7 @@ def decide(
         page_size=pool.page_size,
         head_pages_per_page=pool.head_pages_per_page,
         vectors_per_chunk=config.summary_vectors_per_chunk(),
+        max_dynamic_heads=config.most_dynamic_heads(pool.head_pages_per_page),
     )
     floor = min(config.min_head_pages, geometry.num_chunks)
     if geometry.total_head_pages < floor * pool.head_pages_per_page:

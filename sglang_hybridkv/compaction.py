@@ -145,8 +145,9 @@ def _check_plan(compressor: Compressor, plan: HeadPlan, kept: torch.Tensor, rese
             f"{origin}: num_head_pages = {least} to {most}, {total} in all; legal: 1 to {geometry.num_chunks} a head, "
             f"at most {geometry.total_head_pages} in all"
         )
-    if num_dynamic and not reservation.retrieval:
-        raise ValueError(f"{origin}: is_dynamic = {num_dynamic} heads; legal: none without retrieval")
+    most_dynamic = geometry.max_dynamic_heads if reservation.retrieval else 0
+    if num_dynamic > most_dynamic:
+        raise ValueError(f"{origin}: is_dynamic = {num_dynamic} heads; legal: at most {most_dynamic}")
     if not is_whole:
         raise ValueError(f"{origin}: rank_tokens must name each token once a head")
 

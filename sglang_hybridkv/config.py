@@ -112,6 +112,10 @@ class CompressorConfig(BaseModel):
         """Vectors of head_dim that describe one chunk of a dynamic head on the device; 0 when no head is dynamic."""
         return 0
 
+    def most_dynamic_heads(self, num_heads: int) -> int:
+        """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
+        return 0
+
 
 class RetrievalConfig(CompressorConfig):
     """The same for methods with dynamic heads, which keep their rows in host memory and retrieve chunks."""
@@ -140,6 +144,10 @@ class RetrievalConfig(CompressorConfig):
     def summary_vectors_per_chunk(self) -> int:
         """Vectors of head_dim that describe one chunk on the device."""
         return summary_vectors(self.chunk_score, estimate=self.estimates)
+
+    def most_dynamic_heads(self, num_heads: int) -> int:
+        """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
+        return num_heads
 
 
 Config = TypeVar("Config", bound=CompressorConfig)

@@ -21,7 +21,8 @@ class PromptGeometry:
     num_chunks : pages of the covered prompt, which are also the chunks that dynamic heads retrieve.
     total_head_pages : budget B in head pages, over all layers and KV heads.
     summary_pages_per_head : head pages that hold the chunk summaries of one dynamic head.
-    num_pages : device pages to reserve; enough for the budget plus the summaries of every head.
+    max_dynamic_heads : heads that may be dynamic.
+    num_pages : device pages to reserve; enough for the budget plus the summaries of these heads.
     num_host_pages : host pages to reserve; enough if every head that may be dynamic turns out so.
     """
 
@@ -29,6 +30,7 @@ class PromptGeometry:
     num_chunks: int
     total_head_pages: int
     summary_pages_per_head: int
+    max_dynamic_heads: int
     num_pages: int
     num_host_pages: int
 
@@ -48,22 +50,31 @@ def covered_tokens(prompt_len: int, page_size: int) -> int:
 
 
 def prompt_geometry(
-    prompt_len: int, budget: float, *, page_size: int, head_pages_per_page: int, vectors_per_chunk: int
+    prompt_len: int,
+    budget: float,
+    *,
+    page_size: int,
+    head_pages_per_page: int,
+    vectors_per_chunk: int,
+    max_dynamic_heads: int | None = None,
 ) -> PromptGeometry:
     """Sizes of a prompt of `prompt_len` tokens at `budget` in (0, 1], rounded down to whole head pages.
 
     A head page of K and its twin of V together hold 2 P summary vectors. Without summaries no head can be dynamic,
-    and nothing goes to the host.
+    and nothing goes to the host; with them, every head unless `max_dynamic_heads` says how many.
     """
     num_chunks = prompt_len // page_size
     # The budget as the user wrote it: 0.29 * 100 chunks are 29, not 28.999999999999996.
     total = math.floor(Fraction(repr(budget)) * num_chunks * head_pages_per_page)
     summary_pages = -(-num_chunks * vectors_per_chunk // (2 * page_size))
+    most = head_pages_per_page if max_dynamic_heads is None else max_dynamic_heads
+    most = most if vectors_per_chunk else 0
     return PromptGeometry(
         covered=num_chunks * page_size,
         num_chunks=num_chunks,
         total_head_pages=total,
         summary_pages_per_head=summary_pages,
-        num_pages=-(-total // head_pages_per_page) + summary_pages,
-        num_host_pages=num_chunks if vectors_per_chunk else 0,
+        max_dynamic_heads=most,
+        num_pages=-(-(total + most * summary_pages) // head_pages_per_page),
+        num_host_pages=-(-most * num_chunks // head_pages_per_page),
     )

@@ -84,6 +84,11 @@ class HybridKVConfig(RetrievalConfig):
         preset = values.get("preset", "tuned") if isinstance(values, dict) else None
         return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
 
+    def most_dynamic_heads(self, num_heads: int) -> int:
+        """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
+        # As the user wrote it: 0.29 of 100 heads are 29.
+        return math.floor(Fraction(repr(self.max_dynamic_heads)) * num_heads) if self.theta > 0 else 0
+
 
 def lowest(statistic: torch.Tensor, count: int) -> torch.Tensor:
     """Mask of the `count` lowest of a statistic [L, H]; ties go to the earlier head. No host sync."""
@@ -121,7 +126,7 @@ class HybridKV(Compressor):
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
         """Types by threshold, budgets by type and weight; no host sync."""
         config, statistic = self.config, observation.statistic
-        most = self.most_dynamic(statistic.numel()) if retrieval else 0
+        most = config.most_dynamic_heads(statistic.numel()) if retrieval else 0
         is_dynamic = lowest(statistic, most) & (statistic < config.theta)
         share = config.dynamic_share
         if share is None:
@@ -130,11 +135,6 @@ class HybridKV(Compressor):
         floor = min(config.min_head_pages, observation.num_pages)
         pages = apportion(weights, total_head_pages, floor, observation.num_pages)
         return HeadPlan(is_dynamic, pages.view_as(statistic))
-
-    def most_dynamic(self, num_heads: int) -> int:
-        """Heads of a model of `num_heads` KV heads that may be dynamic."""
-        # As the user wrote it: 0.29 of 100 heads are 29.
-        return math.floor(Fraction(repr(self.config.max_dynamic_heads)) * num_heads)
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """Text first, then salient visual tokens."""

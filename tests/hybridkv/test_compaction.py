@@ -324,7 +324,7 @@ class Careless(SnapKV):
         ("budget", r"'snapkv': num_head_pages = \d+ to \d+, \d+ in all; legal: 1 to 20 a head, at most \d+ in all"),
         ("empty head", "num_head_pages = 0 to "),
         ("prompt", "num_head_pages = 1 to 21, "),
-        ("dynamic", "'snapkv': is_dynamic = 1 heads; legal: none without retrieval"),
+        ("dynamic", "'snapkv': is_dynamic = 1 heads; legal: at most 0"),
         ("repeated token", "'snapkv': rank_tokens must name each token once a head"),
     ],
 )

@@ -15,9 +15,14 @@ head_counts = st.integers(1, 224)
 vectors = st.sampled_from([1, 2, 4])
 
 
-def geometry_of(prompt_len, budget, page_size=16, heads=112, vectors_per_chunk=1):
+def geometry_of(prompt_len, budget, page_size=16, heads=112, vectors_per_chunk=1, max_dynamic_heads=None):
     return prompt_geometry(
-        prompt_len, budget, page_size=page_size, head_pages_per_page=heads, vectors_per_chunk=vectors_per_chunk
+        prompt_len,
+        budget,
+        page_size=page_size,
+        head_pages_per_page=heads,
+        vectors_per_chunk=vectors_per_chunk,
+        max_dynamic_heads=max_dynamic_heads,
     )
 
 
@@ -56,12 +61,16 @@ def test_reserved_pages_hold_the_budget_and_summaries_of_any_number_of_dynamic_h
 
 
 @LAWS
-@given(lengths, budgets, page_sizes, head_counts, vectors)
-def test_all_heads_dynamic_needs_what_was_reserved(prompt_len, budget, page_size, heads, vectors_per_chunk):
-    """Nothing is reserved that no outcome could use."""
-    geometry = geometry_of(prompt_len, budget, page_size, heads, vectors_per_chunk)
-    assert geometry.pages_used(heads, heads) == geometry.num_pages
-    assert geometry.host_pages_used(heads, heads) == geometry.num_host_pages
+@given(lengths, budgets, page_sizes, head_counts, vectors, st.data())
+def test_as_many_dynamic_heads_as_may_be_need_what_was_reserved(
+    prompt_len, budget, page_size, heads, vectors_per_chunk, data
+):
+    """Nothing is reserved that no outcome could use; all heads may be dynamic where no number is given."""
+    most = data.draw(st.none() | st.integers(0, heads))
+    geometry = geometry_of(prompt_len, budget, page_size, heads, vectors_per_chunk, max_dynamic_heads=most)
+    assert geometry.max_dynamic_heads == (heads if most is None else most)
+    assert geometry.pages_used(geometry.max_dynamic_heads, heads) == geometry.num_pages
+    assert geometry.host_pages_used(geometry.max_dynamic_heads, heads) == geometry.num_host_pages
 
 
 @LAWS

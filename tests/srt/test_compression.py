@@ -42,6 +42,7 @@ def make_compression(num_pages=60, host_pages=40, name="hybridkv", **config):
     config_class = get_compressor(name).config_class
     if issubclass(config_class, RetrievalConfig):
         values |= {"host_store_bytes": host_pages * pool.page_bytes, "chunk_score": "mean_max"}
+    values |= {"max_dynamic_heads": 1.0} if name == "hybridkv" else {}
     settings = Settings(name, config_class(**values | config))
     return Compression(settings, pool, allocator, num_rows=7, max_context=400)
 
@@ -255,6 +256,20 @@ def test_no_free_pages_gives_the_host_pages_back():
     compression.allocator.free_page_ids(taken)
     finish(compression, req)
     assert compression.allocator.available_size() == 40 * P
+
+
+@pytest.mark.parametrize(
+    ("config", "host_pages"), [({"max_dynamic_heads": 0.5}, 5), ({"theta": 0.0}, 0), ({"max_dynamic_heads": 0.0}, 0)]
+)
+def test_a_reservation_is_for_the_heads_that_may_be_dynamic(config, host_pages):
+    compression = make_compression(host_pages=host_pages, **config)
+    req = prepared(compression, prompt_len=10 * P)
+    reservation = compression.ledger.get(1)
+    assert len(reservation.host_pages) == host_pages
+    # 4 pages of rows; 1 head page of summaries a dynamic head.
+    assert len(reservation.pages) == 4 + (host_pages > 0)
+    commit(compression, req, num_dynamic=host_pages * NUM_HEADS // 10)
+    assert compression.request_info(req)["compressed"]
 
 
 def test_a_full_host_store_can_make_all_heads_static():
