@@ -230,8 +230,12 @@ class PageWriter:
             for line in self.break_lines(self.spell(text), cells_per_line)
         ]
 
+    def draw_parts(self, text: str, cells_per_line: int = CELLS_PER_LINE) -> list[dict[str, Any]]:
+        """Return the pictures of a text as parts of an OpenAI chat message."""
+        lines = self.draw_lines(text, cells_per_line)
+        return [{"type": "image_url", "image_url": {"url": image_url(line)}} for line in lines]
+
     def user_message(self, page: str, question: str, cells_per_line: int = CELLS_PER_LINE) -> dict[str, Any]:
         """Return the OpenAI chat message: the page as pictures, then the question as text."""
-        lines = self.draw_lines(page, cells_per_line)
-        pictures = [{"type": "image_url", "image_url": {"url": image_url(line)}} for line in lines]
+        pictures = self.draw_parts(page, cells_per_line)
         return {"role": "user", "content": [*pictures, {"type": "text", "text": f"\n{question}"}]}

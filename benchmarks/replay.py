@@ -341,12 +341,15 @@ class ReplayedModel:
 
     def encode(self, messages: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Inputs of the model for a conversation, with pictures as data URLs, that the model answers next."""
+        # A last turn of the assistant is the beginning of its answer.
+        begun = messages[-1]["role"] == "assistant"
+        how = {"add_generation_prompt": not begun, "continue_final_message": begun, "tokenize": False}
         if not self.is_visual:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self.tokenizer.apply_chat_template(messages, **how)
             return {"input_ids": self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]}
         images: list[Image.Image] = []
         turns = [turn | {"content": [_part(part, images) for part in _parts(turn)]} for turn in messages]
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        text = self.processor.apply_chat_template(turns, **how)
         return dict(self.processor(text=[text], images=images or None, return_tensors="pt"))
 
     @torch.inference_mode()

@@ -68,11 +68,27 @@ def smollm2_folder(out_dir: Path = DEFAULT_DIR) -> Path:
     return make_once(out_dir / "smollm2", {"package": PACKAGE, "recipe": recipe}, build)
 
 
+def reader_folder(out_dir: Path = DEFAULT_DIR) -> Path:
+    """Return the folder of the document reader made of SmolLM2, made the first time (a minute on two cores)."""
+    from benchmarks import pages
+    from benchmarks.models import train_reader
+
+    recipe = "".join(inspect.getsource(module) for module in (pages, train_reader))
+    stamp = {"language": PACKAGE, "recipe": hashlib.sha256(recipe.encode()).hexdigest()}
+
+    def build(folder: Path) -> None:
+        train_reader.make_reader(smollm2_folder(out_dir), folder)
+
+    return make_once(out_dir / "reader", stamp, build)
+
+
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out_dir", nargs="?", type=Path, default=DEFAULT_DIR)
-    print(smollm2_folder(parser.parse_args().out_dir))
+    out_dir = parser.parse_args().out_dir
+    print(smollm2_folder(out_dir))
+    print(reader_folder(out_dir))
 
 
 if __name__ == "__main__":

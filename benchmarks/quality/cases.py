@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ SECOND_KINDS = (("get", "list"), ("read", "read"), ("price", "needle"))
 """First and second question; the first pair whose kinds a scene has."""
 
 END_OF_TURN = "<|im_end|>"
+
+DrawText = Callable[[str], list[dict[str, Any]]]
+"""Shows a text as pictures, parts of a message."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +150,15 @@ def make_exchange(seed: int, cell: Cell, index: int, scene: Scene | Text, task: 
 
     Parameters
     ----------
-    pictures : the scene's images as parts of a message; none of a text.
+    pictures : the scene's images as parts of a message; of a text, its pages, or none to write it out.
     """
 
     def opening(question: Question) -> list[dict[str, Any]]:
         if isinstance(scene, Text):
             # The text first: questions about it share a prefix. A string: templates of text models know no parts.
-            return [_turn(f"{scene.body}\n\n{question.text}"), *_beginning(question)]
+            written = f"{scene.body}\n\n{question.text}"
+            shown = [*pictures, {"type": "text", "text": f"\n{question.text}"}]
+            return [_turn(shown if pictures else written), *_beginning(question)]
         return [_turn([*pictures, {"type": "text", "text": question.text}])]
 
     key = exchange_key(cell, index, task)
@@ -176,13 +181,18 @@ def make_exchange(seed: int, cell: Cell, index: int, scene: Scene | Text, task: 
     return Exchange(key, None, opening(first)[:1], second, forced)
 
 
-def make_exchanges(seed: int, cell: Cell, index: int, skip: Container[str]) -> Iterator[Exchange]:
-    """Yield the questions about one scene whose keys are not in `skip`."""
+def make_exchanges(
+    seed: int, cell: Cell, index: int, skip: Container[str], draw: DrawText | None = None
+) -> Iterator[Exchange]:
+    """Yield the questions about one scene or text whose keys are not in `skip`; `draw` shows a text as pictures."""
     scene = draw_case(seed, cell, index)
     tasks = [task for task in scene_tasks(scene, cell.tasks) if exchange_key(cell, index, task) not in skip]
     # Once for all of them: pictures of this size take longer to encode than to ask about.
-    images = scene.images if tasks and isinstance(scene, Scene) else ()
-    pictures = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in images]
+    pictures: list[dict[str, Any]] = []
+    if tasks and isinstance(scene, Scene):
+        pictures = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in scene.images]
+    elif tasks and isinstance(scene, Text) and draw is not None:
+        pictures = draw(scene.body)
     for task in tasks:
         yield make_exchange(seed, cell, index, scene, task, pictures)
 

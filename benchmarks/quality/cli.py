@@ -33,7 +33,7 @@ from benchmarks.quality.servers import (
     with_calibration,
 )
 from benchmarks.quality.store import open_store
-from benchmarks.quality.table import RunSettings, run_plan
+from benchmarks.quality.table import RunSettings, run_in_process, run_plan
 from benchmarks.texts import LENGTHS, SPLITS, sources_digest
 from sglang_hybridkv.compressors import get_compressor
 
@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         help="known model, with its presets: the trained tiny one (default), or SmolLM2 with texts",
     )
     parser.add_argument("--model-path", type=Path, help="another checkpoint, asked what --model would be asked")
+    parser.add_argument("--in-process", action="store_true", help="compute all answers here, in fp32, without servers")
     parser.add_argument("--base-url", help="ask a server that runs already, in place of starting some")
     parser.add_argument("--served-model", default="default", help="name of the model at --base-url")
     parser.add_argument("--calibration", type=Path, help=f"of sparsemm (default: {CALIBRATION_FILE} beside the model)")
@@ -200,6 +201,11 @@ def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
         identity["code"] = code_fingerprint()
         name = "-".join(str(value) for value in identity.values() if value is not None)
     data = [cell for cell in plan[0][1] if isinstance(cell, DataSet)]
+    if args.in_process:
+        if data or args.base_url or args.dtype:
+            raise ValueError("--in-process: expected without --data, --base-url and --dtype")
+        identity["engine"] = "in process"
+        name += "-in-process"
     if data:
         identity["max_tokens"] = data[0].max_tokens
         name += f"-data-{data[0].max_tokens}"
@@ -220,6 +226,7 @@ def _prepare(args: argparse.Namespace) -> tuple[RunSettings, Plan]:
         calibration=args.calibration,
         base_url=args.base_url,
         served_model=args.served_model,
+        in_process=args.in_process,
     )
     return settings, plan
 
@@ -239,7 +246,10 @@ def _measure(arguments: Sequence[str]) -> int:
     args = _parser().parse_args(arguments)
     settings, plan = _prepare(args)
     try:
-        results, errors = run_plan(settings, plan, _emitter(args))
+        if settings.in_process:
+            results, errors = run_in_process(settings, plan, _emitter(args)), []
+        else:
+            results, errors = run_plan(settings, plan, _emitter(args))
     except (KeyboardInterrupt, SystemExit):
         print(f"interrupted: the answers so far are in {settings.out}; run the same command to go on", file=sys.stderr)
         return INTERRUPTED

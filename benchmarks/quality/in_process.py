@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.cases import END_OF_TURN, Cell, Exchange, make_exchanges
+from benchmarks.quality.cases import END_OF_TURN, Cell, DrawText, Exchange, make_exchanges
 from benchmarks.quality.client import MAX_ANSWER_TOKENS, NUM_TOP_LOGPROBS, Reply
 from benchmarks.quality.runs import score
 from benchmarks.quality.servers import STOCK, ServerSpec, launch_config
@@ -155,6 +155,7 @@ def answer_cells(
     *,
     seed: int,
     advance: Callable[[int], Any],
+    draw: DrawText | None = None,
 ) -> None:
     """Ask every setting whatever its file does not have yet, scene by scene.
 
@@ -162,12 +163,13 @@ def answer_cells(
     ----------
     files : open, one a spec.
     advance : takes how many answers were added.
+    draw : shows texts as pictures, for models that read pages; None writes them out.
     """
     for cell in cells:
         for index in range(cell.n):
             base = None
             known = set.intersection(*({*file.answers} for file in files.values()))
-            for exchange in make_exchanges(seed, cell, index, known):
+            for exchange in make_exchanges(seed, cell, index, known, draw):
                 missing = [spec for spec, file in files.items() if exchange.key not in file.answers]
                 base, lines = answerer.answer(exchange, missing, base)
                 for spec, line in lines.items():

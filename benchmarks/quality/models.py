@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.models.real_models import smollm2_folder
+from benchmarks.models.real_models import reader_folder, smollm2_folder
 from benchmarks.provenance import REPOSITORY
 from benchmarks.quality.presets import PRESETS, TEXT_PRESETS, Preset
 from benchmarks.quality.table import Results, smoke_verdict, text_verdict
@@ -36,4 +36,6 @@ MODELS = {
     "tiny": KnownModel(lambda: TINY_MODEL, PRESETS, smoke_verdict, 8),
     # Two cores compute no more than two prompts of this model at a time.
     "smollm2": KnownModel(smollm2_folder, TEXT_PRESETS, text_verdict, 2),
+    # The same texts and questions, as pages.
+    "reader": KnownModel(reader_folder, TEXT_PRESETS, text_verdict, 2),
 }

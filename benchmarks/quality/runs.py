@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.harness import detect_device
 from benchmarks.quality.cases import (
     Cell,
+    DrawText,
     Exchange,
     draw_case,
     exchange_key,
@@ -96,10 +97,12 @@ def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _exchanges(seed: int, cell: Questions, index: int, skip: Container[str]) -> Iterator[Exchange]:
+def _exchanges(
+    seed: int, cell: Questions, index: int, skip: Container[str], draw: DrawText | None
+) -> Iterator[Exchange]:
     if isinstance(cell, DataSet):
         return make_case_exchanges(cell, index, skip)
-    return make_exchanges(seed, cell, index, skip)
+    return make_exchanges(seed, cell, index, skip, draw)
 
 
 def ask_cells(
@@ -112,6 +115,7 @@ def ask_cells(
     concurrency: int,
     advance: Callable[[], Any],
     stock: Answers | None = None,
+    draw: DrawText | None = None,
 ) -> None:
     """Ask a running server whatever its file does not have yet.
 
@@ -121,6 +125,7 @@ def ask_cells(
     Parameters
     ----------
     stock : what stock answered: the free text that the server is made to write after it has written its own.
+    draw : shows texts as pictures, for models that read pages; None writes them out.
 
     Raises
     ------
@@ -135,7 +140,7 @@ def ask_cells(
     together = all(isinstance(cell, DataSet) for cell in cells) and detect_device() != "cpu"
 
     def ask_scene(cell: Questions, index: int) -> None:
-        for number, exchange in enumerate(_exchanges(seed, cell, index, file.answers.keys())):
+        for number, exchange in enumerate(_exchanges(seed, cell, index, file.answers.keys(), draw)):
             with contextlib.nullcontext() if number or together else new_images:
                 if stop.is_set():
                     return

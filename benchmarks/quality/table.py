@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.harness import ServerError
+from benchmarks.pages import PIECES_FILE, PageWriter
+from benchmarks.quality.cases import Cell, DrawText
 from benchmarks.quality.client import BadAnswer, Client, Unreachable
 from benchmarks.quality.data import Questions
 from benchmarks.quality.presets import Plan
@@ -42,6 +45,7 @@ class RunSettings:
     model : checkpoint; None with `base_url`.
     request_tokens : of the KV pool, for each request at once.
     base_url, served_model : a server that runs already, and its name for the model.
+    in_process : answers are computed here, without servers.
     """
 
     out: Path
@@ -53,6 +57,14 @@ class RunSettings:
     calibration: Path | None = None
     base_url: str | None = None
     served_model: str = "default"
+    in_process: bool = False
+
+    @functools.cached_property
+    def draw(self) -> DrawText | None:
+        """Shows texts as pictures, where the model is one that reads pages."""
+        if self.model is None or not (self.model / PIECES_FILE).is_file():
+            return None
+        return PageWriter.load(self.model).draw_parts
 
 
 @contextlib.contextmanager
@@ -100,6 +112,7 @@ def _ask_spec(
                     concurrency=settings.concurrency,
                     advance=advance,
                     stock=stock,
+                    draw=settings.draw,
                 )
         return {key: file.answers[key] for key in keys}
 
@@ -154,6 +167,37 @@ def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None
             results.append((spec, answers))
             emit(make_rows(spec, answers, [*earlier, *results]))
     return results, errors
+
+
+def run_in_process(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None]) -> Results:
+    """Compute all answers here, those of all settings to one question at once; returns them."""
+    from benchmarks.quality.in_process import Answerer, answer_cells
+    from benchmarks.replay import ReplayedModel
+
+    assert settings.model is not None, "what is computed here has a model"
+    earlier = read_answers(settings.out)
+    cells_of = {spec: [cell for cell in cells if isinstance(cell, Cell)] for spec, cells in plan}
+    answerer = Answerer(ReplayedModel(settings.model), list(cells_of), settings.calibration)
+    keys = {spec: plan_keys(settings.seed, cells) for spec, cells in cells_of.items()}
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(_progress())
+        files = {spec: stack.enter_context(AnswerFile(settings.out, spec)) for spec in cells_of}
+        missing = sum(key not in files[spec].answers for spec, asked in keys.items() for key in asked)
+        bar = progress.add_task("in process", total=missing)
+        for cell in dict.fromkeys(cell for cells in cells_of.values() for cell in cells):
+            asked = {spec: files[spec] for spec, cells in cells_of.items() if cell in cells}
+            answer_cells(
+                answerer,
+                [cell],
+                asked,
+                seed=settings.seed,
+                advance=lambda count: progress.advance(bar, count),
+                draw=settings.draw,
+            )
+        results: Results = [(spec, {key: files[spec].answers[key] for key in asked}) for spec, asked in keys.items()]
+    for spec, answers in results:
+        emit(make_rows(spec, answers, [*earlier, *results]))
+    return results
 
 
 def smoke_verdict(results: Results) -> str | None:
