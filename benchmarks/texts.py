@@ -389,9 +389,10 @@ def ask_text(rng: np.random.Generator, text: Text, kind: str) -> Question:
     Parameters
     ----------
     kind : one of `text.kinds`: "needle" (one access code of four), "pair" (two of them, in order), "hop" (the access
-        code of the place whose key somebody holds), "price" (one line of a list of 20, after the line before it), "crew" (copy a list of eight
-        names), "cloze" (the rest of a sentence of the prose, 8 to 12 words), "tally" (how often a sentence stands in
-        the text, 1 to 4), "summary" and "sequel" (free text: the answer is empty, there is no right one).
+        code of the place whose key somebody holds), "price" (one line of a list of 20, after the line before it),
+        "crew" (copy a list of eight names), "cloze" (the rest of a sentence of the prose, 8 to 12 words), "tally" (how
+        often a sentence stands in the text, 1 to 4), "summary" and "sequel" (free text: the answer is empty, there is
+        no right one).
     """
     if kind not in text.kinds:
         raise ValueError(f"kind: expected one of {', '.join(text.kinds)} for this text, got {kind!r}")
