@@ -336,8 +336,11 @@ def _ask_hop(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
 
 
 def _ask_price(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
-    article, price = text.prices[rng.integers(len(text.prices))]
-    return f"What does the price list say of {article}?", f"{article}:", price, 8
+    i = int(rng.integers(1, len(text.prices)))
+    (before, its_price), (article, price) = text.prices[i - 1 : i + 1]
+    asked = f"Copy the lines of the price list that begin with {before} and {article}."
+    # The line before it shows what a line is; without it the models that these texts are for find one of three.
+    return asked, f"{before}: {its_price}\n{article}:", price, 8
 
 
 def _ask_crew(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int]:
@@ -386,9 +389,10 @@ def ask_text(rng: np.random.Generator, text: Text, kind: str) -> Question:
     Parameters
     ----------
     kind : one of `text.kinds`: "needle" (one access code of four), "pair" (two of them, in order), "hop" (the access
-        code of the place whose key somebody holds), "price" (one line of a list of 20), "crew" (copy a list of eight
-        names), "cloze" (the rest of a sentence of the prose, 8 to 12 words), "tally" (how often a sentence stands in
-        the text, 1 to 4), "summary" and "sequel" (free text: the answer is empty, there is no right one).
+        code of the place whose key somebody holds), "price" (one line of a list of 20, after the line before it),
+        "crew" (copy a list of eight names), "cloze" (the rest of a sentence of the prose, 8 to 12 words), "tally" (how
+        often a sentence stands in the text, 1 to 4), "summary" and "sequel" (free text: the answer is empty, there is
+        no right one).
     """
     if kind not in text.kinds:
         raise ValueError(f"kind: expected one of {', '.join(text.kinds)} for this text, got {kind!r}")

@@ -17,15 +17,16 @@ from benchmarks.quality.cases import SECOND_TASKS, TASKS, Cell, make_exchanges
 from benchmarks.quality.cli import main
 from benchmarks.quality.client import FORCED_LOGIT, forcing_processor, undo_forcing
 from benchmarks.quality.models import MODELS
-from benchmarks.quality.presets import TEXT_TASKS, build_plan
+from benchmarks.quality.presets import build_plan
 from benchmarks.quality.runs import plan_keys
 from benchmarks.quality.servers import ServerSpec
 from benchmarks.quality.store import read_answers
 from benchmarks.quality.table import RunSettings, run_plan, text_verdict
-from benchmarks.texts import FREE_KINDS, HELD_OUT, LENGTHS
+from benchmarks.texts import FREE_KINDS, HELD_OUT, KINDS, LENGTHS
 from tests.benchmarks.fake_endpoint import COMPRESSED, FakeEndpoint, serving
 
 CELL = Cell("text", 1000, 2, TASKS)
+TASKS_OF_TEXTS = (*KINDS, *SECOND_TASKS)
 KEYS = plan_keys(0, [CELL])
 STOCK, HYBRIDKV = ServerSpec("stock"), ServerSpec("hybridkv", 0.1)
 
@@ -53,7 +54,7 @@ def run(folder: Path, *specs: ServerSpec) -> tuple[dict[tuple[str, str], dict[st
 
 def test_all_tasks_of_a_text_share_its_beginning() -> None:
     exchanges = list(make_exchanges(0, CELL, 0, ()))
-    assert [exchange.key.rsplit("/", 1)[1] for exchange in exchanges] == list(TEXT_TASKS)
+    assert [exchange.key.rsplit("/", 1)[1] for exchange in exchanges] == list(TASKS_OF_TEXTS)
     contents = [exchange.messages[0]["content"] for exchange in exchanges]
     body = contents[0][: contents[0].rindex("\n\n")]
     assert len(body) > 3000
@@ -95,7 +96,7 @@ def test_what_stays_right_is_counted_among_what_stock_has_right(endpoint, tmp_pa
     run(tmp_path, STOCK)
     endpoint.wrong = {"text/1000/0/needle", "text/1000/0/price", "text/1000/0/pair"}
     rows, _ = run(tmp_path, STOCK, HYBRIDKV)
-    counted = {task: (rows["hybridkv", task]["full_right"], rows["hybridkv", task]["kept"]) for task in TEXT_TASKS}
+    counted = {task: (rows["hybridkv", task]["full_right"], rows["hybridkv", task]["kept"]) for task in TASKS_OF_TEXTS}
     assert counted["needle"] == (1, 1.0)
     assert counted["price"] == (0, None)
     assert counted["pair"] == (2, 0.5)
