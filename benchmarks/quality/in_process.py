@@ -22,6 +22,7 @@ from benchmarks.replay import Held, Prompt, Replay, ReplayedModel, compress, eve
 from sglang_hybridkv.compressors import Compressor, get_compressor
 from sglang_hybridkv.config import parse_config
 
+_WORDS_AROUND = 12
 ROWS_AT_ONCE = 512
 """Tokens of all settings in one forward: what fits the memory of a small machine."""
 
@@ -59,15 +60,15 @@ class Answerer:
 
     @torch.inference_mode()
     def answer(
-        self, exchange: Exchange, specs: Sequence[ServerSpec], base: Prompt | None, max_tokens: int = MAX_ANSWER_TOKENS
+        self, exchange: Exchange, specs: Sequence[ServerSpec], base: Prompt | None
     ) -> tuple[Prompt, dict[ServerSpec, dict[str, Any]]]:
         """The prompt, for the next question about the same scene, and the line that is kept of each spec's answer."""
         prompt = self.model.prefill(self.model.encode(exchange.messages), base)
-        written = self._written(exchange)
+        written, is_free = self._written(exchange), not exchange.question.answer
+        max_tokens = MAX_ANSWER_TOKENS if is_free else _answer_tokens(self.model.tokenizer, exchange)
         stock = self._greedy(prompt, [everything(prompt, self._plain)], written, max_tokens)[0]
         held = {spec: self._hold(prompt, spec, max_tokens + len(written)) for spec in specs}
         lines = {}
-        is_free = not exchange.question.answer
         compressed = [spec for spec in specs if spec.compressor != STOCK]
         forced = self._forced(prompt, [held[spec] for spec in compressed], written, stock.ids)
         differing = [spec for spec, one in zip(compressed, forced, strict=True) if not torch.equal(one.ids, stock.ids)]
@@ -146,6 +147,12 @@ class Answerer:
             record=None if spec.compressor == STOCK else held.record(len(prompt.ids)),
             ids=answer.ids.tolist(),
         )
+
+
+def _answer_tokens(tokenizer: Any, exchange: Exchange) -> int:
+    """Longest answer to a question with a right one: room for half of it again, and some words around it."""
+    right = len(tokenizer(exchange.question.answer, add_special_tokens=False)["input_ids"])
+    return min(MAX_ANSWER_TOKENS, right + right // 2 + _WORDS_AROUND)
 
 
 def answer_cells(
