@@ -13,7 +13,7 @@ import base64
 import dataclasses
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,52 +233,56 @@ class Replay:
         place = torch.arange(k.shape[2])
         is_later = place > place[-q.shape[2] :, None]  # [T, S]
         out = torch.empty_like(grouped)
-        for i in range(len(self.held)):
-            for kv_head in range(k.shape[1]):
-                rows_k, rows_v, unseen = self._prompt_rows(i, layer_idx, kv_head, grouped[i, kv_head])
-                mine = grouped[i, kv_head]
-                on_prompt = mine @ rows_k.T * scaling
-                if unseen is not None:
-                    on_prompt.masked_fill_(unseen, float("-inf"))
-                on_tail = (mine @ k[i, kv_head].T * scaling).masked_fill_(is_later, float("-inf"))
-                probs = torch.cat((on_prompt, on_tail), dim=-1).softmax(-1)
-                num_rows = len(rows_k)
-                out[i, kv_head] = probs[..., :num_rows] @ rows_v + probs[..., num_rows:] @ v[i, kv_head]
+        for i, held in enumerate(self.held):
+            for kv_head in (~held.is_dynamic[layer_idx]).nonzero().flatten().tolist():
+                rows = self._static_rows(i, layer_idx, kv_head)
+                head = (grouped[i, kv_head], k[i, kv_head], v[i, kv_head])
+                out[i, kv_head] = _softmax_attention(*head, *rows, None, is_later, scaling)
+        for settings, kv_heads, unseen in self._retrieve(layer_idx, grouped):
+            keys, values = (
+                x[layer_idx, :, kv_heads].transpose(0, 1).unsqueeze(1) for x in (self.prompt.k, self.prompt.v)
+            )
+            heads = (x[settings, kv_heads] for x in (grouped, k.unsqueeze(2), v.unsqueeze(2)))
+            out[settings, kv_heads] = _softmax_attention(*heads, keys, values, unseen, is_later, scaling)
         return out.flatten(1, 2)
 
-    def _prompt_rows(
-        self, i: int, layer_idx: int, kv_head: int, q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Keys and values of the prompt that a head has at hand, and those [T, rows] that a query does not see."""
-        held = self.held[i]
-        if held.is_dynamic[layer_idx, kv_head]:
-            keys, values = self.prompt.k[layer_idx, :, kv_head], self.prompt.v[layer_idx, :, kv_head]
-            return keys, values, self._not_retrieved(held, layer_idx, kv_head, q)
+    def _static_rows(self, i: int, layer_idx: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [rows, D] that a static head of a setting holds of the prompt."""
         key = (i, layer_idx, kv_head)
         if key not in self._rows:
-            self._rows[key] = self._static_rows(held, layer_idx, kv_head)
-        return *self._rows[key], None
+            held = self.held[i]
+            keys, values = self.prompt.k[layer_idx, :, kv_head], self.prompt.v[layer_idx, :, kv_head]
+            first = (keys[: held.covered], values[: held.covered])
+            if held.merged is not None:
+                first = (held.merged[layer_idx][0][kv_head], held.merged[layer_idx][1][kv_head])
+            kept = held.kept[layer_idx, kv_head]
+            rows = [torch.cat((x[kept], y[held.covered :])) for x, y in zip(first, (keys, values), strict=True)]
+            self._rows[key] = (rows[0], rows[1])
+        return self._rows[key]
 
-    def _static_rows(self, held: Held, layer_idx: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.prompt.k[layer_idx, :, kv_head], self.prompt.v[layer_idx, :, kv_head]
-        kept = held.kept[layer_idx, kv_head]
-        first_k, first_v = keys[: held.covered], values[: held.covered]
-        if held.merged is not None:
-            first_k, first_v = (rows[kv_head] for rows in held.merged[layer_idx])
-        return torch.cat((first_k[kept], keys[held.covered :])), torch.cat((first_v[kept], values[held.covered :]))
-
-    def _not_retrieved(self, held: Held, layer_idx: int, kv_head: int, q: torch.Tensor) -> torch.Tensor:
-        """[T, N], bool: prompt rows outside the chunks that each query group of q [G, T, D] chooses."""
-        score, page_size = held.config.chunk_score, held.config.page_size
-        summaries = self._chunk_summaries(layer_idx, score, page_size, held.covered)[kv_head]
-        by_query = score_chunks_by_query(q.flatten(0, 1)[None], summaries[None], score)[0]
-        scores = join_group(by_query.unflatten(0, q.shape[:2]).transpose(0, 1), score)
-        counts = held.num_pages[layer_idx, kv_head].expand(len(scores))
-        forced = forced_chunks(len(summaries), counts, *forced_chunk_counts(held.config))
-        chosen = top_chunks(scores.masked_fill(forced, float("inf")), counts)
-        unseen = torch.zeros(len(scores), len(self.prompt.ids), dtype=torch.bool)
-        unseen[:, : held.covered] = ~chosen.repeat_interleave(page_size, dim=1)
-        return unseen
+    def _retrieve(
+        self, layer_idx: int, grouped: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Settings [E] and KV heads [E] that retrieve alike, and prompt rows [E, 1, T, N] that each query misses."""
+        groups: dict[tuple[str, int, int, int, int], list[tuple[int, int]]] = {}
+        for i, held in enumerate(self.held):
+            config = held.config
+            for kv_head in held.is_dynamic[layer_idx].nonzero().flatten().tolist():
+                key = (config.chunk_score, config.page_size, held.covered, *forced_chunk_counts(config))
+                groups.setdefault(key, []).append((i, kv_head))
+        for (score, page_size, covered, *windows), members in groups.items():
+            settings, kv_heads = torch.tensor(members).T
+            summaries = self._chunk_summaries(layer_idx, score, page_size, covered)[kv_heads]  # [E, C, V, D]
+            q = grouped[settings, kv_heads]  # [E, G, T, D]
+            by_query = score_chunks_by_query(q.flatten(1, 2), summaries, score).unflatten(1, q.shape[1:3])
+            scores = join_group(by_query.transpose(1, 2).flatten(0, 1), score)  # [E * T, C]
+            pages = torch.stack([self.held[i].num_pages[layer_idx, kv_head] for i, kv_head in members])
+            counts = pages.repeat_interleave(q.shape[2])
+            forced = forced_chunks(scores.shape[1], counts, *windows)
+            chosen = top_chunks(scores.masked_fill(forced, float("inf")), counts).unflatten(0, (len(q), -1))
+            unseen = torch.zeros(*chosen.shape[:2], len(self.prompt.ids), dtype=torch.bool)
+            unseen[..., :covered] = ~chosen.repeat_interleave(page_size, dim=2)
+            yield settings, kv_heads, unseen.unsqueeze(1)
 
     def _chunk_summaries(self, layer_idx: int, score: str, page_size: int, covered: int) -> torch.Tensor:
         """[H, C, V, D]: chunk summaries of one layer."""
@@ -287,6 +291,26 @@ class Replay:
             keys = self.prompt.k[layer_idx, :covered].transpose(0, 1).unflatten(1, (-1, page_size))
             self._summaries[key] = summarize_chunks(keys.contiguous(), score)
         return self._summaries[key]
+
+
+def _softmax_attention(
+    q: torch.Tensor,
+    own_k: torch.Tensor,
+    own_v: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    unseen: torch.Tensor | None,
+    is_later: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """One softmax over prompt rows and own tokens; q [..., G, T, D], the others [..., 1, rows, D] or without the 1."""
+    on_prompt = q @ k.transpose(-1, -2) * scaling
+    if unseen is not None:
+        on_prompt.masked_fill_(unseen, float("-inf"))
+    on_own = (q @ own_k.transpose(-1, -2) * scaling).masked_fill_(is_later, float("-inf"))
+    probs = torch.cat((on_prompt, on_own), dim=-1).softmax(-1)
+    num_rows = k.shape[-2]
+    return probs[..., :num_rows] @ v + probs[..., num_rows:] @ own_v
 
 
 class ReplayedModel:
