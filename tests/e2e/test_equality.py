@@ -133,8 +133,9 @@ def test_same_prompt_again_computes_the_observed_rows_anew(pair: Pair, length: i
 def test_shared_prefix_and_new_suffix(pair: Pair, vision: Vision) -> None:
     prefix = text(14, 10) + vision.images(20, 3)
     pair.check(prefix + text(15, 100))
-    for seed, length in ((16, 100), (17, 13), (18, CHUNK_TOKENS + 90)):
-        assert pair.check(prefix + text(seed, length)).cached == 208
+    # Of a short suffix the mark behind the last image is observed, too: the hit ends with the page before it.
+    for seed, length, cached in ((16, 100, 208), (17, 13, 192), (18, CHUNK_TOKENS + 90, 208)):
+        assert pair.check(prefix + text(seed, length)).cached == cached
 
 
 @every_vision

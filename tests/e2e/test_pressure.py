@@ -99,7 +99,7 @@ def test_more_requests_than_the_pool_can_hold(goes_static: Server, stock: Refere
     assert sum(answer.meta["num_retractions"] for answer in answers) > 0
     assert "KV cache pool is full. Retract requests." in goes_static.log_text()
     assert_nothing_lost(goes_static)
-    # What the tree holds by now is exact: also where a request was retracted and its answer became its prompt.
+    # What the tree holds by now is exact: also of requests that were retracted.
     for prompt, answer in zip(prompts[:4], answers[:4], strict=True):
         longer = prompt + Prompt(tuple(answer.ids)) + text(9050, 20)
         assert_same(ask(goes_static, longer, 1), stock.ask(longer, 1))
