@@ -18,7 +18,7 @@ from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
 from sglang_hybridkv.retrieval import retrieve
-from sglang_hybridkv.spans import num_observation_rows, text_mask
+from sglang_hybridkv.spans import observed_window, text_mask
 
 ROW = 1
 
@@ -34,13 +34,11 @@ def observe(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the compressor sees of the prompt, as the engine shows it: statistic [L, H] and salience [L, H, N]."""
     end = trace.prompt_len
-    rows = compressor.config.observation_rows
-    if compressor.observed_rows == "text":
-        rows = num_observation_rows(trace.spans, end, rows)
+    window = observed_window(compressor.observed_rows, trace.spans, end, compressor.config.observation_rows)
     scores = [
         compressor.score_layer(
             PromptLayer(
-                trace.q[layer_idx, max(0, end - rows) : end].contiguous(),
+                trace.q[layer_idx, window.start : window.stop].contiguous(),
                 *views.layer_rows(layer_idx),
                 slots,
                 trace.scaling,

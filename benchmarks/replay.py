@@ -30,7 +30,7 @@ from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.geometry import PromptGeometry
 from sglang_hybridkv.retrieval import forced_chunk_counts
 from sglang_hybridkv.select import pool_salience
-from sglang_hybridkv.spans import VisualSpan, num_observation_rows, text_mask
+from sglang_hybridkv.spans import VisualSpan, observed_window, text_mask
 
 _ATTENTION = "hybridkv_replay"
 
@@ -114,13 +114,13 @@ class Held:
 
 def observe(prompt: Prompt, compressor: Compressor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the compressor sees of the prompt, as the engine shows it: statistic [L, H] and salience [L, H, N]."""
-    num_tokens, config = len(prompt.ids), compressor.config
-    rows = min(config.observation_rows, num_tokens)
-    if compressor.observed_rows == "text":
-        rows = num_observation_rows(prompt.spans, num_tokens, config.observation_rows)
+    num_tokens = len(prompt.ids)
+    window = observed_window(compressor.observed_rows, prompt.spans, num_tokens, compressor.config.observation_rows)
     is_text, slots = text_mask(prompt.spans, num_tokens), torch.arange(num_tokens)
     scores = [
-        compressor.score_layer(PromptLayer(q[-rows:].contiguous(), k, v, slots, prompt.scaling, is_text, layer_idx))
+        compressor.score_layer(
+            PromptLayer(q[window.start : window.stop].contiguous(), k, v, slots, prompt.scaling, is_text, layer_idx)
+        )
         for layer_idx, (q, k, v) in enumerate(zip(prompt.q, prompt.k, prompt.v, strict=True))
     ]
     statistic, salience = (torch.stack(parts) for parts in zip(*scores, strict=True))
