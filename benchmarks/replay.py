@@ -216,10 +216,10 @@ class Replay:
         self._summaries: dict[tuple[int, str, int, int], torch.Tensor] = {}
 
     @torch.inference_mode()
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, T, vocabulary]: logits after each of `tokens` [B, T], which go on from those of the steps before."""
+    def step(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """[B, T, vocabulary]: logits after each, or the `last`, of `tokens` [B, T], which go on from earlier steps'."""
         start = len(self.prompt.ids) + self.length + self.prompt.position_delta
-        logits = self.model.run(tokens, torch.arange(start, start + tokens.shape[1]), self)
+        logits = self.model.run(tokens, torch.arange(start, start + tokens.shape[1]), self, last)
         self.length += tokens.shape[1]
         return logits
 

@@ -106,7 +106,7 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
 
 
 def digest_plan(kept_rows: tuple[torch.Tensor, ...], is_dynamic: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """[], int64: differs when a head's type, its pages or one of its kept tokens differs, but for a chance of 2^-64.
+    """[], int64: differs, but for chance, when a head's type, its pages or one of its kept tokens differs.
 
     Parameters
     ----------

@@ -79,7 +79,10 @@ PrefetchSimilarity = Annotated[
 ]
 HostStoreBytes = Annotated[
     Annotated[int, Field(ge=0)] | None,
-    Field(description="bytes of host memory for dynamic heads; null: 8x the device pool, at most half of what is free"),
+    Field(
+        description="bytes of host memory for dynamic heads; null: 8x their share of the device pool, at most half of "
+        "what is free"
+    ),
 ]
 OnHostStoreFull = Annotated[
     Literal["dense", "static"],

@@ -100,7 +100,7 @@ class Answerer:
         """[B, vocabulary]: logits of the answer's first token."""
         if len(written) == 0:
             return prompt.logits.expand(len(replay.held), -1)
-        return replay.step(written.expand(len(replay.held), -1))[:, -1]
+        return replay.step(written.expand(len(replay.held), -1), last=1)[:, 0]
 
     def _greedy(self, prompt: Prompt, held: list[Held], written: torch.Tensor, max_tokens: int) -> list[_Answer]:
         replay = Replay(self.model, prompt, held)
@@ -150,9 +150,9 @@ class Answerer:
 
 
 def _answer_tokens(tokenizer: Any, exchange: Exchange) -> int:
-    """Longest answer to a question with a right one: room for half of it again, and some words around it."""
+    """Longest answer to a question with a right one: a server's limit, and not much longer than the right one."""
     right = len(tokenizer(exchange.question.answer, add_special_tokens=False)["input_ids"])
-    return min(MAX_ANSWER_TOKENS, right + right // 2 + _WORDS_AROUND)
+    return min(exchange.question.max_tokens or MAX_ANSWER_TOKENS, right + right // 2 + _WORDS_AROUND)
 
 
 def answer_cells(

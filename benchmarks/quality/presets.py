@@ -64,7 +64,7 @@ def _one_at_a_time(**values: Sequence[Any]) -> Variants:
 SWEEP: Variants = {
     "": {},
     **{
-        f"{statistic} at {theta}": {"statistic": statistic, "theta": theta}
+        f"{statistic} at {theta}": {"statistic": statistic, "theta": theta, "max_dynamic_heads": 1.0}
         for statistic, thetas in THETAS.items()
         for theta in thetas
     },
@@ -72,14 +72,15 @@ SWEEP: Variants = {
         preset=("paper",),
         dynamic_share=(0.2, 0.32, 0.5, 0.75, 0.9),
         dynamic_ratio=(1.0, 2.0, 4.0, 8.0),
+        max_dynamic_heads=(0.1, 0.25, 0.35, 0.5),
         chunk_score=("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max"),
         page_size=(8, 16, 32),
         static_weight=("sparsity", "density", "uniform"),
         text_share=(0.25, 0.5, 0.75, 1.0),
         pool_kernel=(1, 5, 9),
         capture_fraction=(0.05, 0.1, 0.2),
-        unretrieved=("estimate",),
     ),
+    "estimated": {"unretrieved": "estimate", "chunk_score": "mean_max"},
 }
 
 

@@ -227,7 +227,7 @@ def text_verdict(results: Results) -> str | None:
     ours = [(spec, answers) for spec, answers in results if spec.compressor == HYBRIDKV]
     if not ours:
         return f"nothing to compare with stock: name {HYBRIDKV} among the compressors"
-    if sum(judged) < TEXT_LEAST * len(judged):
+    if not judged or sum(judged) < TEXT_LEAST * len(judged):
         return f"stock answers only {sum(judged)} of {len(judged)} questions: the model is not fit for a comparison"
     for spec, answers in ours:
         kept = kept_share(answers, stock)

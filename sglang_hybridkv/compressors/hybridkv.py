@@ -91,7 +91,11 @@ class HybridKVConfig(RetrievalConfig):
 
 
 def lowest(statistic: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of the `count` lowest of a statistic [L, H]; ties go to the earlier head. No host sync."""
+    """Mask of the `count` lowest of a statistic [L, H]; ties go to the earlier head, NaN comes last. No host sync.
+
+    With one observed query (a prompt with one text token after its last image) some statistics are 0 for all heads:
+    then the heads of the first layers are taken.
+    """
     order = statistic.flatten().argsort(stable=True)
     mask = torch.zeros(statistic.numel(), dtype=torch.bool, device=statistic.device)
     mask[order[:count]] = True

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sglang_hybridkv.srt.allocator import HybridAllocator
     from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 
-_HOST_STORE_FACTOR = 8  # times the device pool: what it holds at a budget of 0.1, all heads dynamic, and some room
+_HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what it holds at a budget of 0.1, some room
 _HOST_MEMORY_SHARE = 0.5
 _RECORD = "_hybridkv_record"
 _HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
@@ -252,7 +252,8 @@ class Compression:
         wanted = self.config.host_store_bytes if isinstance(self.config, RetrievalConfig) else 0
         if wanted is None:
             free = int(_HOST_MEMORY_SHARE * psutil.virtual_memory().available)
-            wanted = min(_HOST_STORE_FACTOR * pool.page_bytes * layout.pages_per_layer, free)
+            pool_bytes, heads = pool.page_bytes * layout.pages_per_layer, layout.head_pages_per_page
+            wanted = min(_HOST_STORE_FACTOR * pool_bytes * self.config.most_dynamic_heads(heads) // heads, free)
         return HostStore(
             num_pages=wanted // pool.page_bytes,
             head_pages_per_page=layout.head_pages_per_page,

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.harness import compression_flags
 from benchmarks.quality.cases import TASKS
 from benchmarks.quality.cli import main, parse_variants
-from benchmarks.quality.presets import PRESETS, build_plan
+from benchmarks.quality.presets import ABLATION, PRESETS, SWEEP, build_plan
 from benchmarks.quality.servers import (
     ServerSpec,
     launch_config,
@@ -18,6 +18,8 @@ from benchmarks.quality.servers import (
     with_calibration,
 )
 from sglang_hybridkv.compressors import compressor_names
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.config import parse_config
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
@@ -146,3 +148,15 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, words, capsys) -> Non
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert [word for word in words if str(word) not in captured.err] == []
+
+
+@pytest.mark.parametrize("variants", [SWEEP, ABLATION], ids=["sweep", "ablation"])
+def test_every_variant_of_the_presets_is_legal_and_another_one(variants):
+    """Two names for the same settings would look like a finding."""
+    configs = [parse_config({"budget": 0.1, **config}, HybridKVConfig) for config in variants.values()]
+    names = {}
+    for name, config in zip(variants, configs, strict=True):
+        names.setdefault(config.model_dump_json(), []).append(name)
+    defaults = names.pop(HybridKVConfig(budget=0.1).model_dump_json())
+    assert "" in defaults
+    assert all(len(same) == 1 for same in names.values()), names

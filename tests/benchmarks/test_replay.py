@@ -99,7 +99,7 @@ def model() -> ReplayedModel:
 
 
 def test_a_prompt_is_the_same_whatever_was_computed_before(model: ReplayedModel) -> None:
-    """A shared beginning, images or not, changes nothing; a base with another beginning is not used."""
+    """A shared beginning changes nothing; a base with another beginning is not used."""
     generator = fresh_generator()
     ids = torch.randint(10, 200, (3, 90), generator=generator)
     ids[1, :60] = ids[0, :60]

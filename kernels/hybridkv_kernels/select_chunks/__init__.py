@@ -92,7 +92,8 @@ def select_chunks(
     Cost: reads q and the summaries once. Source: HybridKV (arXiv 2604.05887), Quest (arXiv
     2406.10774), ArkVale (NeurIPS 2024). "mean2_max" and "mean4_max" score finer than they move: the mean of 16
     neighbours that have nothing in common says little of any of them. "mean_spread" (ours) expects more of a chunk
-    whose keys differ: max over the group of q . mean + SPREAD_WEIGHT |q| spread, in the memory of "mean_max".
+    whose keys differ: max over the group of q . mean, without element 0, plus SPREAD_WEIGHT |q| spread, in the memory
+    of "mean_max".
     """
     checks.check_shape("q", q, (None, None, None))
     checks.check_dtype("q", q, checks.FLOATS)

@@ -34,13 +34,15 @@ def summarize_chunks(k: torch.Tensor, chunk_score: str, v: torch.Tensor | None) 
 def as_plain_score(q: torch.Tensor, chunk_score: str) -> tuple[torch.Tensor, str]:
     """The query and the chunk score that select the same chunks, where "mean_spread" is "mean_max" of another query.
 
-    Its summary carries the spread of the chunk in place of element 0, the fastest of RoPE, whose mean over a chunk says
-    least: so q . summary is q . mean key plus the weighted spread when q has SPREAD_WEIGHT |q| there.
+    Its summary carries the spread of the chunk in place of element 0, and so does this query SPREAD_WEIGHT |q|: the
+    product is that of all other elements plus the weighted spread. Element 0 is the fastest of RoPE, whose mean over a
+    chunk of text says least; the tokens of an image, which M-RoPE does not tell apart there, lose one element of D.
     """
     if chunk_score != "mean_spread":
         return q, chunk_score
     q = q.clone()
-    q[..., 0] = SPREAD_WEIGHT * q.norm(dim=-1, dtype=None if q.dtype == torch.float64 else torch.float32)
+    weighted = SPREAD_WEIGHT * q.norm(dim=-1, dtype=None if q.dtype == torch.float64 else torch.float32)
+    q[..., 0] = weighted.clamp(max=torch.finfo(q.dtype).max)
     return q, "mean_max"
 
 
