@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,8 +232,12 @@ class PageWriter:
         ]
 
     def draw_parts(self, text: str, cells_per_line: int = CELLS_PER_LINE) -> list[dict[str, Any]]:
-        """Return the pictures of a text as parts of an OpenAI chat message."""
-        lines = self.draw_lines(text, cells_per_line)
+        """Return the pictures of a text as parts of an OpenAI chat message.
+
+        Accents are left out, and so are other characters that cannot be drawn.
+        """
+        plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+        lines = self.draw_lines(plain, cells_per_line)
         return [{"type": "image_url", "image_url": {"url": image_url(line)}} for line in lines]
 
     def user_message(self, page: str, question: str, cells_per_line: int = CELLS_PER_LINE) -> dict[str, Any]:

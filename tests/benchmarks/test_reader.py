@@ -226,3 +226,7 @@ def test_smollm2_reads_a_page(tmp_path):
     inputs = ask_page(tmp_path, writer, question, 32)
     answer = model.generate(**inputs, max_new_tokens=16)[0, inputs["input_ids"].shape[1] :]
     assert "4711" in writer.tokenizer.decode(answer)
+
+
+def test_a_page_leaves_out_what_cannot_be_drawn(writer: PageWriter) -> None:
+    assert writer.draw_parts("café — naïve") == writer.draw_parts("cafe  naive")
