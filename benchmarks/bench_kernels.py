@@ -25,7 +25,7 @@ from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.geometry import prompt_geometry
+from sglang_hybridkv.geometry import covered_tokens, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
 from sglang_hybridkv.retrieval import retrieve
@@ -75,15 +75,17 @@ def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, sim
     heads = num_layers * NUM_KV_HEADS
     share = num_dynamic / NUM_KV_HEADS
     config = HybridKVConfig(preset="paper", budget=budget, theta=0.5, dynamic_share=share, static_weight="uniform")
-    geometry = prompt_geometry(context, budget, page_size=PAGE_SIZE, head_pages_per_page=heads, vectors_per_chunk=1)
+    vectors = config.summary_vectors(covered_tokens(context, PAGE_SIZE))
+    sizes = {"page_size": PAGE_SIZE, "head_pages_per_page": heads, "summary_vectors": vectors}
+    geometry = prompt_geometry(context, budget, **sizes)
     num_pages = context // PAGE_SIZE
     pages_per_layer = 2 + num_pages + geometry.num_pages
     layout = HeadPageLayout(num_layers, NUM_KV_HEADS, pages_per_layer, PAGE_SIZE)
     shape = (num_layers * pages_per_layer * PAGE_SIZE * NUM_KV_HEADS, HEAD_DIM)
     k, v = (torch.randn(shape).to(dtype) for _ in range(2))
     by_page = (-1, PAGE_SIZE, HEAD_DIM)
-    held = torch.zeros(len(k) // PAGE_SIZE, dtype=torch.int32)
-    views = HeadPageViews(layout, k, v, k.view(by_page), v.view(by_page), held)
+    held = torch.zeros(len(k) // PAGE_SIZE, 1, dtype=torch.int32)
+    views = HeadPageViews(layout, k, v, k.view(by_page), v.view(by_page), held).with_chunks(config.tokens_per_chunk)
     table = HeadPageTable(3, geometry.num_pages, geometry.num_host_pages, layout, "cpu")
     store = HostStore(geometry.num_host_pages, heads, PAGE_SIZE, HEAD_DIM, dtype, pin=False)
     order = torch.randperm(pages_per_layer - 1) + 1

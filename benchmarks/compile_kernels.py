@@ -98,8 +98,8 @@ def tiny_pool(shape: Shape) -> tuple[HeadPageViews, HeadPageTable]:
     layout = HeadPageLayout(NUM_LAYERS, NUM_KV_HEADS, 3, shape.page_size)
     num_head_pages = layout.head_pages_per_page * layout.pages_per_layer
     k, v = (torch.zeros(num_head_pages, shape.page_size, shape.head_dim, dtype=DTYPES[shape.dtype]) for _ in "kv")
-    residency = torch.zeros(num_head_pages, dtype=torch.int32)
-    views = HeadPageViews(layout, k.view(-1, shape.head_dim), v.view(-1, shape.head_dim), k, v, residency)
+    held_chunks = torch.zeros(num_head_pages, 1, dtype=torch.int32)
+    views = HeadPageViews(layout, k.view(-1, shape.head_dim), v.view(-1, shape.head_dim), k, v, held_chunks)
     return views, HeadPageTable(NUM_REQUESTS + 1, 16, 16, layout, "cpu")
 
 
@@ -116,17 +116,18 @@ def decode_attn(estimate: str | None = None) -> Callable[[Shape], Any]:
     return call
 
 
-def retrieve_chunks(chunk_score: str, estimate: bool = False) -> Callable[[Shape], Any]:
-    """Retrieval of one layer of a pool of this shape, for prompts of up to LONG chunks."""
+def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | None = None) -> Callable[[Shape], Any]:
+    """Retrieval of one layer of a pool of this shape, for prompts of up to LONG chunks; None is chunks of a page."""
 
     def call(shape: Shape) -> Any:
-        views, _ = tiny_pool(shape)
-        table = HeadPageTable(NUM_REQUESTS + 1, 16, LONG, views.layout, "cpu")
+        size = chunk_size or shape.page_size
+        views = tiny_pool(shape)[0].with_chunks(size)
+        table = HeadPageTable(NUM_REQUESTS + 1, 16, LONG * size // shape.page_size, views.layout, "cpu")
         q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
         k_host, v_host = views.k_pages.clone(), views.v_pages.clone()
         counters, rows = torch.zeros(2, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
         run = gpu.load_twin("retrieve_chunks")
-        return run(q, views, table, k_host, v_host, counters, 0, rows, 1, 2, chunk_score, estimate)
+        return run(q, views, table, k_host, v_host, counters, 0, rows, 1, 2, chunk_score, size, estimate)
 
     return call
 
@@ -175,7 +176,12 @@ def retrieval_cases() -> Iterator[Case]:
         ("mean4_max", Shape(group=16, page_size=32)),
     ):
         yield Case(f"retrieve_chunks {chunk_score}", shape, retrieve_chunks(chunk_score), is_gated=True)
+    codes = {size: retrieve_chunks("key_codes", chunk_size=size) for size in (1, 16)}
+    yield Case("retrieve_chunks key_codes", Shape(page_size=8), codes[1], is_gated=True)
+    yield Case("retrieve_chunks key_codes", Shape(dtype="fp16", head_dim=80, group=1), codes[16], is_gated=True)
     # More registers than the limit, but no spills.
+    yield Case("retrieve_chunks key_codes", Shape(group=16, page_size=32), codes[1])
+    yield Case("retrieve_chunks key_codes", Shape(dtype="fp32"), codes[1])
     yield Case("retrieve_chunks arkvale", Shape(dtype="fp32"), retrieve_chunks("arkvale"))
     yield Case("select_chunks", Shape(), select_chunks)
 

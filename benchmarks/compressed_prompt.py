@@ -67,7 +67,8 @@ class CompressedPrompt:
         # Page 0 is padding; the request's own pages come last.
         compressor.bind(num_layers, num_kv_heads)
         layout = HeadPageLayout(num_layers, num_kv_heads, 1 + num_dense + geometry.num_pages, page_size)
-        self.views = _make_views(layout, head_dim, trace.k.dtype)
+        views = _make_views(layout, head_dim, trace.k.dtype)
+        self.views = views.with_chunks(config.tokens_per_chunk) if isinstance(config, RetrievalConfig) else views
         slots = page_size + torch.arange(length)
         for layer_idx in range(num_layers):
             k_rows, v_rows = self.views.layer_rows(layer_idx)
@@ -140,8 +141,8 @@ class CompressedPrompt:
         for head, order in enumerate(self.order[layer_idx]):
             if self.table.is_dynamic[ROW, layer_idx, head]:
                 pages = self.table.buffer_page_ids(ROW, layer_idx, torch.tensor([head]), num_pages[head : head + 1])
-                chunks = self.views.chunk_of_head_page[pages[0]].long()
-                mask[head].view(-1, page_size)[chunks] = True
+                chunks = self.views.held_chunks[pages[0]].flatten().long()
+                mask[head].view(-1, self.compressor.config.tokens_per_chunk)[chunks] = True
             else:
                 mask[head, order[: num_pages[head] * page_size]] = True
         return mask
@@ -151,4 +152,6 @@ def _make_views(layout: HeadPageLayout, head_dim: int, dtype: torch.dtype) -> He
     num_head_pages = layout.pages_per_layer * layout.head_pages_per_page
     k, v = (torch.full((num_head_pages * layout.page_size, head_dim), float("nan"), dtype=dtype) for _ in range(2))
     by_page = (num_head_pages, layout.page_size, head_dim)
-    return HeadPageViews(layout, k, v, k.view(by_page), v.view(by_page), torch.zeros(num_head_pages, dtype=torch.int32))
+    return HeadPageViews(
+        layout, k, v, k.view(by_page), v.view(by_page), torch.zeros(num_head_pages, 1, dtype=torch.int32)
+    )

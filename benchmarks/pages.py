@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -20,16 +21,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks import texts
 from benchmarks.scenes import CELL_PIXELS, image_url
 
 PIECES_FILE = "pieces.json"
 """In the folder of a checkpoint that reads pages: the token ids whose drawings it knows, and a digest of these."""
 CELLS_PER_LINE = 128
-"""Each line costs two tokens that the text does not have, so fewer lines are closer to the text."""
+"""Each line costs two tokens that the text does not have; lines of 199 cells were no closer to the text."""
 MOST_CELLS_PER_LINE = 199
 """The image processor of Qwen2-VL refuses pictures more than 200 times as long as high."""
 
-LICENSES = Path("/usr/share/common-licenses")
 NEEDLE_WORDS = (
     "The access code of the blue gate is 4711. What? Answer with the number only. "
     "red green silver golden black white purple yellow orange brown gray pink violet copper amber "
@@ -39,11 +40,13 @@ NEEDLE_WORDS = (
     "London Paris Rome Berlin Madrid Vienna Tokyo Lisbon Oslo Dublin Athens Cairo Delhi Boston Chicago "
     "lives works was born likes owns password secret number key door room name city colour color animal cat dog horse"
 )
-_PAPER, _INK, _FAINT, _JOIN = 255, 0, 120, 60
+_PAPER, _INK, _FAINT = 255, 0, 128
+_SCREEN = np.where(np.indices((CELL_PIXELS, CELL_PIXELS)).sum(0) % 2, 64, 192)
+"""Grey below it is ink: every second pixel of what is faint."""
 _MARGIN = 3  # pixels at the left edge, for the bar of pieces that follow the last one without a space
 _SIZES = range(20, 6, -1)  # of the font, in pixels
 _LONGEST_RUN = 8
-_SIGNS = {"\n": "n", "\t": "t", " ": "_"}
+_SIGNS = {"\n": "n", "\t": "t", " ": "_", "\u2014": "M", "\u2013": "N"}
 
 
 @functools.cache
@@ -72,17 +75,17 @@ def _fit(text: str) -> tuple[int, list[str]]:
 
 @functools.lru_cache(100_000)
 def draw_piece(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Grey pixels [28, 28] of a word piece: black on white.
+    """Pixels [28, 28] of a word piece, 0 or 255: black on white, and white in the corners.
 
     A leading space is not drawn; a piece without one has a bar at the left edge, which ties it to the piece before.
-    Other white space is drawn as faint signs.
+    Other white space, and the dashes that the font does not have, are drawn as faint signs.
     """
     picture = Image.new("L", (CELL_PIXELS, CELL_PIXELS), _PAPER)
     draw = ImageDraw.Draw(picture)
     if text.startswith(" "):
         text = text[1:]
     else:
-        draw.rectangle((0, 2, 1, CELL_PIXELS - 3), fill=_JOIN)
+        draw.rectangle((0, 2, 1, CELL_PIXELS - 3), fill=_INK)
     size, rows = _fit(text)
     top = (CELL_PIXELS - len(rows) * size) / 2
     for row, characters in enumerate(rows):
@@ -91,15 +94,26 @@ def draw_piece(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
             ink = _FAINT if character in _SIGNS else _INK
             draw.text((left, top + size * (row + 0.5)), _SIGNS.get(character, character), ink, _font(size), anchor="lm")
             left += _font(size).getlength(character)
-    return np.asarray(picture)
+    pixels = np.where(np.asarray(picture) < _SCREEN, _INK, _PAPER).astype(np.uint8)
+    pixels[np.ix_((0, -1), (0, -1))] = _PAPER
+    return pixels
+
+
+def asked_texts() -> Iterator[str]:
+    """Everything that a text of the quality bench can hold, of both halves: sentences, and facts with every word."""
+    for split in texts.SPLITS:
+        sentences = itertools.chain.from_iterable(texts.passages(split))
+        for part in itertools.chain(texts.every_fact(split), sentences):
+            # At the start of a paragraph, and after another sentence.
+            yield f"\n\n{part} {part}\n\n"
 
 
 def sources() -> Iterator[str]:
-    """The texts that the quality bench asks about: Debian's licences, where they are, and the manual in Python."""
+    """Texts like those of the quality bench: Debian's licences, where they are, and the manual in Python."""
     from pydoc_data import topics
 
     yield " ".join([NEEDLE_WORDS] * 100)
-    for path in sorted(LICENSES.glob("*")):
+    for path in sorted(texts.LICENSES.glob("*")):
         if not path.is_symlink():
             yield path.read_text(errors="replace")
     yield from topics.topics.values()
@@ -124,21 +138,31 @@ def drawings_digest(tokenizer: Any, pieces: Sequence[int]) -> str:
 def _is_drawable(text: str) -> bool:
     """No part of a character, no control character, and no long run of one sign, which is hard to count."""
     is_long_run = len(text) > _LONGEST_RUN and len(set(text.strip())) < 2
-    return "\ufffd" not in text and (text == "\n" or text.isprintable()) and not is_long_run
+    return "\ufffd" not in text and text.replace("\n", "").isprintable() and not is_long_run
 
 
-def choose_pieces(tokenizer: Any, count: int, texts: Sequence[str] | None = None) -> list[int]:
+def choose_pieces(tokenizer: Any, count: int, written: Sequence[str] | None = None) -> list[int]:
     """Ids of the word pieces to be drawn, sorted.
 
-    All printable ASCII characters come first, so that any ASCII text can be spelled, then the most frequent pieces of
-    the texts (`sources()` unless given), then those that the tokenizer learned first. Pieces that look like one taken
-    before are left out, as are special tokens and parts of characters.
+    All printable ASCII characters come first, so that any ASCII text can be spelled, then all pieces of
+    `asked_texts()`, then the most frequent ones of `sources()`, then those that the tokenizer learned first. Pieces
+    that look like one taken before are left out, as are special tokens and parts of characters.
+
+    Parameters
+    ----------
+    written : texts in place of those two.
     """
-    counts: collections.Counter[int] = collections.Counter()
-    for text in sources() if texts is None else texts:
-        counts.update(tokenizer(squeeze(text), add_special_tokens=False)["input_ids"])
+
+    def pieces_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
-    first = [tokenizer(character, add_special_tokens=False)["input_ids"][0] for character in characters]
+    first = [pieces_of(character)[0] for character in characters]
+    if written is None:
+        first += sorted({piece for text in asked_texts() for piece in pieces_of(text)})
+    counts: collections.Counter[int] = collections.Counter()
+    for text in sources() if written is None else written:
+        counts.update(pieces_of(squeeze(text)))
     frequent = [piece for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     special = set(tokenizer.added_tokens_decoder)
     drawings: dict[bytes, int] = {}
@@ -202,18 +226,29 @@ class PageWriter:
 
     def spell(self, text: str) -> list[int]:
         """Token ids of a text; pieces without a drawing are spelled in the parts that the tokenizer made them of."""
-        return [piece for token in self.tokenizer.tokenize(text) for piece in self._spell_piece(token)]
+        tokens = self.tokenizer.tokenize(text, split_special_tokens=True)  # their names are text like any other
+        return [piece for token in tokens for piece in self._spell_piece(token)]
+
+    def _rank_break(self, before: int, after: int) -> int:
+        """How well a line ends between two pieces: 2 after a sentence, 1 before a word, 0 inside of one."""
+        left, right = piece_text(self.tokenizer, before), piece_text(self.tokenizer, after)
+        if left.endswith("\n") or (left.endswith((".", ";")) and right.startswith(" ")):
+            return 2
+        return int(right[:1].isspace())
 
     def break_lines(self, pieces: Sequence[int], cells_per_line: int = CELLS_PER_LINE) -> list[list[int]]:
-        """Cut a text into lines, before a word where the line has one, so that words and numbers stay whole."""
+        """Cut a text into lines, after a sentence where the line has one, else before a word.
+
+        The tokens around a picture disturb the language model least there, and words and numbers stay whole.
+        """
         if not 1 <= cells_per_line <= MOST_CELLS_PER_LINE:
             raise ValueError(f"cells_per_line: expected 1 to {MOST_CELLS_PER_LINE}, got {cells_per_line}")
         lines, start = [], 0
         while start < len(pieces):
             end = min(start + cells_per_line, len(pieces))
             if end < len(pieces):
-                words = (i for i in range(end, start, -1) if piece_text(self.tokenizer, pieces[i])[:1].isspace())
-                end = next(words, end)
+                places = range(start + 1, end + 1)
+                end = max(places, key=lambda place: (self._rank_break(*pieces[place - 1 : place + 1]), place))
             lines.append(list(pieces[start:end]))
             start = end
         return lines
@@ -234,10 +269,13 @@ class PageWriter:
     def draw_parts(self, text: str, cells_per_line: int = CELLS_PER_LINE) -> list[dict[str, Any]]:
         """Return the pictures of a text as parts of an OpenAI chat message.
 
-        Accents are left out, and so are other characters that cannot be drawn.
+        A text that cannot be drawn as it is loses its accents, and all that is not ASCII then.
         """
-        plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-        lines = self.draw_lines(plain, cells_per_line)
+        try:
+            lines = self.draw_lines(text, cells_per_line)
+        except ValueError:
+            plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+            lines = self.draw_lines(plain, cells_per_line)
         return [{"type": "image_url", "image_url": {"url": image_url(line)}} for line in lines]
 
     def user_message(self, page: str, question: str, cells_per_line: int = CELLS_PER_LINE) -> dict[str, Any]:

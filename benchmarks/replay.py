@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hybridkv_kernels.select_chunks import forced_chunks, summarize_chunks, top_chunks
-from hybridkv_kernels.select_chunks.naive import join_group, score_chunks_by_query
+from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
+from hybridkv_kernels.select_chunks.naive import join_group, read_codes, score_chunks_by_query
 from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
 from sglang_hybridkv.compaction import kept_tokens
 from sglang_hybridkv.compressors import Compressor, PromptLayer, PromptObservation
@@ -78,7 +78,7 @@ class Held:
     config : of the compressor; says how chunks are scored.
     merged : per layer, keys and values [H, covered, D] in place of the prompt's; None without merging.
     device_pages : pages of L x H head pages on the device, summaries and rounding included.
-    statistic : [L, H]. The compressor's number for each head.
+    statistic : [L, H] or [L, H, S]. The compressor's number, or numbers, for each head.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Held:
 
 
 def observe(prompt: Prompt, compressor: Compressor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the compressor sees of the prompt, as the engine shows it: statistic [L, H] and salience [L, H, N]."""
+    """What the compressor sees, as the engine shows it: statistic [L, H] or [L, H, S] and salience [L, H, N]."""
     num_tokens = len(prompt.ids)
     window = observed_window(compressor.observed_rows, prompt.spans, num_tokens, compressor.config.observation_rows)
     is_text, slots = text_mask(prompt.spans, num_tokens), torch.arange(num_tokens)
@@ -264,32 +264,39 @@ class Replay:
         self, layer_idx: int, grouped: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Settings [E] and KV heads [E] that retrieve alike, and prompt rows [E, 1, T, N] that each query misses."""
-        groups: dict[tuple[str, int, int, int, int], list[tuple[int, int]]] = {}
+        groups: dict[tuple[str, int, int, int, int, int], list[tuple[int, int]]] = {}
         for i, held in enumerate(self.held):
             config = held.config
             for kv_head in held.is_dynamic[layer_idx].nonzero().flatten().tolist():
-                key = (config.chunk_score, config.page_size, held.covered, *forced_chunk_counts(config))
+                how = (config.chunk_score, config.tokens_per_chunk, config.page_size, held.covered)
+                key = (*how, *forced_chunk_counts(config))
                 groups.setdefault(key, []).append((i, kv_head))
-        for (score, page_size, covered, *windows), members in groups.items():
+        for (score, chunk_size, page_size, covered, *windows), members in groups.items():
             settings, kv_heads = torch.tensor(members).T
-            summaries = self._chunk_summaries(layer_idx, score, page_size, covered)[kv_heads]  # [E, C, V, D]
+            summaries = self._chunk_summaries(layer_idx, score, chunk_size, covered)[kv_heads]  # [E, C, V, D]
+            # Each key for itself, as its codes tell it.
+            score = "mean_max" if score == KEY_CODES else score
             q = grouped[settings, kv_heads]  # [E, G, T, D]
             by_query = score_chunks_by_query(q.flatten(1, 2), summaries, score).unflatten(1, q.shape[1:3])
             scores = join_group(by_query.transpose(1, 2).flatten(0, 1), score)  # [E * T, C]
             pages = torch.stack([self.held[i].num_pages[layer_idx, kv_head] for i, kv_head in members])
-            counts = pages.repeat_interleave(q.shape[2])
+            counts = pages.repeat_interleave(q.shape[2]) * (page_size // chunk_size)
             forced = forced_chunks(scores.shape[1], counts, *windows)
             chosen = top_chunks(scores.masked_fill(forced, float("inf")), counts).unflatten(0, (len(q), -1))
             unseen = torch.zeros(*chosen.shape[:2], len(self.prompt.ids), dtype=torch.bool)
-            unseen[..., :covered] = ~chosen.repeat_interleave(page_size, dim=2)
+            unseen[..., :covered] = ~chosen.repeat_interleave(chunk_size, dim=2)
             yield settings, kv_heads, unseen.unsqueeze(1)
 
-    def _chunk_summaries(self, layer_idx: int, score: str, page_size: int, covered: int) -> torch.Tensor:
-        """[H, C, V, D]: chunk summaries of one layer."""
-        key = (layer_idx, score, page_size, covered)
+    def _chunk_summaries(self, layer_idx: int, score: str, chunk_size: int, covered: int) -> torch.Tensor:
+        """[H, C, V, D]: chunk summaries of one layer; of KEY_CODES the decoded keys of each chunk."""
+        key = (layer_idx, score, chunk_size, covered)
         if key not in self._summaries:
-            keys = self.prompt.k[layer_idx, :covered].transpose(0, 1).unflatten(1, (-1, page_size))
-            self._summaries[key] = summarize_chunks(keys.contiguous(), score)
+            keys = self.prompt.k[layer_idx, :covered].transpose(0, 1).contiguous()
+            if score == KEY_CODES:
+                centre, step, steps = read_codes(encode_keys(keys))
+                self._summaries[key] = (centre + steps * step).unflatten(1, (-1, chunk_size))
+            else:
+                self._summaries[key] = summarize_chunks(keys.unflatten(1, (-1, chunk_size)), score)
         return self._summaries[key]
 
 

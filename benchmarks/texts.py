@@ -94,8 +94,8 @@ class Text:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Questions that can be asked."""
-        return KINDS
+        """Questions that can be asked: of prose without a sentence to complete, all others."""
+        return KINDS if self.sentences else tuple(kind for kind in KINDS if kind != "cloze")
 
 
 # Prose ----------------------------------------------------------------------------------------------------------------
@@ -406,6 +406,22 @@ def facts_of(text: Text) -> list[str]:
         list(text.codes), list(text.holders), list(text.prices), list(text.crew), text.ship, list(text.visitors)
     )
     return [*facts.sentences, *facts.blocks]
+
+
+def every_fact(split: str) -> Iterator[str]:
+    """Yield sentences and blocks of facts, in which every word of one half stands wherever a text can have it."""
+    places = [f"{colour} {place}" for colour, place in zip(_words(split, COLOURS), _words(split, PLACES), strict=True)]
+    people, digits = _words(split, PEOPLE), "1234567890"
+    for ship in _words(split, SHIPS):
+        facts = _Facts(
+            codes=[(place, digits) for place in places],
+            holders=[(person, place) for person in people for place in places],
+            prices=[(article, digits) for article in _words(split, GOODS)],
+            crew=people,
+            ship=ship,
+            visitors=people,
+        )
+        yield from [*facts.sentences, *facts.blocks]
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 
 from sglang_hybridkv.config import CompressorConfig
-from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
+from sglang_hybridkv.geometry import PromptGeometry, covered_tokens, prompt_geometry
 
 
 class DenseReason(enum.StrEnum):
@@ -69,7 +69,7 @@ def decide(
         config.budget,
         page_size=pool.page_size,
         head_pages_per_page=pool.head_pages_per_page,
-        vectors_per_chunk=config.summary_vectors_per_chunk(),
+        summary_vectors=config.summary_vectors(covered_tokens(prompt_len, pool.page_size)),
         max_dynamic_heads=config.most_dynamic_heads(pool.head_pages_per_page),
     )
     floor = min(config.min_head_pages, geometry.num_chunks)

@@ -6,7 +6,7 @@ import torch
 
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import forced_chunks, summarize_chunks, top_chunks
+from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.geometry import PromptGeometry
@@ -35,7 +35,7 @@ def compress_prompt(
     views, table, store : written in place; the prompt's own slots are only read.
     row : the request's row, bound in `table`.
     slots : [covered], int64. Token slots of the page-aligned prompt.
-    statistic, salience : [L, H] and [L, H, >= covered], fp32. From `Compressor.score_layer`, layer by layer.
+    statistic : [L, H] or [L, H, S]. salience : [L, H, >= covered]. fp32, from `Compressor.score_layer`, layer by layer.
 
     Raises
     ------
@@ -95,13 +95,15 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     rank = torch.full_like(order, order.shape[-1]).scatter_(-1, order, places)
     static = rank < (plan.num_head_pages * page_size).unsqueeze(-1)
-    if not compressor.retrieves:
+    config = compressor.config
+    if not isinstance(config, RetrievalConfig):
         return static
-    counts = plan.num_head_pages.flatten()
-    scores = chunk_salience(observation.salience, page_size).flatten(0, 1)
-    forced = forced_chunks(observation.num_pages, counts, *forced_chunk_counts(compressor.config))
+    chunk_size = config.tokens_per_chunk
+    counts = plan.num_head_pages.flatten() * (page_size // chunk_size)
+    scores = chunk_salience(observation.salience, chunk_size).flatten(0, 1)
+    forced = forced_chunks(scores.shape[1], counts, *forced_chunk_counts(config))
     chunks = top_chunks(scores.masked_fill(forced, float("inf")), counts)
-    dynamic = chunks.repeat_interleave(page_size, dim=1).view_as(static)
+    dynamic = chunks.repeat_interleave(chunk_size, dim=1).view_as(static)
     return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
 
 
@@ -163,10 +165,10 @@ def _move_kept_rows(
     layer_idx, kv_head, token = kept_rows
     destination = _head_page_rows(views, table, row, torch.arange(len(token), device=token.device))
     compact_kv(views.k_flat, views.v_flat, views.token_rows(layer_idx, slots[token], kv_head), destination)
-    page_size = views.layout.page_size
-    is_buffer_start = (destination % page_size == 0) & is_dynamic[layer_idx, kv_head]
-    chunk = (token[is_buffer_start] // page_size).to(torch.int32)
-    views.chunk_of_head_page[destination[is_buffer_start] // page_size] = chunk
+    chunk_size = views.layout.page_size // views.held_chunks.shape[1]
+    is_chunk_start = (destination % chunk_size == 0) & is_dynamic[layer_idx, kv_head]
+    chunk = (token[is_chunk_start] // chunk_size).to(torch.int32)
+    views.held_chunks.view(-1)[destination[is_chunk_start] // chunk_size] = chunk
 
 
 def _head_page_rows(views: HeadPageViews, table: HeadPageTable, row: int, place: torch.Tensor) -> torch.Tensor:
@@ -210,15 +212,21 @@ def _offload_layer(
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if len(heads) == 0:
         return
-    page_size, num_chunks = views.layout.page_size, len(slots) // views.layout.page_size
+    page_size, num_pages = views.layout.page_size, len(slots) // views.layout.page_size
     rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])
-    keys = views.k_flat[rows].unflatten(1, (num_chunks, page_size))
-    values = views.v_flat[rows].unflatten(1, (num_chunks, page_size))
-    host_ids = table.host_chunk_ids(row, layer_idx, heads, num_chunks).to(store.k_pages.device)
-    store.k_pages[host_ids] = keys.to(store.k_pages.device)
-    store.v_pages[host_ids] = values.to(store.v_pages.device)
-    summaries = summarize_chunks(keys, config.chunk_score, values if config.estimates else None)
-    _write_summaries(views, table, row, layer_idx, heads, summaries)
+    keys, values = views.k_flat[rows], views.v_flat[rows]
+    host_ids = table.host_chunk_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)
+    store.k_pages[host_ids] = keys.unflatten(1, (num_pages, page_size)).to(store.k_pages.device)
+    store.v_pages[host_ids] = values.unflatten(1, (num_pages, page_size)).to(store.v_pages.device)
+    _write_summaries(views, table, row, layer_idx, heads, _summaries(config, keys, values))
+
+
+def _summaries(config: RetrievalConfig, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[E, vectors, D]: what the device keeps of keys and values [E, covered, D] to choose, or to estimate, chunks."""
+    if config.chunk_score == KEY_CODES:
+        return encode_keys(keys)
+    k, v = (x.unflatten(1, (-1, config.tokens_per_chunk)) for x in (keys, values))
+    return summarize_chunks(k, config.chunk_score, v if config.estimates else None).flatten(1, 2)
 
 
 def _write_summaries(
@@ -227,9 +235,8 @@ def _write_summaries(
     row: int,
     layer_idx: int,
     heads: torch.Tensor,
-    summaries: torch.Tensor,
+    vectors: torch.Tensor,
 ) -> None:
-    vectors = summaries.flatten(1, 2)
     ids, half, place = table.summary_places(row, layer_idx, heads, vectors.shape[1])
     for which, pages in enumerate((views.k_pages, views.v_pages)):
         mine = half == which

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hybridkv_kernels.select_chunks import ESTIMATING_SCORES, summary_vectors
+from hybridkv_kernels.select_chunks import ESTIMATING_SCORES, KEY_CODES, check_chunk_size, count_vectors
 
 BUDGET_FLAG = "--kv-compressor-budget"
 CONFIG_FLAG = "--kv-compressor-config"
@@ -33,7 +33,7 @@ Budget = Annotated[
     Field(gt=0.0, le=1.0, description="share of a prompt's KV rows that stays on the device; 1 keeps every row"),
 ]
 PageSize = Annotated[
-    Literal[8, 16, 32, 64], Field(description="tokens per page, and per chunk that dynamic heads retrieve")
+    Literal[8, 16, 32, 64], Field(description="tokens per page of memory, the unit in which heads get their budgets")
 ]
 MinHeadPages = Annotated[
     int,
@@ -52,11 +52,18 @@ PoolMode = Annotated[Literal["average", "max"], Field(description="what the pool
 ObservationRows = Annotated[int, Field(ge=1, le=256, description="W: last queries of the prompt that are observed")]
 MinPromptTokens = Annotated[int, Field(ge=1, description="prompts with fewer tokens are served dense")]
 ChunkScore = Annotated[
-    Literal["mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread"],
+    Literal["mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread", "key_codes"],
     Field(
         description="score of a chunk for a query group: max or mean over the group of q . mean key, Quest's min/max "
-        "bound, ArkVale's centre plus half the extent, the best of 2 or 4 mean keys a chunk, or q . mean key plus half "
-        "the spread of the chunk's keys"
+        "bound, ArkVale's centre plus half the extent, the best of 2 or 4 mean keys a chunk, q . mean key plus half "
+        "the spread of the chunk's keys, or the best q . key by keys of 2 bits an element, each of them on the device"
+    ),
+]
+ChunkSize = Annotated[
+    Literal[1, 2, 4, 8, 16, 32, 64] | None,
+    Field(
+        description="tokens that dynamic heads retrieve together, a divisor of page_size; null: 1 with chunk_score "
+        "'key_codes', otherwise a page"
     ),
 ]
 Unretrieved = Annotated[
@@ -111,8 +118,8 @@ class CompressorConfig(BaseModel):
         """Values of all fields that have a default, without those a user must give."""
         return {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
 
-    def summary_vectors_per_chunk(self) -> int:
-        """Vectors of head_dim that describe one chunk of a dynamic head on the device; 0 when no head is dynamic."""
+    def summary_vectors(self, num_tokens: int) -> int:
+        """Vectors of head_dim that describe `num_tokens` of a dynamic head on the device; 0 when no head is dynamic."""
         return 0
 
     def most_dynamic_heads(self, num_heads: int) -> int:
@@ -124,6 +131,7 @@ class RetrievalConfig(CompressorConfig):
     """The same for methods with dynamic heads, which keep their rows in host memory and retrieve chunks."""
 
     chunk_score: ChunkScore = "mean_max"
+    chunk_size: ChunkSize = None
     unretrieved: Unretrieved = "drop"
     prefetch: Prefetch = "off"
     prefetch_similarity: PrefetchSimilarity = 0.9
@@ -139,14 +147,30 @@ class RetrievalConfig(CompressorConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _chunks_fill_pages(self) -> RetrievalConfig:
+        try:
+            check_chunk_size(self.tokens_per_chunk, self.page_size, self.chunk_score, estimate=self.estimates)
+        except ValueError as error:
+            given = f"chunk_size = {self.chunk_size!r} is not allowed with page_size = {self.page_size}"
+            raise ValueError(f"{given} and chunk_score = {self.chunk_score!r}: {error}") from None
+        return self
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens that dynamic heads retrieve together."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return 1 if self.chunk_score == KEY_CODES else self.page_size
+
     @property
     def estimates(self) -> bool:
         """Whether mean values stand for the chunks that are not retrieved."""
         return self.unretrieved == "estimate"
 
-    def summary_vectors_per_chunk(self) -> int:
-        """Vectors of head_dim that describe one chunk on the device."""
-        return summary_vectors(self.chunk_score, estimate=self.estimates)
+    def summary_vectors(self, num_tokens: int) -> int:
+        """Vectors of head_dim that describe `num_tokens`, whole pages, of a dynamic head on the device."""
+        return count_vectors(self.chunk_score, num_tokens, self.tokens_per_chunk, estimate=self.estimates)
 
     def most_dynamic_heads(self, num_heads: int) -> int:
         """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""

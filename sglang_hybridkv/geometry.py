@@ -18,7 +18,7 @@ class PromptGeometry:
     Attributes
     ----------
     covered : tokens of the page-aligned prompt; the rest stays dense.
-    num_chunks : pages of the covered prompt, which are also the chunks that dynamic heads retrieve.
+    num_chunks : pages of the covered prompt.
     total_head_pages : budget B in head pages, over all layers and KV heads.
     summary_pages_per_head : head pages that hold the chunk summaries of one dynamic head.
     max_dynamic_heads : heads that may be dynamic.
@@ -55,20 +55,21 @@ def prompt_geometry(
     *,
     page_size: int,
     head_pages_per_page: int,
-    vectors_per_chunk: int,
+    summary_vectors: int,
     max_dynamic_heads: int | None = None,
 ) -> PromptGeometry:
     """Sizes of a prompt of `prompt_len` tokens at `budget` in (0, 1], rounded down to whole head pages.
 
-    A head page of K and its twin of V together hold 2 P summary vectors. Without summaries no head can be dynamic,
-    and nothing goes to the host; with them, every head unless `max_dynamic_heads` says how many.
+    `summary_vectors` of a dynamic head describe the page-aligned prompt; a head page of K and its twin of V together
+    hold 2 P of them. Without summaries no head can be dynamic, and nothing goes to the host; with them, every head
+    unless `max_dynamic_heads` says how many.
     """
     num_chunks = prompt_len // page_size
     # The budget as the user wrote it: 0.29 * 100 chunks are 29, not 28.999999999999996.
     total = math.floor(Fraction(repr(budget)) * num_chunks * head_pages_per_page)
-    summary_pages = -(-num_chunks * vectors_per_chunk // (2 * page_size))
+    summary_pages = -(-summary_vectors // (2 * page_size))
     most = head_pages_per_page if max_dynamic_heads is None else max_dynamic_heads
-    most = most if vectors_per_chunk else 0
+    most = most if summary_vectors else 0
     return PromptGeometry(
         covered=num_chunks * page_size,
         num_chunks=num_chunks,

@@ -6,13 +6,14 @@ import torch
 
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
-from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
+from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.host_store import HostStore
 
 
-def forced_chunk_counts(config: CompressorConfig) -> tuple[int, int]:
+def forced_chunk_counts(config: RetrievalConfig) -> tuple[int, int]:
     """Chunks of sinks and chunks of the recent window that are always resident."""
-    return -(-config.num_sink_tokens // config.page_size), -(-config.recent_window // config.page_size)
+    chunk_size = config.tokens_per_chunk
+    return -(-config.num_sink_tokens // chunk_size), -(-config.recent_window // chunk_size)
 
 
 def retrieve(
@@ -39,5 +40,6 @@ def retrieve(
         num_sink_chunks=num_sink_chunks,
         num_recent_chunks=num_recent_chunks,
         chunk_score=config.chunk_score,
+        chunk_size=config.tokens_per_chunk,
         estimate=config.estimates,
     )

@@ -23,8 +23,8 @@ from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageV
 from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.config import CompressorConfig
-from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
+from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
+from sglang_hybridkv.geometry import PromptGeometry, covered_tokens, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
 from sglang_hybridkv.retrieval import retrieve
@@ -93,7 +93,7 @@ def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLay
         config.budget,
         page_size=config.page_size,
         head_pages_per_page=layout.head_pages_per_page,
-        vectors_per_chunk=config.summary_vectors_per_chunk(),
+        summary_vectors=config.summary_vectors(covered_tokens(prompt_len, layout.page_size)),
     )
 
 
@@ -121,7 +121,7 @@ def make_views(layout: HeadPageLayout, head_dim: int, dtype=torch.float32):
         v_flat=values.view(-1, head_dim),
         k_pages=keys.view(-1, layout.page_size, head_dim),
         v_pages=values.view(-1, layout.page_size, head_dim),
-        chunk_of_head_page=torch.full((num_head_pages,), -1, dtype=torch.int32),
+        held_chunks=torch.full((num_head_pages, 1), -1, dtype=torch.int32),
     )
     return keys, values, views
 
@@ -206,7 +206,10 @@ class TinyPool:
         self.config = self.compressor.config
         page_size = self.config.page_size
         self.layout = HeadPageLayout(num_layers, num_kv_heads, pages, page_size)
-        self.keys, self.values, self.views = make_views(self.layout, head_dim, dtype)
+        self.keys, self.values, views = make_views(self.layout, head_dim, dtype)
+        retrieves = isinstance(self.config, RetrievalConfig)
+        self.views = views.with_chunks(self.config.tokens_per_chunk) if retrieves else views
+        self.views.held_chunks.fill_(-1)
         self.table = HeadPageTable(9, pages, host_pages, self.layout, "cpu")
         self.store = HostStore(host_pages, self.layout.head_pages_per_page, page_size, head_dim, dtype, False)
         self.store.k_pages.fill_(NAN)
@@ -343,7 +346,7 @@ class TinyPool:
         heads, pages_per_layer = self.layout.num_kv_heads, self.layout.pages_per_layer
         places = self.head_pages_of(prompt, layer_idx, kv_head)
         rows = [(layer * pages_per_layer + page) * heads + head for page, layer, head in places]
-        return self.views.chunk_of_head_page[torch.tensor(rows, dtype=torch.int64)].tolist()
+        return self.views.held_chunks[torch.tensor(rows, dtype=torch.int64)].flatten().tolist()
 
     def is_dynamic(self, prompt: Prompt, layer_idx: int, kv_head: int) -> bool:
         return bool(self.table.is_dynamic[prompt.row, layer_idx, kv_head])

@@ -19,7 +19,9 @@ from benchmarks.gpu_check.graphs import DecodeStep, capture
 from benchmarks.gpu_check.pool import NAN, Pool, Shape, make_config
 from benchmarks.gpu_check.reference import check_attention
 from hybridkv_kernels import dispatch
-from hybridkv_kernels.select_chunks import summary_vectors
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.config import ChunkScore
+from sglang_hybridkv.geometry import covered_tokens
 
 MIN_COPY_SHARE = 0.75
 MIN_BOUND_SHARE = 0.8
@@ -45,11 +47,23 @@ class Workload:
     num_steps: int = 20
     page_size: int = 16
     num_layers: int = NUM_LAYERS
+    chunk_score: ChunkScore = "mean_max"
 
     @property
     def shape(self) -> Shape:
         """Head layout of Qwen2.5-VL-7B."""
         return Shape(torch.bfloat16, self.page_size, 7, 128, self.num_layers, 4)
+
+    @property
+    def config(self) -> HybridKVConfig:
+        """Of the compressor."""
+        share = self.num_dynamic / self.shape.num_kv_heads
+        return make_config(self.shape, self.budget, share, chunk_score=self.chunk_score)
+
+    @property
+    def summary_vectors(self) -> int:
+        """Of one dynamic head."""
+        return self.config.summary_vectors(covered_tokens(self.context, self.page_size))
 
 
 SMALL = Workload(2, 1024, num_steps=3, num_layers=2)
@@ -110,10 +124,10 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     rows = torch.tensor(compressed, device=device)
     kept_rows = int(pool.table.num_head_pages[rows].sum()) * shape.page_size
     tail_rows = workload.num_requests * shape.num_layers * shape.num_kv_heads
-    chunks = int((pool.table.is_dynamic[rows].sum((1, 2)) * pool.table.num_chunks[rows]).sum())
+    vectors = int(pool.table.is_dynamic[rows].sum()) * workload.summary_vectors
     sizes = {
         "decode_bytes": 2 * (kept_rows + tail_rows) * element,
-        "summary_bytes": chunks * summary_vectors(pool.config.chunk_score) * element,
+        "summary_bytes": vectors * element,
         "stock_bytes": 2 * tail_rows * (context + 1) * element,
     }
     step = DecodeStep(pool, workload.num_requests)
@@ -130,7 +144,7 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     times = {"decode_ms": decode_ms, "step_ms": step_ms, "stock_ms": stock_ms[fastest]}
     copy_gb_s = copy_bandwidth(sizes["decode_bytes"], device, workload.num_steps)
     row: Row = {"requests": workload.num_requests, "context": context, "budget": workload.budget, "shape": str(shape)}
-    row |= {"max_error": float(f"{error:.3g}")}
+    row |= {"max_error": float(f"{error:.3g}"), "chunk_score": workload.chunk_score}
     row |= {"layers_measured": shape.num_layers, "captured": device == "cuda", "stock_kernel": fastest}
     row |= {"kernels": dispatch.describe(device, shape.dtype, shape.head_dim, shape.group_size), **sizes}
     row |= {name: round(value, 4) for name, value in times.items()}
@@ -155,7 +169,7 @@ def fit(workload: Workload, device: str) -> Workload:
 def _pool_tokens(workload: Workload) -> int:
     """Dense requests, one prompt that is being compressed, and compressed ones with summaries and a tail."""
     page_size, context = workload.shape.page_size, workload.context
-    compressed = context * (workload.budget + 1 / page_size) + 4 * page_size
+    compressed = context * workload.budget + workload.summary_vectors / 2 + 4 * page_size
     return int((workload.num_requests + 1) * (context + 2 * page_size) + workload.num_requests * compressed)
 
 
@@ -165,7 +179,7 @@ def _make_pool(workload: Workload, device: str, generator: torch.Generator) -> P
     num_chunks = workload.context // shape.page_size
     return Pool(
         shape,
-        make_config(shape, workload.budget, share),
+        workload.config,
         num_pages=_pool_tokens(workload) // shape.page_size + 2,
         # A request reserves pages for the case that all its heads are dynamic, and gives the rest back.
         num_host_pages=int(num_chunks * (1 + share * workload.num_requests)) + 1,

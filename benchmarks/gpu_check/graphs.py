@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu_check.pool import NAN, Pool, Shape, make_config
 from benchmarks.gpu_check.reference import PoolState, check_attention, check_retrieval, expect
 from hybridkv_kernels import dispatch
+from sglang_hybridkv.config import ChunkScore
 
 BATCH_SIZE, NUM_ROWS, NUM_PAGES, PROMPT_PAGES = 6, 9, 320, 24
 
@@ -98,12 +99,12 @@ class Traffic:
         return rows
 
 
-def check_shape(shape: Shape, device: str, seed: int, num_steps: int) -> Row:
+def check_shape(shape: Shape, device: str, seed: int, num_steps: int, chunk_score: ChunkScore = "mean_max") -> Row:
     """Replay `num_steps` batches; Mismatch at the first wrong one, else the row."""
     generator = torch.Generator(device).manual_seed(seed)
     pool = Pool(
         shape,
-        make_config(shape, 0.3, 0.5),
+        make_config(shape, 0.3, 0.5, chunk_score=chunk_score),
         num_pages=NUM_PAGES,
         num_host_pages=(NUM_ROWS + 1) * PROMPT_PAGES,
         max_context=(PROMPT_PAGES + 2) * shape.page_size + num_steps,
@@ -123,4 +124,5 @@ def check_shape(shape: Shape, device: str, seed: int, num_steps: int) -> Row:
     expect(len(compositions) > num_steps // 2, "the batches were composed alike")
     kernels = dispatch.describe(device, shape.dtype, shape.head_dim, shape.group_size)
     row = {"captured": device == "cuda", "shape": str(shape), "kernels": kernels, "steps": num_steps, "ok": True}
+    row |= {"chunk_score": chunk_score}
     return row | {"batch_size": BATCH_SIZE, "max_error": float(f"{worst:.3g}"), "seed": seed}

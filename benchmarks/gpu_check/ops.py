@@ -39,6 +39,7 @@ from hybridkv_kernels.score_heads import naive as score_naive
 from hybridkv_kernels.select_chunks import (
     CHUNK_SCORES,
     ESTIMATING_SCORES,
+    SUMMARY_SCORES,
     forced_chunks,
     select_chunks,
     summarize_chunks,
@@ -167,7 +168,7 @@ def check_compact_kv(inputs: Inputs) -> float:
 def check_select_chunks(inputs: Inputs) -> float:
     """Summaries in fp32; chosen chunks have no smaller fp64 score than those left out."""
     shape, worst, num_heads = inputs.shape, 0.0, 3
-    for chunk_score, num_chunks in itertools.product(CHUNK_SCORES, (1, 2, inputs.long_pages)):
+    for chunk_score, num_chunks in itertools.product(SUMMARY_SCORES, (1, 2, inputs.long_pages)):
         keys = inputs.randn(num_heads, num_chunks, shape.page_size, shape.head_dim)
         summaries = summarize_chunks(keys, chunk_score)
         exact = select_naive.summarize_chunks(keys.float(), chunk_score, None)
@@ -221,9 +222,10 @@ def check_fetch_chunks(inputs: Inputs) -> float:
 
 
 def check_retrieve_chunks(inputs: Inputs) -> float:
-    """Several steps, in every chunk score."""
-    for chunk_score in CHUNK_SCORES:
-        pool, rows = inputs.mixed_pool(chunk_score)
+    """Several steps, in every chunk score, by its default size of chunks; by key codes also in other ones."""
+    sizes = [*((score, None) for score in CHUNK_SCORES), ("key_codes", 2), ("key_codes", inputs.shape.page_size)]
+    for chunk_score, chunk_size in sizes:
+        pool, rows = inputs.mixed_pool(chunk_score, chunk_size=chunk_size)
         for layer_idx in (0, 1, 0):
             before, q = PoolState.of(pool), pool.queries(len(rows))
             pool.retrieve(layer_idx, q, torch.tensor(rows, device=inputs.device))

@@ -21,6 +21,7 @@ from benchmarks.gpu_check import bandwidth, graphs, ops, servers
 from benchmarks.gpu_check.pool import Shape
 from benchmarks.gpu_check.reference import Mismatch
 from hybridkv_kernels import dispatch
+from sglang_hybridkv.config import ChunkScore
 
 LONG_PAGES = {"cpu": 12, "cuda": 40}
 INTERPRETER_SECONDS = 1800.0
@@ -34,7 +35,8 @@ SERVER_LOAD = {
     "cuda": servers.Load((200, 333, 1500, 2049, 4000, 8191), 64),
 }
 ADMISSION = {"cpu": AdmissionLoad(12, 1024, 48, 3), "cuda": AdmissionLoad()}
-BANDWIDTH_PAGE_SIZES = (8, 16)
+BANDWIDTH_CHUNKS: tuple[tuple[int, ChunkScore], ...] = ((8, "mean_max"), (16, "mean_max"), (8, "key_codes"))
+"""Page size and chunk score of the rows."""
 
 Row = dict[str, Any]
 
@@ -142,7 +144,9 @@ def graph_rows(context: Context) -> Iterator[Row]:
     """The decode step while the batch changes; without a GPU the same calls, not captured."""
     for index, shape in enumerate(GRAPH_SHAPES):
         num_steps = 24 if context.has_gpu else 6
-        yield graphs.check_shape(shape, context.device, context.seed + index, num_steps)
+        scores: tuple[ChunkScore, ...] = ("mean_max", "key_codes")
+        for chunk_score in scores:
+            yield graphs.check_shape(shape, context.device, context.seed + index, num_steps, chunk_score)
 
 
 def server_rows(context: Context) -> Iterator[Row]:
@@ -153,9 +157,10 @@ def server_rows(context: Context) -> Iterator[Row]:
 
 def bandwidth_rows(context: Context) -> Iterator[Row]:
     """The workload of the criteria, which are judged on a GPU only."""
-    for page_size in BANDWIDTH_PAGE_SIZES:
+    for page_size, chunk_score in BANDWIDTH_CHUNKS:
         full = bandwidth.Workload() if context.has_gpu else bandwidth.SMALL
-        row = bandwidth.measure(dataclasses.replace(full, page_size=page_size), context.device, context.seed)
+        workload = dataclasses.replace(full, page_size=page_size, chunk_score=chunk_score)
+        row = bandwidth.measure(workload, context.device, context.seed)
         missed = bandwidth.unmet(row) if context.has_gpu else []
         if not context.has_gpu:
             # Quotients of another device, length and baseline say nothing of those that count.

@@ -13,7 +13,7 @@ from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 from sglang_hybridkv.compaction import compress_prompt
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.geometry import PromptGeometry, prompt_geometry
+from sglang_hybridkv.geometry import PromptGeometry, covered_tokens, prompt_geometry
 from sglang_hybridkv.host_store import HostStore
 from sglang_hybridkv.ledger import Reservation
 from sglang_hybridkv.retrieval import retrieve
@@ -78,7 +78,8 @@ class Pool:
         self.keys, self.values = (torch.full(sizes, NAN, dtype=shape.dtype, device=device) for _ in range(2))
         # Slot 0 is where padding rows read; SGLang's pool starts as zeros.
         self.keys[:, :page_size], self.values[:, :page_size] = 0, 0
-        chunk_of_head_page = torch.full((layers * num_pages * heads,), -1, dtype=torch.int32, device=device)
+        per_page = page_size // config.tokens_per_chunk
+        held_chunks = torch.full((layers * num_pages * heads, per_page), -1, dtype=torch.int32, device=device)
         flat, pages = (-1, head_dim), (-1, page_size, head_dim)
         self.views = HeadPageViews(
             self.layout,
@@ -86,7 +87,7 @@ class Pool:
             self.values.view(flat),
             self.keys.view(pages),
             self.values.view(pages),
-            chunk_of_head_page,
+            held_chunks,
         )
         self.table = HeadPageTable(num_rows + 1, num_pages, num_host_pages, self.layout, device)
         self.store = HostStore(num_host_pages, layers * heads, page_size, head_dim, shape.dtype, pin=device == "cuda")
@@ -157,7 +158,7 @@ class Pool:
             self.config.budget,
             page_size=self.shape.page_size,
             head_pages_per_page=self.layout.head_pages_per_page,
-            vectors_per_chunk=self.config.summary_vectors_per_chunk(),
+            summary_vectors=self.config.summary_vectors(covered_tokens(length, self.shape.page_size)),
         )
 
     def _reserve(self, row: int, geometry: PromptGeometry) -> Reservation:

@@ -13,9 +13,8 @@ import torch
 from benchmarks.gpu_check.pool import NAN, Pool
 from hybridkv_kernels.decode_attn import naive as decode_naive
 from hybridkv_kernels.head_pages import HeadPageViews
-from hybridkv_kernels.retrieve_chunks.naive import read_summaries
-from hybridkv_kernels.select_chunks import forced_chunks, summary_vectors
-from hybridkv_kernels.select_chunks.naive import score_chunks
+from hybridkv_kernels.retrieve_chunks.naive import chunk_places, score_row
+from hybridkv_kernels.select_chunks import forced_chunks
 from sglang_hybridkv.retrieval import forced_chunk_counts
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -87,7 +86,7 @@ class _WideViews:
     """A pool's `HeadPageViews` as the naive decode reads them, in fp64."""
 
     def __init__(self, views: HeadPageViews) -> None:
-        self.chunk_of_head_page = views.chunk_of_head_page
+        self.held_chunks = views.held_chunks
         self.k_pages, self.v_pages = _Wide(views.k_pages), _Wide(views.v_pages)
         self._layer_rows = views.layer_rows
 
@@ -124,13 +123,13 @@ class PoolState:
 
     keys: torch.Tensor
     values: torch.Tensor
-    chunk_of_head_page: torch.Tensor
+    held_chunks: torch.Tensor
     counters: torch.Tensor
 
     @staticmethod
     def of(pool: Pool) -> PoolState:
         """A copy."""
-        parts = (pool.keys, pool.values, pool.views.chunk_of_head_page, pool.counters)
+        parts = (pool.keys, pool.values, pool.views.held_chunks, pool.counters)
         return PoolState(*(part.clone() for part in parts))
 
 
@@ -143,12 +142,12 @@ def check_retrieval(pool: Pool, before: PoolState, q_of_layer: Mapping[int, torc
             for numbers, pages in _check_heads(pool, before, layer_idx, q[i], row):
                 counted = [a + b for a, b in zip(counted, numbers, strict=True)]
                 touched.append(pages)
-    others = torch.ones(len(before.chunk_of_head_page), dtype=torch.bool, device=pool.device)
+    others = torch.ones(len(before.held_chunks), dtype=torch.bool, device=pool.device)
     others[torch.cat(touched)] = False
-    by_page, residency = pool.views.k_pages.shape, pool.views.chunk_of_head_page
+    by_page, residency = pool.views.k_pages.shape, pool.views.held_chunks
     for name, now, then in (("keys", pool.keys, before.keys), ("values", pool.values, before.values)):
         expect_equal(f"{name} of other pages", now.view(by_page)[others], then.view(by_page)[others])
-    expect_equal("residency of other pages", residency[others], before.chunk_of_head_page[others])
+    expect_equal("residency of other pages", residency[others], before.held_chunks[others])
     got = (pool.counters - before.counters).tolist()
     expect(got == counted, f"retrieve_chunks: counted {got}, expected {counted}")
 
@@ -157,34 +156,39 @@ def _check_heads(
     pool: Pool, before: PoolState, layer_idx: int, q: torch.Tensor, row: int
 ) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
     """For each dynamic head: how many chunks were chosen by score and how many of them were there, and its pages."""
-    table, views, chunk_score = pool.table, pool.views, pool.config.chunk_score
+    table, views, config = pool.table, pool.views, pool.config
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if not len(heads):
         return
-    num_chunks = int(table.num_chunks[row])
-    counts = table.num_head_pages[row, layer_idx, heads].to(torch.int64)
-    stored = summary_vectors(chunk_score, estimate=pool.config.estimates)
-    summaries = read_summaries(views, table, row, layer_idx, heads, num_chunks, stored)
+    num_pages, in_page = int(table.num_chunks[row]), pool.shape.page_size // config.tokens_per_chunk
+    num_chunks, by_chunk = num_pages * in_page, (-1, config.tokens_per_chunk, q.shape[-1])
+    page_counts = table.num_head_pages[row, layer_idx, heads].to(torch.int64)
+    counts = page_counts * in_page
     queries = q.view(pool.shape.num_kv_heads, -1, q.shape[-1])[heads]
-    scores = score_chunks(queries.double(), summaries[:, :, : summary_vectors(chunk_score)].double(), chunk_score)
-    forced = forced_chunks(num_chunks, counts, *forced_chunk_counts(pool.config))
-    buffers = table.buffer_page_ids(row, layer_idx, heads, counts)
-    hosts = table.host_chunk_ids(row, layer_idx, heads, num_chunks)
+    how = (config.chunk_score, config.tokens_per_chunk, config.estimates)
+    scores = score_row(queries, views, table, row, layer_idx, heads, *how, dtype=torch.float64)
+    forced = forced_chunks(num_chunks, counts, *forced_chunk_counts(config))
+    buffers = table.buffer_page_ids(row, layer_idx, heads, page_counts)
+    hosts = chunk_places(table.host_chunk_ids(row, layer_idx, heads, num_pages), in_page)
+    # [chunk, tokens of it, D]: keys and values of the pool and of the host store.
+    chunks, host_chunks = (
+        [pages.view(by_chunk) for pages in (owner.k_pages, owner.v_pages)] for owner in (views, pool.store)
+    )
     for place in range(len(heads)):
         what = f"retrieve_chunks, row {row}, layer {layer_idx}, KV head {int(heads[place])}"
-        pages = buffers[place, : counts[place]]
-        held = views.chunk_of_head_page[pages].long()
+        pages = buffers[place, : page_counts[place]]
+        held, held_before = (which.held_chunks[pages].flatten().long() for which in (views, before))
         mask = torch.zeros(num_chunks, dtype=torch.bool, device=q.device)
         mask[held] = True
         expect(int(mask.sum()) == len(held), f"{what}: a chunk is held twice")
         expect(bool(mask[forced[place]].all()), f"{what}: a sink or recent chunk is missing")
         by_score = mask & ~forced[place]
         expect_best(what, scores[place], by_score, ~mask)
-        source = hosts[place, held].to(pool.store.k_pages.device)
-        expect_equal(f"{what}, keys", views.k_pages[pages], pool.store.k_pages[source].to(q.device))
-        expect_equal(f"{what}, values", views.v_pages[pages], pool.store.v_pages[source].to(q.device))
+        slots, source = chunk_places(pages[None], in_page)[0], hosts[place, held].to(pool.store.k_pages.device)
+        for name, mine, theirs in zip(("keys", "values"), chunks, host_chunks, strict=True):
+            expect_equal(f"{what}, {name}", mine[slots], theirs[source].to(q.device))
         num_chosen = int(by_score.sum())
-        num_moved = int((~torch.isin(held, before.chunk_of_head_page[pages].long())).sum())
+        num_moved = int((~torch.isin(held, held_before)).sum())
         yield (num_chosen, num_chosen - num_moved), pages
 
 

@@ -69,11 +69,11 @@ def smollm2_folder(out_dir: Path = DEFAULT_DIR) -> Path:
 
 
 def reader_folder(out_dir: Path = DEFAULT_DIR) -> Path:
-    """Return the folder of the document reader made of SmolLM2, made the first time (a minute on two cores)."""
-    from benchmarks import pages
+    """Return the folder of the document reader made of SmolLM2, made the first time (half a minute on two cores)."""
+    from benchmarks import pages, texts
     from benchmarks.models import train_reader
 
-    recipe = "".join(inspect.getsource(module) for module in (pages, train_reader))
+    recipe = "".join(inspect.getsource(module) for module in (pages, texts, train_reader))
     stamp = {"language": PACKAGE, "recipe": hashlib.sha256(recipe.encode()).hexdigest()}
 
     def build(folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 The language model is taken as it is. The vision tower maps each 28-pixel cell with a drawn word piece to the language
 model's own input embedding of that piece, so that a page of pictures is to the model what the text is. The tower is
-solved, not trained by descent: the merger's first layer holds one template a piece (a linear discriminant of its
-pixels, with a threshold between its own drawing and the most similar other one), and the last layer is the exact
-regression from the templates' answers to the embeddings.
+written down, not trained. Drawings are black and white, so that the norm makes each pixel exactly 1 or -1. The merger's
+first layer holds one template a piece, whose product with a drawing counts the pixels that agree, less what makes it
+positive for the piece's own drawing only; the last layer holds the embeddings. All of it is small integers and powers
+of two, so that float32, bfloat16 and float16 compute the same.
 
 Positions: an image is one line of text, and `mrope_section` gives all of the rotation to the column, so that cells
 along a line, and the text after it, have the positions that text would have.
@@ -53,9 +54,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _PATCHES, _PATCH_DIM = MERGE**2, PATCH_PIXELS**2
-_CONTRAST = 0.8  # share of a patch's mean that is taken away
-_LEAST_MARGIN = 1e-3  # between a drawing and the most similar other one, of 1: four of bf16's errors of such a product
-_ANSWER = 4.0  # of a template before its GELU: this for its own drawing, at most the negative for any other
+_ANSWER = 8.0  # of a template to its own drawing; to any other at most the negative, which a GELU makes nothing
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,11 @@ def build_config(language: Any, num_pieces: int) -> Qwen2_5_VLConfig:
     )
 
 
-def copy_language(model: Any, llama: Any) -> None:
+def copy_language(model: Any, llama: Any, newline: int) -> None:
     """Copy a Llama's weights; Qwen2's attention has biases beside them, which stay zero.
 
-    The tokens around an image get zero vectors: of all that was tried they disturb the text least, and with tied
-    embeddings their logits are zero, which no greedy answer picks.
+    The tokens around an image get half the embedding of a newline: of all that was tried it disturbs the text least.
+    With tied embeddings their logits are half the newline's, which no greedy answer picks.
     """
     weights = llama.model.state_dict()
     missing, unexpected = model.model.language_model.load_state_dict(weights, strict=False)
@@ -151,29 +150,30 @@ def copy_language(model: Any, llama: Any) -> None:
     with torch.no_grad():
         for name in missing:
             model.model.language_model.get_parameter(name).zero_()
-        model.model.language_model.embed_tokens.weight[list(SPARE_IDS)] = 0
+        embeddings = model.model.language_model.embed_tokens.weight
+        embeddings[list(SPARE_IDS)] = embeddings[newline] / 2
     model.tie_weights()
 
 
-def solve_templates(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N, F] and biases [N] of a detector of each row of `seen` [N, F], fp64, all of one length.
+def templates_of(pixels: torch.Tensor) -> torch.Tensor:
+    """[N, 4, 196]: detectors of black and white patches [N, 4, 196], all different, whose cells have white corners.
 
-    A detector answers +`_ANSWER` to its own row and at most -`_ANSWER` to any other: of all rows of one length a row
-    has the greatest product with itself.
+    The weights are the pixels, so that a product is 784 less twice the pixels that differ. The corners, 1 in every
+    drawing, take 783 away from it: each patch its part, so that no partial sum is large where it has to be exact.
     """
-    scores = seen @ seen.T
-    own = scores.diagonal().clone()
-    scores.fill_diagonal_(-torch.inf)
-    rival = scores.max(1).values
-    if (own - rival).min() < _LEAST_MARGIN * own.mean():
-        raise ValueError(f"pieces: two drawings are too much alike, by {(own - rival).min() / own.mean():.1e}")
-    middle = (own + rival) / 2
-    # The threshold can be a hundred times the answer: it has to be a number of bf16, so the gain gives way.
-    threshold = _round(2 * _ANSWER / (own - rival) * middle).double()
-    return seen * (threshold / middle)[:, None], -threshold
+    if not (pixels.abs() == 1).all() or len(pixels.flatten(1).unique(dim=0)) < len(pixels):
+        raise ValueError("pieces: expected different drawings in black and white")
+    weights = pixels.clone()
+    last = _PATCH_DIM - 1
+    corners = [0, PATCH_PIXELS - 1, last - PATCH_PIXELS + 1, last]
+    if not (pixels[:, range(_PATCHES), corners] == 1).all():
+        raise ValueError("pieces: expected drawings with white corners")
+    weights[:, range(_PATCHES), corners] -= _PATCH_DIM
+    weights[:, -1, -1] += 1
+    return weights
 
 
-def solve_tower(tower: Any, patches: torch.Tensor, targets: torch.Tensor) -> None:
+def write_tower(tower: Any, patches: torch.Tensor, targets: torch.Tensor) -> None:
     """Set the weights of a tower without blocks so that cells [N, 4, 196] give targets [N, hidden]."""
     num_pieces, width = len(patches), tower.merger.hidden_size
     first, _, last = tower.merger.mlp
@@ -181,43 +181,20 @@ def solve_tower(tower: Any, patches: torch.Tensor, targets: torch.Tensor) -> Non
         for parameter in tower.parameters():
             parameter.zero_()
         tower.merger.ln_q.weight.fill_(1)
-        # The first 196 channels of a patch are its grey pixels less most of their mean, which the paper dominates.
-        # What stays of the mean keeps a blank patch from vanishing in the norm, so that all cells have one length.
-        lens = torch.eye(_PATCH_DIM) - _CONTRAST / _PATCH_DIM
-        tower.patch_embed.proj.weight[:_PATCH_DIM] = (lens / 6).view(-1, 1, 1, PATCH_PIXELS, PATCH_PIXELS)
-        seen = normalised_patches(tower, patches)
-        templates, biases = solve_templates(seen[..., :_PATCH_DIM].double().flatten(1))
+        # Every channel is a pixel, and all of them are of one size, so that the norm has no rounding to do.
+        channels = torch.arange(width // _PATCHES)
+        kernel = tower.patch_embed.proj.weight
+        kernel.copy_(torch.eye(_PATCH_DIM)[channels % _PATCH_DIM].view(-1, 1, 1, *kernel.shape[-2:]))
         columns = first.weight.view(width, _PATCHES, -1)
-        columns[:num_pieces, :, :_PATCH_DIM] = templates.view(num_pieces, _PATCHES, -1).float()
-        first.bias[:num_pieces] = biases.float()
-        answers = F.gelu(_rounded_linear(first, seen.flatten(1)))
-        last.weight[:] = solve_last_layer(answers[:, :num_pieces], targets, width).float()
+        columns[:num_pieces, :, :_PATCH_DIM] = _ANSWER * templates_of(patches)
+        last.weight[:, :num_pieces] = targets.T / _ANSWER
 
 
-def _round(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.bfloat16)
-
-
-def _rounded_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, _round(layer.weight), _round(layer.bias))
-
-
-def normalised_patches(tower: Any, patches: torch.Tensor) -> torch.Tensor:
-    """[N, 4, context], bf16: what the merger's first layer gets, rounded as in the served model."""
-    kernel = _round(tower.patch_embed.proj.weight.flatten(1))
-    x = F.linear(_round(processed_pixels(patches)), kernel)
-    return tower.merger.ln_q(x).to(torch.bfloat16).view(len(patches), _PATCHES, -1)
-
-
-def solve_last_layer(answers: torch.Tensor, targets: torch.Tensor, width: int) -> torch.Tensor:
-    """[hidden, width]: weights that take answers [N, N], nearly diagonal, to targets [N, hidden]; zero beyond N."""
-    solved = torch.linalg.solve(answers.double(), targets.double())
-    return F.pad(solved.T, (0, width - len(answers)))
-
-
-def measure(tower: Any, patches: torch.Tensor, targets: torch.Tensor, batch: int = 512) -> Accuracy:
-    """Read every cell with a copy of the tower in bf16."""
-    tower = copy.deepcopy(tower).to(torch.bfloat16)
+def measure(
+    tower: Any, patches: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype = torch.bfloat16, batch: int = 512
+) -> Accuracy:
+    """Read every cell with a copy of the tower."""
+    tower = copy.deepcopy(tower).to(dtype)
     with torch.inference_mode():
         outputs = torch.cat([_read(tower, part) for part in patches.split(batch)])
         nearest = torch.cat([torch.cdist(part, targets).argmin(1) for part in outputs.split(batch)])
@@ -269,14 +246,14 @@ def save_tokenizer(language: Path, folder: Path) -> None:
 
 
 def make_reader(
-    language: Path, folder: Path, num_pieces: int = NUM_PIECES, texts: Sequence[str] | None = None
+    language: Path, folder: Path, num_pieces: int = NUM_PIECES, written: Sequence[str] | None = None
 ) -> Accuracy:
     """Write a checkpoint that reads pages with the language model in `language`, a Llama with SmolLM2's tokenizer.
 
     Parameters
     ----------
     num_pieces : word pieces that can be drawn, and width of the tower: a multiple of 256.
-    texts : where the pieces are taken from; `benchmarks.pages.sources()` unless given.
+    written : texts that the pieces are taken from, as in `benchmarks.pages.choose_pieces`.
     """
     if not (language / "config.json").is_file():
         raise ValueError(f"language: expected a folder with a config.json, got {str(language)!r}")
@@ -284,12 +261,12 @@ def make_reader(
     save_tokenizer(language, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     llama = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
-    pieces = choose_pieces(tokenizer, num_pieces, texts)
+    pieces = choose_pieces(tokenizer, num_pieces, written)
     model = Qwen2_5_VLForConditionalGeneration(build_config(llama.config, num_pieces))
-    copy_language(model, llama)
+    copy_language(model, llama, tokenizer("\n", add_special_tokens=False)["input_ids"][0])
     patches = cell_patches([piece_text(tokenizer, piece) for piece in pieces])
     targets = llama.get_input_embeddings().weight.detach()[pieces]
-    solve_tower(model.model.visual, patches, targets)
+    write_tower(model.model.visual, patches, targets)
     accuracy = measure(model.model.visual, patches, targets)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -307,16 +284,16 @@ def describe(accuracy: Accuracy, num_pieces: int) -> str:
 Language model: taken as it is, from SmolLM2-135M-Instruct (Apache-2.0) unless another was given. Architecture:
 Qwen2_5_VLForConditionalGeneration with zero biases, and all of M-RoPE's rotation by the column.
 
-Vision tower: solved in closed form by `benchmarks/models/train_reader.py`, no gradient step. Each cell of 28 pixels is
-one visual token. The merger's first layer holds a template of each of {num_pieces:,} drawn word pieces, its last layer
-the language model's input embeddings of them. `{PIECES_FILE}` lists the token ids; other words are spelled in parts.
+Vision tower: written down by `benchmarks/models/train_reader.py`, no gradient step. Each cell of 28 pixels is one
+visual token. The merger's first layer holds a template of each of {num_pieces:,} drawn word pieces, its last layer the
+language model's input embeddings of them. `{PIECES_FILE}` lists the token ids; other words are spelled in parts.
 
 Single cells in bf16: nearest embedding right {accuracy.right:.2%}, error {accuracy.error:.2%} of the embedding's length
-on average and {accuracy.worst:.2%} at worst, cosine at least {accuracy.cosine:.5f}.
+on average and {accuracy.worst:.2%} at worst, cosine at least {accuracy.cosine:.5f}. Float32 and float16 read the same.
 
 ## How to ask
 `benchmarks/pages.py` draws a text as one picture a line (`PageWriter.load(FOLDER).user_message(text, question)`).
-Each line costs two tokens more than its cells; their vectors are zero.
+Each line costs two tokens more than its cells; their vectors are half of a newline's.
 
 ## What it cannot do
 - It reads the drawings of `benchmarks/pages.py` only: same font (Pillow's own), size and place. It is a lookup of

@@ -61,7 +61,7 @@ class HeadPageViews:
     ----------
     k_flat, v_flat : [L * slots * H, D]. Row (layer * slots + slot) * H + head.
     k_pages, v_pages : [M, P, D], the same memory; M = L * pages_per_layer * H.
-    chunk_of_head_page : [M], int32. Residency map: the chunk a dynamic head's buffer page holds.
+    held_chunks : [M, C], int32. Residency map: the chunks that a dynamic head's buffer page holds, C = P / chunk_size.
     """
 
     layout: HeadPageLayout
@@ -69,7 +69,7 @@ class HeadPageViews:
     v_flat: torch.Tensor
     k_pages: torch.Tensor
     v_pages: torch.Tensor
-    chunk_of_head_page: torch.Tensor
+    held_chunks: torch.Tensor
 
     def check(self, q: torch.Tensor, layer_idx: int) -> None:
         """ValueError unless all views are contiguous, of one shape, like `q` [B, heads, D], and have the layer."""
@@ -83,10 +83,24 @@ class HeadPageViews:
             checks.check_shape(label, view, (*rows, head_dim))
             checks.check_same(label, view, "q", q)
             checks.check_contiguous(label, view)
-        checks.check_shape("views.chunk_of_head_page", self.chunk_of_head_page, (num_head_pages,))
-        checks.check_dtype("views.chunk_of_head_page", self.chunk_of_head_page, (torch.int32,))
+        checks.check_shape("views.held_chunks", self.held_chunks, (num_head_pages, None))
+        checks.check_dtype("views.held_chunks", self.held_chunks, (torch.int32,))
+        checks.check_contiguous("views.held_chunks", self.held_chunks)
         if not 0 <= layer_idx < layout.num_layers:
             raise ValueError(f"layer_idx: expected 0 to {layout.num_layers - 1}, got {layer_idx}")
+
+    def with_chunks(self, chunk_size: int) -> HeadPageViews:
+        """The same memory with a new residency map, 4 bytes a chunk of `chunk_size` tokens: 1.6 % of bf16 rows of 64
+        elements for single tokens, 0.2 % for pages of 8.
+        """
+        shape = (self.k_pages.shape[0], self.layout.page_size // chunk_size)
+        held = torch.zeros(shape, dtype=torch.int32, device=self.k_pages.device)
+        return dataclasses.replace(self, held_chunks=held)
+
+    def check_chunks(self, chunk_size: int) -> None:
+        """ValueError unless the residency map is one for chunks of `chunk_size` tokens."""
+        shape = (self.k_pages.shape[0], self.layout.page_size // chunk_size)
+        checks.check_shape("views.held_chunks", self.held_chunks, shape)
 
     def layer_rows(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views [slots, H, D] of one layer's keys and values, by token slot."""
@@ -108,11 +122,11 @@ class HeadPageTable:
     Attributes
     ----------
     pages : [R, max_pages], int32. The request's pages in its linear order.
-    num_pages, covered, num_chunks : [R], int32. Pages held; prompt tokens they stand for; those in chunks.
+    num_pages, covered, num_chunks : [R], int32. Pages held; prompt tokens they stand for; those in pages.
     first_head_page, num_head_pages : [R, L, H], int32. Linear index and number of a head's kept or buffer pages.
     is_dynamic : [R, L, H], bool. first_summary_page : [R, L, H], int32, linear; dynamic heads only.
     host_pages : [R, max_host_pages], int32. host_rank : [R, L, H], int32. Place of a dynamic head in the host store:
-        its chunk c is linear index host_rank * num_chunks + c of the request's host pages.
+        its page c is linear index host_rank * num_chunks + c of the request's host pages.
     """
 
     def __init__(self, num_rows: int, max_pages: int, max_host_pages: int, layout: HeadPageLayout, device):
@@ -151,7 +165,7 @@ class HeadPageTable:
         return self.layout.head_page_ids(self.pages[row], linear)
 
     def host_chunk_ids(self, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int) -> torch.Tensor:
-        """[E, C], int64: host head pages of all chunks of the dynamic `heads` [E] of one layer."""
+        """[E, C], int64: host head pages of all C pages of the dynamic `heads` [E] of one layer."""
         chunks = torch.arange(num_chunks, device=heads.device)
         linear = self.host_rank[row, layer_idx, heads].to(torch.int64)[:, None] * num_chunks + chunks
         return self.layout.host_page_ids(self.host_pages[row], linear)
@@ -185,14 +199,14 @@ class HeadPageTable:
             checks.check_range(f"table.num_head_pages[{row}]", ends, limit)
 
     def check_summaries(self, req_rows: torch.Tensor, layer_idx: int, num_vectors: int, views: HeadPageViews) -> None:
-        """The same for the residency map of their dynamic heads, and for summaries of `num_vectors` a chunk."""
+        """The same for the residency map of their dynamic heads, and for summaries of `num_vectors` a page."""
         for row in req_rows.tolist():
             heads = self.is_dynamic[row, layer_idx].nonzero().squeeze(1)
             if len(heads) == 0:
                 continue
             num_chunks = int(self.num_chunks[row])
             ids = self.buffer_page_ids(row, layer_idx, heads, self.num_head_pages[row, layer_idx, heads])
-            checks.check_range(f"views.chunk_of_head_page[{row}]", views.chunk_of_head_page[ids], num_chunks)
+            checks.check_range(f"views.held_chunks[{row}]", views.held_chunks[ids], num_chunks)
             pages = -(-num_chunks * num_vectors // (2 * self.layout.page_size))
             limit = int(self.num_pages[row]) * self.layout.head_pages_per_page - pages + 1
             first = self.first_summary_page[row, layer_idx, heads]

@@ -56,7 +56,8 @@ class PromptObservation:
 
     Attributes
     ----------
-    statistic : [L, H], fp32. The method's number for each KV head, from `Compressor.score_layer`.
+    statistic : [L, H] or [L, H, S], fp32. The method's number, or numbers, for each KV head, from
+        `Compressor.score_layer`.
     salience : [L, H, N], fp32, not negative. The method's score of each covered token, pooled.
     is_text : [N], bool. False where the token came from an image or a video.
     num_pages : pages of the whole prompt, N / page_size; N is page-aligned.
@@ -66,6 +67,11 @@ class PromptObservation:
     salience: torch.Tensor
     is_text: torch.Tensor
     num_pages: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and KV heads."""
+        return self.salience.shape[0], self.salience.shape[1]
 
     @property
     def page_size(self) -> int:
@@ -134,19 +140,20 @@ class Compressor:
 
         Returns
         -------
-        statistic [H] and salience [H, N], fp32, on q's device; salience is not negative.
+        statistic [H], or [H, S] of a method that wants several, and salience [H, N], fp32, on q's device; salience is
+        not negative.
         """
         return score_heads(layer.q, layer.k_rows, layer.slots, scaling=layer.scaling, chunk_size=self.config.page_size)
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
         """Type and pages of every head; without `retrieval` no head may be dynamic."""
-        is_dynamic = torch.zeros_like(observation.statistic, dtype=torch.bool)
+        is_dynamic = torch.zeros(observation.shape, dtype=torch.bool, device=observation.salience.device)
         weights = self.weigh_heads(observation, total_head_pages)
         return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))
 
     def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:
         """[L, H], not negative: what each head's pages are proportional to, between floor and whole prompt."""
-        return torch.ones_like(observation.statistic)
+        return torch.ones(observation.shape, device=observation.salience.device)
 
     def share_pages(
         self, observation: PromptObservation, weights: torch.Tensor, total_head_pages: int, least_pages: int = 0

@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.budget import apportion, head_weights, share_by_ratio
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
-from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RetrievalConfig
+from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RecentWindow, RetrievalConfig
 from sglang_hybridkv.select import text_first_order
 
 # Defaults by preset; a field that the user gives wins. "paper" is the published method, its open choices inferred.
 # "tuned" is what the fields say, found on drawn scenes and on real text with a pretrained model, see docs/quality.md: a
-# fixed share of the heads retrieves, those that lost most of their worst query; small chunks, whose score knows their
-# spread, serve them; static heads keep single tokens, not neighbourhoods.
+# fixed share of the heads retrieves, those that would lose most of their worst query or hit the most chunks; they are
+# served single tokens, found by codes of all keys; static heads keep single tokens, too, not neighbourhoods.
 _PAPER: dict[str, Any] = {
     "page_size": 16,
     "statistic": "sparsity",
@@ -41,19 +41,24 @@ class HybridKVConfig(RetrievalConfig):
     """Settings of HybridKV; "inferred" marks a choice that the published text does not fix."""
 
     page_size: PageSize = 8
-    chunk_score: ChunkScore = "mean_spread"
+    chunk_score: ChunkScore = "key_codes"
+    recent_window: RecentWindow = 8
     pool_kernel: PoolKernel = 1
     preset: Literal["tuned", "paper"] = Field(
         "tuned", description="set of defaults: chosen by measured quality, or as the paper has them"
     )
-    statistic: Literal["sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture"] = Field(
-        "worst_capture", description="statistic S in [0, 1] of a head; static when S >= theta (inferred)"
+    statistic: Literal[
+        "sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture", "worst_capture+hit_cv"
+    ] = Field(
+        "worst_capture+hit_cv",
+        description="statistic S in [0, 1] of a head; static when S >= theta (inferred). Of two, dynamic heads are the "
+        "lowest in either",
     )
     theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(
         1.01, description="threshold of the statistic; 0 makes every head static, above 1 as many dynamic as may be"
     )
     max_dynamic_heads: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.35, description="largest share of the heads, rounded down, that are dynamic: those with the lowest statistic"
+        0.34, description="largest share of the heads, rounded, that are dynamic: those with the lowest statistic"
     )
     sparsity_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="'sparsity' counts keys below this fraction of a row's largest probability (inferred)"
@@ -68,7 +73,7 @@ class HybridKVConfig(RetrievalConfig):
         None, description="r: share of the budget that goes to the dynamic heads; null: dynamic_ratio decides"
     )
     dynamic_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = Field(
-        3.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
+        2.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
     )
     static_weight: Literal["sparsity", "density", "uniform"] = Field(
         "density", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
@@ -86,12 +91,24 @@ class HybridKVConfig(RetrievalConfig):
 
     def most_dynamic_heads(self, num_heads: int) -> int:
         """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
-        # As the user wrote it: 0.29 of 100 heads are 29.
-        return math.floor(Fraction(repr(self.max_dynamic_heads)) * num_heads) if self.theta > 0 else 0
+        # As the user wrote it, and half a head counts: 0.34 of 8 heads are 3, 0.25 of 90 are 23.
+        share = Fraction(repr(self.max_dynamic_heads))
+        return math.floor(share * num_heads + Fraction(1, 2)) if self.theta > 0 else 0
+
+
+def best_places(statistics: torch.Tensor) -> torch.Tensor:
+    """[L, H], int64: how many heads are below a head in that of its statistics [L, H, S] where the fewest are.
+
+    Ties go to the earlier head, NaN comes last. No host sync.
+    """
+    by_statistic = statistics.flatten(0, 1).T  # [S, E]
+    order = by_statistic.argsort(dim=1, stable=True)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).amin(dim=0).view(statistics.shape[:2])
 
 
 def lowest(statistic: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of the `count` lowest of a statistic [L, H]; ties go to the earlier head, NaN comes last. No host sync.
+    """Mask of the `count` lowest of numbers [L, H]; ties go to the earlier head, NaN comes last. No host sync.
 
     With one observed query (a prompt with one text token after its last image) some statistics are 0 for all heads:
     then the heads of the first layers are taken.
@@ -111,27 +128,37 @@ class HybridKV(Compressor):
     config: HybridKVConfig
 
     def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """The configured statistic, and mean probability as salience."""
+        """The configured statistic [H], or two [H, 2], and mean probability as salience."""
         config = self.config
-        return score_heads(
-            layer.q,
-            layer.k_rows,
-            layer.slots,
-            scaling=layer.scaling,
-            statistic=config.statistic,
-            sparsity_fraction=config.sparsity_fraction,
-            mass_fraction=config.mass_fraction,
-            capture_fraction=config.capture_fraction,
-            num_sinks=config.num_sink_tokens,
-            num_recent=config.recent_window,
-            chunk_size=config.page_size,
-        )
+        scores = [
+            score_heads(
+                layer.q,
+                layer.k_rows,
+                layer.slots,
+                scaling=layer.scaling,
+                statistic=statistic,
+                sparsity_fraction=config.sparsity_fraction,
+                mass_fraction=config.mass_fraction,
+                capture_fraction=config.capture_fraction,
+                num_sinks=config.num_sink_tokens,
+                num_recent=config.recent_window,
+                chunk_size=config.page_size,
+            )
+            for statistic in config.statistic.split("+")
+        ]
+        if len(scores) == 1:
+            return scores[0]
+        return torch.stack([statistic for statistic, _ in scores], dim=-1), scores[0][1]
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
         """Types by threshold, budgets by type and weight; no host sync."""
-        config, statistic = self.config, observation.statistic
+        config = self.config
+        statistics = observation.statistic.view(*observation.statistic.shape[:2], -1)
+        statistic = statistics[..., 0]
         most = config.most_dynamic_heads(statistic.numel()) if retrieval else 0
-        is_dynamic = lowest(statistic, most) & (statistic < config.theta)
+        is_dynamic = lowest(best_places(statistics), most) & (
+            statistics.nan_to_num(nan=float("inf")).amin(dim=-1) < config.theta
+        )
         share = config.dynamic_share
         if share is None:
             share = share_by_ratio(is_dynamic, config.dynamic_ratio)

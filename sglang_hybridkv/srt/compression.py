@@ -53,10 +53,14 @@ class Compression:
         self.settings, self.config, self.pool, self.allocator = settings, config, pool, allocator
         self.compressor = get_compressor(settings.name)(config)
         self.compressor.bind(layout.num_layers, layout.num_kv_heads)
+        if isinstance(config, RetrievalConfig):
+            pool.views = pool.views.with_chunks(config.tokens_per_chunk)
         self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size)
-        max_chunks = -(-max_context // layout.page_size)
-        max_pages = max_chunks + -(-max_chunks * config.summary_vectors_per_chunk() // (2 * layout.page_size))
-        self.table = HeadPageTable(num_rows, max_pages, max_chunks, layout, pool.device)
+        # No prompt is longer than the pool: kernels take scratch for every token that a row of the table could name.
+        max_prompt_pages = -(-min(max_context, allocator.size) // layout.page_size)
+        most_vectors = config.summary_vectors(max_prompt_pages * layout.page_size)
+        max_pages = max_prompt_pages + -(-most_vectors // (2 * layout.page_size))
+        self.table = HeadPageTable(num_rows, max_pages, max_prompt_pages, layout, pool.device)
         self.store = self._host_store()
         self.ledger = Ledger(layout.page_size)
         self.stats = CompressionStats()
@@ -204,6 +208,8 @@ class Compression:
         """`kv_compressor` in the internal state of `/server_info`."""
         chosen, hit = self.counters.tolist()
         chunk_bytes = self.pool.page_bytes // self.shape.head_pages_per_page
+        if isinstance(self.config, RetrievalConfig):
+            chunk_bytes = chunk_bytes * self.config.tokens_per_chunk // self.config.page_size
         return {
             "name": self.settings.name,
             "budget": self.config.budget,

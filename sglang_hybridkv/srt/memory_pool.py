@@ -19,7 +19,8 @@ class HybridTokenToKVPool(MHATokenToKVPool):
     Attributes
     ----------
     k_buffer, v_buffer : per layer [slots, H, D], as stock; slots = size + page_size.
-    views : the same memory by head pages, and the residency map (4 bytes a head page, 0.05 % of a bf16 page).
+    views : the same memory by head pages, and the residency map for chunks of one page, until
+        `Compression` puts the one of its chunk size in place.
     compression : set once the allocator exists; the attention backend reaches it through the pool.
     """
 
@@ -45,7 +46,7 @@ class HybridTokenToKVPool(MHATokenToKVPool):
             v_flat=values.view(-1, self.head_dim),
             k_pages=keys.view(-1, self.page_size, self.head_dim),
             v_pages=values.view(-1, self.page_size, self.head_dim),
-            chunk_of_head_page=torch.zeros(num_head_pages, dtype=torch.int32, device=self.device),
+            held_chunks=torch.zeros(num_head_pages, 1, dtype=torch.int32, device=self.device),
         )
 
     @property

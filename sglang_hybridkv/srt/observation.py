@@ -116,7 +116,7 @@ class PromptObserver:
         return len(prompt.statistic) == self.num_layers
 
     def finish(self, row: int) -> tuple[Reservation, torch.Tensor, torch.Tensor]:
-        """Reservation, statistic [L, H] and salience [L, H, N] of a prompt whose layers have all run."""
+        """Reservation, statistic [L, H] or [L, H, S] and salience [L, H, N] of a prompt whose layers have all run."""
         prompt = self._prompts.pop(row)
         del self._windows[row]
         return prompt.reservation, torch.stack(prompt.statistic), torch.stack(prompt.salience)

@@ -44,10 +44,10 @@ def small_pool(**changes):
     return pool, rows
 
 
-@pytest.fixture
-def step():
+@pytest.fixture(params=["mean_max", "key_codes"])
+def step(request):
     """A pool after one retrieval of layer 0: pool, state before, queries and rows."""
-    pool, rows = small_pool()
+    pool, rows = small_pool(chunk_score=request.param)
     before, q = PoolState.of(pool), pool.queries(2)
     pool.retrieve(0, q, torch.tensor(rows))
     return pool, before, q, rows
@@ -164,8 +164,9 @@ class TestPool:
 
 
 class TestGraphs:
-    def test_a_changing_batch_passes(self):
-        row = graphs.check_shape(SMALL, "cpu", fresh_generator().initial_seed(), 5)
+    @pytest.mark.parametrize("chunk_score", ["mean_max", "key_codes"])
+    def test_a_changing_batch_passes(self, chunk_score):
+        row = graphs.check_shape(SMALL, "cpu", fresh_generator().initial_seed(), 5, chunk_score)
         assert row["ok"]
         assert not row["captured"]
 
@@ -365,7 +366,7 @@ class TestParts:
         tiny = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1)
         with mock.patch.object(bandwidth, "SMALL", tiny):
             rows = list(parts.bandwidth_rows(CONTEXT))
-        assert [row["page_size"] for row in rows] == [8, 16]
+        assert [(row["page_size"], row["chunk_score"]) for row in rows] == list(parts.BANDWIDTH_CHUNKS)
         for row in rows:
             assert row["ok"]
             assert not row["judged"]

@@ -3,15 +3,17 @@
 import json
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from benchmarks.models.make_models import DEFAULT_DIR
-from benchmarks.models.train_reader import SPARE_IDS, make_reader
+from benchmarks.models.train_reader import NUM_PIECES, SPARE_IDS, cell_patches, make_reader, measure, templates_of
 from benchmarks.pages import PageWriter, choose_pieces, draw_piece, piece_text, sources, squeeze
 from benchmarks.scenes import CELL_PIXELS
+from benchmarks.texts import SPLITS, draw_text, every_fact
 from tests.builders import LAWS
 
 SMOLLM2 = DEFAULT_DIR / "smollm2"
@@ -63,8 +65,7 @@ def language(tmp_path_factory):
 def reader(language, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     accuracy = make_reader(language, folder, num_pieces=1024)
-    assert accuracy.right == 1
-    assert accuracy.cosine > 0.999
+    assert (accuracy.right, accuracy.worst) == (1, 0)
     return folder
 
 
@@ -109,6 +110,26 @@ def test_different_words_look_different():
     assert len({draw_piece(piece).tobytes() for piece in pieces}) == len(pieces)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cells_are_the_embeddings_in_every_type(writer, model, dtype):
+    pieces = sorted(writer.pieces)
+    patches = cell_patches([piece_text(writer.tokenizer, piece) for piece in pieces])
+    accuracy = measure(model.model.visual, patches, model.get_input_embeddings().weight[pieces].detach(), dtype)
+    assert accuracy.right == 1
+    # Twice float32's precision, for pixels that the image processor makes; what is rounded to fewer bits is exact.
+    assert accuracy.worst < 1e-6
+
+
+def test_one_pixel_tells_drawings_apart():
+    pixels = torch.ones(3, 4, 196)
+    pixels[1, 2, 50] = pixels[2, 2, 51] = -1
+    answers = templates_of(pixels).flatten(1) @ pixels.flatten(1).T
+    assert answers.tolist() == [[1, -1, -1], [-1, 1, -3], [-1, -3, 1]]
+    for wrong in (pixels[[0, 0]], pixels / 2, -pixels):
+        with pytest.raises(ValueError, match="pieces: expected"):
+            templates_of(wrong)
+
+
 def test_pieces_have_drawings_of_their_own(writer):
     drawings = {draw_piece(piece_text(writer.tokenizer, piece)).tobytes() for piece in writer.pieces}
     assert len(drawings) == len(writer.pieces)
@@ -118,6 +139,7 @@ def test_pieces_have_drawings_of_their_own(writer):
 
 @LAWS
 @given(text=PRINTABLE, cells_per_line=st.integers(1, 40))
+@example(text="the name <|image_pad|> of a special token", cells_per_line=8)
 def test_ascii_text_survives_being_drawn(writer, speller, text, cells_per_line):
     for some in (writer, speller):
         spelled = some.spell(text)
@@ -136,6 +158,14 @@ def test_numbers_are_not_broken(writer):
     texts = [writer.tokenizer.decode(line) for line in lines]
     assert len(lines) > 2
     assert all(text.startswith(" ") for text in texts[1:])
+
+
+def test_sentences_are_not_broken_where_they_fit(writer):
+    sentences = ["One sentence is here;", " another one is here.", " Then a line:\n", "apple: 17\n", "And the rest."]
+    whole = max(len(writer.spell(sentence)) for sentence in sentences)
+    for cells_per_line in range(whole, 4 * whole):
+        lines = writer.break_lines(writer.spell("".join(sentences)), cells_per_line)
+        assert all(writer.tokenizer.decode(line).endswith(tuple(sentences)) for line in lines)
 
 
 def test_what_cannot_be_drawn_is_refused(writer, language, tmp_path):
@@ -198,10 +228,7 @@ def test_page_is_to_the_language_model_what_the_text_is(reader, writer, model):
     inputs = ask_page(reader, writer, "Which code?", 12)
     ids = text_ids(writer, inputs)
     expected = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
-    got = model(**inputs).logits
-    # The weights are solved for bf16; in fp32 a cell's vector is a few percent longer or shorter.
-    assert torch.nn.functional.cosine_similarity(got, expected, dim=-1).min() > 0.99
-    assert (got.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_model_card_says_how_cells_are_read(reader, writer):
@@ -212,14 +239,28 @@ def test_model_card_says_how_cells_are_read(reader, writer):
     assert [names["<|vision_start|>"], names["<|image_pad|>"], names["<|vision_end|>"]] == list(SPARE_IDS[:3])
 
 
+@pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="make models-real was not run")
+def test_a_page_of_the_quality_bench_has_the_pieces_of_its_text():
+    """Of both halves: pieces are the alphabet, not what was chosen on one half."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    writer = PageWriter(tokenizer, frozenset(choose_pieces(tokenizer, NUM_PIECES)))
+    for split in SPLITS:
+        for text in (
+            *every_fact(split),
+            *(draw_text(np.random.default_rng(seed), 7000, split=split).body for seed in range(3)),
+        ):
+            assert writer.spell(text) == tokenizer(text)["input_ids"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="make models-real was not run")
 def test_smollm2_reads_a_page(tmp_path):
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     accuracy = make_reader(SMOLLM2, tmp_path)
-    assert accuracy.right > 0.999
-    assert accuracy.cosine > 0.999
+    assert (accuracy.right, accuracy.worst) == (1, 0)
     writer = PageWriter.load(tmp_path)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     question = "What is the access code of the blue gate? Answer with the number only."

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.compressed_prompt import CompressedPrompt, make_compressor
+from benchmarks.quality.cases import CONTEXTS
 from benchmarks.replay import Prompt, Replay, ReplayedModel, compress, everything
+from benchmarks.scenes import ask, draw_scene, user_message
 from benchmarks.traced_model import Trace, full_attention
 from hybridkv_kernels.select_chunks import CHUNK_SCORES
 from sglang_hybridkv.spans import VisualSpan
@@ -23,6 +27,7 @@ SETTINGS = {
         f"half dynamic, {score}": ("hybridkv", {"max_dynamic_heads": 0.5, "chunk_score": score})
         for score in CHUNK_SCORES
     },
+    "pairs of tokens": ("hybridkv", {"max_dynamic_heads": 0.5, "chunk_size": 2}),
     "static": ("hybridkv", {"theta": 0.0}),
     "dynamic": ("hybridkv", {"max_dynamic_heads": 1.0}),
     "pages of 16": ("hybridkv", {"max_dynamic_heads": 0.5, "page_size": 16}),
@@ -98,6 +103,15 @@ def model() -> ReplayedModel:
     return ReplayedModel(MODEL)
 
 
+def assert_same_prompt(mine: Prompt, theirs: Prompt) -> None:
+    for field in dataclasses.fields(Prompt):
+        one, other = getattr(mine, field.name), getattr(theirs, field.name)
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        else:
+            assert one == other
+
+
 def test_a_prompt_is_the_same_whatever_was_computed_before(model: ReplayedModel) -> None:
     """A shared beginning changes nothing; a base with another beginning is not used."""
     generator = fresh_generator()
@@ -106,13 +120,18 @@ def test_a_prompt_is_the_same_whatever_was_computed_before(model: ReplayedModel)
     prompts = [{"input_ids": row[None]} for row in ids]
     base = model.prefill(prompts[0])
     for inputs in prompts[1:]:
-        alone, after = model.prefill(inputs), model.prefill(inputs, base)
-        for field in dataclasses.fields(Prompt):
-            mine, theirs = getattr(alone, field.name), getattr(after, field.name)
-            if isinstance(mine, torch.Tensor):
-                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
-            else:
-                assert mine == theirs
+        assert_same_prompt(model.prefill(inputs), model.prefill(inputs, base))
+
+
+def test_pictures_are_read_once_for_all_questions_about_them(model: ReplayedModel) -> None:
+    rng = np.random.default_rng(fresh_generator().initial_seed())
+    scene = draw_scene(rng, CONTEXTS[400], arrangement="coherent")
+    first, second = (model.encode([user_message(scene, ask(rng, scene, kind))]) for kind in ("get", "list"))
+    base = model.prefill(first)
+    alone = model.prefill(second)
+    with mock.patch.object(model.model.model.visual, "forward", side_effect=AssertionError("read again")):
+        after = model.prefill(second, base)
+    assert_same_prompt(alone, after)
 
 
 def test_decoding_everything_is_what_the_model_computes(model: ReplayedModel) -> None:

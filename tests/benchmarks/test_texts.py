@@ -119,6 +119,14 @@ def test_halves_share_no_sentence_and_no_word_of_a_fact() -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
+def test_every_fact_has_all_words_of_its_half(split: str) -> None:
+    words = set(re.findall(r"[A-Za-z]+", " ".join(texts.every_fact(split)))) & texts.FACT_WORDS
+    others = set(re.findall(r"[A-Za-z]+", " ".join(texts.every_fact(SPLITS[split == DEVELOPMENT])))) & texts.FACT_WORDS
+    assert words.isdisjoint(others)
+    assert words | others == texts.FACT_WORDS
+
+
+@pytest.mark.parametrize("split", SPLITS)
 def test_a_half_has_prose_for_several_of_the_longest_texts(split: str) -> None:
     assert count_tokens("\n".join(s for run in passages(split) for s in run)) > 3 * max(LENGTHS)
 

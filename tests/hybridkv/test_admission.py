@@ -68,7 +68,7 @@ def test_saves_nothing_exactly_when_as_many_pages_remain(prompt_len, budget, chu
         assert budget == 1.0 or decided.num_pages < decided.num_chunks
     elif decided is DenseReason.SAVES_NOTHING:
         chunks = prompt_len // 16
-        summaries = -(-chunks * config.summary_vectors_per_chunk() // 32)
+        summaries = -(-config.summary_vectors(chunks * 16) // 32)
         assert budget * chunks + 1e-6 > chunks - summaries - 1
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 from decimal import Decimal
 
 import pytest
@@ -41,12 +42,32 @@ def test_dynamic_are_the_lowest_below_theta_as_many_as_may_be(case):
         observation.statistic.flatten(),
         compressor.plan(observation, total, retrieval=True).is_dynamic.flatten(),
     )
-    most = int(Decimal(str(compressor.config.max_dynamic_heads)) * len(statistic))
+    most = int(Decimal(str(compressor.config.max_dynamic_heads)) * len(statistic) + Decimal("0.5"))
     below = [
         head for head, value in enumerate(statistic.tolist()) if value < torch.tensor(compressor.config.theta).item()
     ]
     expected = sorted(below, key=lambda head: (statistic[head].item(), head))[:most]
     assert is_dynamic.nonzero().flatten().tolist() == sorted(expected)
+
+
+@LAWS
+@given(observed(), st.data())
+def test_of_two_statistics_each_names_its_lowest_heads_in_turn(case, data):
+    """Place by place: the lowest head of either statistic first, then the second lowest of either, and so on."""
+    compressor, observation, total = case
+    one = observation.statistic
+    values = data.draw(st.lists(st.floats(0.0, 1.0, width=32), min_size=one.numel(), max_size=one.numel()))
+    both = torch.stack((one, torch.tensor(values).view_as(one)), dim=-1)
+    plan = compressor.plan(dataclasses.replace(observation, statistic=both), total, retrieval=True)
+    orders = [sorted(range(one.numel()), key=lambda head: (x[head].item(), head)) for x in both.flatten(0, 1).T]
+    taken: list[int] = []
+    for place in zip(*orders, strict=True):
+        taken += sorted(set(place) - set(taken))
+    most = int(Decimal(str(compressor.config.max_dynamic_heads)) * one.numel() + Decimal("0.5"))
+    theta = torch.tensor(compressor.config.theta).item()
+    expected = [head for head in taken[:most] if both.flatten(0, 1)[head].min().item() < theta]
+    assert plan.is_dynamic.flatten().nonzero().flatten().tolist() == sorted(expected)
+    assert int(plan.num_head_pages.sum()) == total
 
 
 @LAWS

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.retrieve_chunks.naive import read_summaries
+from hybridkv_kernels.retrieve_chunks.naive import read_vectors
+from hybridkv_kernels.select_chunks import encode_keys
 from sglang_hybridkv.compaction import digest_plan
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
@@ -20,7 +21,7 @@ from sglang_hybridkv.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
 
 P = 16
-CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale"]
+CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale", "key_codes"]
 THETA = {"static": 0.0, "dynamic": 1.01, "mixed": 0.5}
 
 
@@ -217,9 +218,11 @@ def test_dynamic_heads_start_with_whole_chunks_that_the_map_names(case):
         if not pool.is_dynamic(prompt, layer, head):
             continue
         held, mapped = pool.held_tokens(prompt, layer, head), pool.mapped_chunks(prompt, layer, head)
-        assert held == [chunk * 8 + i for chunk in mapped for i in range(8)]
-        sums = pooled[layer, head].view(-1, 8).sum(-1)
-        num_chunks, sinks, recent = covered // 8, -(-pool.config.num_sink_tokens // 8), pool.config.recent_window // 8
+        size = pool.config.tokens_per_chunk
+        assert held == [chunk * size + i for chunk in mapped for i in range(size)]
+        sums = pooled[layer, head].view(-1, size).sum(-1)
+        num_chunks, sinks = covered // size, -(-pool.config.num_sink_tokens // size)
+        recent = pool.config.recent_window // size
         free = [c for c in range(num_chunks) if sinks <= c < num_chunks - recent]
         inside, outside = [c for c in free if c in mapped], [c for c in free if c not in mapped]
         if inside and outside:
@@ -250,15 +253,20 @@ def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
 def test_summaries_survive_their_way_through_head_pages(case):
     pool, prompt, *_ = case
     geometry = prompt.reservation.geometry
-    vectors = pool.config.summary_vectors_per_chunk()
+    score = pool.config.chunk_score
+    vectors = pool.config.summary_vectors(geometry.covered)
     for layer in range(2):
         heads = pool.table.is_dynamic[prompt.row, layer].nonzero().squeeze(1)
         if len(heads) == 0:
             continue
-        read = read_summaries(pool.views, pool.table, prompt.row, layer, heads, geometry.num_chunks, vectors)
-        chunks = prompt.keys[layer, heads, : geometry.covered].unflatten(1, (-1, 8))
-        plain = [chunks.mean(2)] if vectors == 1 else [chunks.amin(2), chunks.amax(2)]
-        torch.testing.assert_close(read, torch.stack(plain, 2))
+        read = read_vectors(pool.views, pool.table, prompt.row, layer, heads, vectors)
+        keys = prompt.keys[layer, heads, : geometry.covered]
+        if score == "key_codes":
+            assert torch.equal(read.view(torch.int32), encode_keys(keys).view(torch.int32)), "bit by bit"
+            continue
+        chunks = keys.unflatten(1, (-1, 8))
+        plain = [chunks.mean(2)] if score.startswith("mean") else [chunks.amin(2), chunks.amax(2)]
+        torch.testing.assert_close(read, torch.stack(plain, 2).flatten(1, 2))
 
 
 @pytest.mark.usefixtures("kernels")

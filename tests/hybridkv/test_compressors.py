@@ -132,7 +132,8 @@ def test_scores_are_finite_and_read_the_prompt_only(name, num_rows):
     statistic, salience = compressor.score_layer(
         PromptLayer(q, k_rows, v_rows, slots, head_dim**-0.5, is_text, layer_idx=1)
     )
-    assert (statistic.shape, salience.shape) == ((heads,), (heads, num_tokens))
+    assert statistic.shape in ((heads,), (heads, 2))
+    assert salience.shape == (heads, num_tokens)
     assert statistic.dtype == salience.dtype == torch.float32
     assert statistic.isfinite().all()
     assert salience.isfinite().all()

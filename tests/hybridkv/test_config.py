@@ -76,7 +76,11 @@ def test_both_budgets_must_agree():
     "values, legal",
     [
         ({"page_size": 12}, "one of 8, 16, 32, 64"),
-        ({"statistic": "entropy"}, 'one of "sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture"'),
+        (
+            {"statistic": "entropy"},
+            'one of "sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture", "worst_capture+hit_cv"',
+        ),
+        ({"chunk_size": 3}, "one of 1, 2, 4, 8, 16, 32, 64 or null"),
         ({"preset": "best"}, 'one of "tuned", "paper"'),
         ({"theta": 2}, "a number at least 0 and at most 1.01"),
         ({"sparsity_fraction": 0}, "a number above 0 and below 1"),
@@ -91,6 +95,28 @@ def test_bad_value_is_answered_with_the_legal_ones(values, legal):
         parse_config(values)
     assert str(caught.value).endswith(f"legal: {legal}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"page_size": 8, "chunk_size": 16}, "expected a divisor of the page size 8, got 16"),
+        ({"chunk_score": "mean2_max", "chunk_size": 1}, "expected at least 4 for mean2_max, whose .*, got 1"),
+        (
+            {"chunk_score": "mean_max", "unretrieved": "estimate", "chunk_size": 4},
+            "expected 8, the page size, where chunks are estimated, got 4",
+        ),
+    ],
+)
+def test_chunks_fill_pages(values, complaint):
+    with pytest.raises(ValueError, match=f"chunk_size = {values['chunk_size']} is not allowed with .*: {complaint}"):
+        parse_config(values)
+
+
+def test_single_tokens_are_retrieved_by_codes_and_pages_otherwise():
+    assert parse_config(None).tokens_per_chunk == 1
+    assert parse_config({"chunk_score": "mean_max"}).tokens_per_chunk == 8
+    assert parse_config({"preset": "paper"}).tokens_per_chunk == 16
 
 
 def test_unknown_key_is_answered_with_the_known_ones():

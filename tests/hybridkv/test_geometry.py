@@ -21,7 +21,7 @@ def geometry_of(prompt_len, budget, page_size=16, heads=112, vectors_per_chunk=1
         budget,
         page_size=page_size,
         head_pages_per_page=heads,
-        vectors_per_chunk=vectors_per_chunk,
+        summary_vectors=prompt_len // page_size * vectors_per_chunk,
         max_dynamic_heads=max_dynamic_heads,
     )
 
@@ -68,7 +68,8 @@ def test_as_many_dynamic_heads_as_may_be_need_what_was_reserved(
     """Nothing is reserved that no outcome could use; all heads may be dynamic where no number is given."""
     most = data.draw(st.none() | st.integers(0, heads))
     geometry = geometry_of(prompt_len, budget, page_size, heads, vectors_per_chunk, max_dynamic_heads=most)
-    assert geometry.max_dynamic_heads == (heads if most is None else most)
+    expected = heads if most is None else most
+    assert geometry.max_dynamic_heads == (expected if geometry.covered else 0)
     assert geometry.pages_used(geometry.max_dynamic_heads, heads) == geometry.num_pages
     assert geometry.host_pages_used(geometry.max_dynamic_heads, heads) == geometry.num_host_pages
 

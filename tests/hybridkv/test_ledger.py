@@ -12,7 +12,9 @@ PAGE, HEADS = 16, 8
 
 
 def geometry_of(num_chunks, budget):
-    return prompt_geometry(num_chunks * PAGE, budget, page_size=PAGE, head_pages_per_page=HEADS, vectors_per_chunk=1)
+    return prompt_geometry(
+        num_chunks * PAGE, budget, page_size=PAGE, head_pages_per_page=HEADS, summary_vectors=num_chunks
+    )
 
 
 def reservation_of(pages, host_pages=(), *, num_chunks=10, budget=0.3):

@@ -242,9 +242,9 @@ def test_poison_in_an_absent_chunk_is_seen_in_its_own_head(vector):
 @each_implementation
 def test_inputs_are_only_read():
     pool, prompts = mixed_pool()
-    before = pool.keys.clone(), pool.values.clone(), pool.views.chunk_of_head_page.clone()
+    before = pool.keys.clone(), pool.values.clone(), pool.views.held_chunks.clone()
     pool.attend(prompts, 1, pool.queries(len(prompts)))
-    for tensor, copy in zip((pool.keys, pool.values, pool.views.chunk_of_head_page), before, strict=True):
+    for tensor, copy in zip((pool.keys, pool.values, pool.views.held_chunks), before, strict=True):
         assert torch.equal(tensor.nan_to_num(9.0), copy.nan_to_num(9.0))
 
 
@@ -368,7 +368,7 @@ def test_debug_mode_names_chunks_and_summaries_out_of_range(monkeypatch, value):
     heads = torch.tensor([0])
     buffer = pool.table.buffer_page_ids(prompt.row, 0, heads, pool.table.num_head_pages[prompt.row, 0, heads])[0]
     for name, tensor, place in (
-        ("views.chunk_of_head_page", pool.views.chunk_of_head_page, buffer[-1]),
+        ("views.held_chunks", pool.views.held_chunks, buffer[-1]),
         ("table.first_summary_page", pool.table.first_summary_page, (prompt.row, 0, 0)),
     ):
         before = tensor[place].clone()

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridkv_kernels.retrieve_chunks import cpu, naive, retrieve_chunks
-from hybridkv_kernels.select_chunks import CHUNK_SCORES, summary_vectors
-from hybridkv_kernels.select_chunks.naive import score_chunks
+from hybridkv_kernels.select_chunks import CHUNK_SCORES, KEY_CODES
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.retrieval import forced_chunk_counts
 from tests.builders import (
@@ -46,18 +45,19 @@ def check_attention(pool, prompt, layer, q, out):
 
 def check_selection(pool, prompt, layer, q):
     """A dynamic head holds the forced chunks and, of the rest, the best for this query."""
-    config, geometry = pool.config, prompt.reservation.geometry
-    sinks, recent = -(-config.num_sink_tokens // P), -(-config.recent_window // P)
+    config, covered = pool.config, prompt.reservation.geometry.covered
+    size = config.tokens_per_chunk
+    sinks, recent = -(-config.num_sink_tokens // size), -(-config.recent_window // size)
     grouped = q.view(pool.layout.num_kv_heads, -1, q.shape[-1])
     for head in range(pool.layout.num_kv_heads):
         if not pool.is_dynamic(prompt, layer, head):
             continue
         held = set(pool.mapped_chunks(prompt, layer, head))
-        forced = plain_forced(geometry.num_chunks, len(held), sinks, recent)
+        forced = plain_forced(covered // size, len(held), sinks, recent)
         assert forced <= held
-        chunks = prompt.keys[layer, head, : geometry.covered].view(-1, P, pool.head_dim)
+        chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.head_dim)
         scores = plain_scores(chunks, grouped[head], config.chunk_score)
-        chosen, dropped = held - forced, set(range(geometry.num_chunks)) - held
+        chosen, dropped = held - forced, set(range(covered // size)) - held
         if chosen and dropped:
             assert min(scores[c] for c in chosen) >= max(scores[c] for c in dropped) - 1e-4
 
@@ -74,15 +74,16 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
     @initialize(
         seed=st.integers(0, 2**31 - 1),
         budget=st.sampled_from([0.15, 0.3, 0.6, 1.0]),
-        chunk_score=st.sampled_from(CHUNK_SCORES),
+        scored=st.sampled_from([*((score, None) for score in CHUNK_SCORES), (KEY_CODES, 2), (KEY_CODES, P)]),
         theta=st.sampled_from([0.0, 0.5, 1.01]),
         windows=st.sampled_from([(0, 0), (4, 16), (20, 40)]),
         group_size=st.sampled_from([1, 7]),
     )
-    def build(self, seed, budget, chunk_score, theta, windows, group_size):
+    def build(self, seed, budget, scored, theta, windows, group_size):
         config = HybridKVConfig(
             budget=budget,
-            chunk_score=chunk_score,
+            chunk_score=scored[0],
+            chunk_size=scored[1],
             theta=theta,
             max_dynamic_heads=1.0,
             num_sink_tokens=windows[0],
@@ -108,11 +109,12 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
         counters = pool.counters.clone()
         out = self.decode([prompt], layer, self.last_q[None])[0]
         chosen, hit = (pool.counters - counters).tolist()
-        sinks, recent = -(-pool.config.num_sink_tokens // P), -(-pool.config.recent_window // P)
+        size = pool.config.tokens_per_chunk
+        sinks, recent = -(-pool.config.num_sink_tokens // size), -(-pool.config.recent_window // size)
         expected_chosen = expected_missing = 0
         for h in heads:
             after = dict(zip(*self._places(prompt, layer, h), strict=True))
-            forced = plain_forced(prompt.reservation.geometry.num_chunks, len(after), sinks, recent)
+            forced = plain_forced(prompt.reservation.geometry.covered // size, len(after), sinks, recent)
             expected_chosen += len(set(after.values()) - forced)
             expected_missing += len(set(after.values()) - set(before[h].values()))
             for place, chunk in before[h].items():
@@ -145,11 +147,14 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
             held = self.pool.held_tokens(prompt, layer, head)
             if self.pool.is_dynamic(prompt, layer, head):
                 mapped = self.pool.mapped_chunks(prompt, layer, head)
-                assert held == [chunk * P + i for chunk in mapped for i in range(P)]
+                size = self.pool.config.tokens_per_chunk
+                assert held == [chunk * size + i for chunk in mapped for i in range(size)]
                 assert len(set(mapped)) == len(mapped)
 
     def _places(self, prompt, layer, head):
-        return self.pool.head_pages_of(prompt, layer, head), self.pool.mapped_chunks(prompt, layer, head)
+        in_page = range(P // self.pool.config.tokens_per_chunk)
+        places = itertools.product(self.pool.head_pages_of(prompt, layer, head), in_page)
+        return list(places), self.pool.mapped_chunks(prompt, layer, head)
 
 
 class CppDecodeAgainstBruteForce(DecodeAgainstBruteForce):
@@ -206,7 +211,7 @@ def test_a_layer_s_retrieval_leaves_the_other_layers_alone():
 
 @pytest.mark.usefixtures("kernels")
 def test_a_query_that_points_at_a_chunk_finds_it():
-    pool = dynamic_pool(num_sink_tokens=0, recent_window=0, budget=0.1)
+    pool = dynamic_pool(num_sink_tokens=0, recent_window=0, budget=0.1, chunk_size=P)
     prompt = pool.add_prompt(20 * P)
     prompt.keys[0, :, 6 * P : 7 * P] += 3.0
     slots = pool.req_to_token[prompt.row, : prompt.seq_len].long()
@@ -245,6 +250,7 @@ def arguments_of(pool, prompts, layer, q):
         "num_sink_chunks": num_sink_chunks,
         "num_recent_chunks": num_recent_chunks,
         "chunk_score": pool.config.chunk_score,
+        "chunk_size": pool.config.tokens_per_chunk,
     }
 
 
@@ -271,7 +277,7 @@ def test_rows_of_either_integer_type(dtype):
         ("views.v_flat", torch.Tensor.half),
         ("views.v_flat", lambda t: t[1:]),
         ("views.k_pages", lambda t: t[:, :4]),
-        ("views.chunk_of_head_page", lambda t: t.long()),
+        ("views.held_chunks", lambda t: t.long()),
         ("k_host_pages", lambda t: t[:, :4]),
         ("k_host_pages", torch.Tensor.half),
         ("v_host_pages", lambda t: t[..., :16]),
@@ -282,6 +288,9 @@ def test_rows_of_either_integer_type(dtype):
         ("layer_idx", lambda layer: 2),
         ("layer_idx", lambda layer: -1),
         ("chunk_score", lambda name: "mean"),
+        ("chunk_size", lambda size: 3),
+        ("chunk_size", lambda size: 0),
+        ("views.held_chunks", lambda t: t[:, :1]),
     ],
 )
 def test_bad_arguments_are_named(name, change):
@@ -307,17 +316,17 @@ class State:
 
     keys: torch.Tensor
     values: torch.Tensor
-    chunk_of_head_page: torch.Tensor
+    held_chunks: torch.Tensor
     counters: torch.Tensor
 
     @classmethod
     def of(cls, pool):
-        return cls(*(t.clone() for t in (pool.keys, pool.values, pool.views.chunk_of_head_page, pool.counters)))
+        return cls(*(t.clone() for t in (pool.keys, pool.values, pool.views.held_chunks, pool.counters)))
 
     def restore(self, pool):
         pool.keys.copy_(self.keys)
         pool.values.copy_(self.values)
-        pool.views.chunk_of_head_page.copy_(self.chunk_of_head_page)
+        pool.views.held_chunks.copy_(self.held_chunks)
         pool.counters.copy_(self.counters)
 
 
@@ -332,19 +341,17 @@ def chunks_of(pool, prompts, layer):
 
 def check_only_ties_differ(pool, prompt, layer, head, q, chosen, expected):
     """Chunks that only one implementation chose have scores that are equal but for rounding."""
-    score, num_chunks = pool.config.chunk_score, prompt.reservation.geometry.num_chunks
-    stored, one = summary_vectors(score, estimate=pool.config.estimates), torch.tensor([head])
-    summaries = naive.read_summaries(pool.views, pool.table, prompt.row, layer, one, num_chunks, stored)
-    summaries = summaries[:, :, : summary_vectors(score)]
+    config, one = pool.config, torch.tensor([head])
     grouped = q.view(pool.layout.num_kv_heads, -1, q.shape[-1])[head : head + 1]
-    scores = score_chunks(grouped.double(), summaries.double(), score)[0]
+    how = (config.chunk_score, config.tokens_per_chunk, config.estimates)
+    scores = naive.score_row(grouped, pool.views, pool.table, prompt.row, layer, one, *how)[0]
     unequal = scores[sorted(chosen ^ expected)]
     assert unequal.max() - unequal.min() <= 1e-5 * scores.abs().max()
 
 
 def check_same_step(pool, compressed, prompts, layer, q, isa=None, twin=None):
     """Naive and `twin`, or C++, from one state; what the twin leaves stays. Returns whether all chunks are the same."""
-    before, page_size = State.of(pool), pool.config.page_size
+    before, size = State.of(pool), pool.config.tokens_per_chunk
     arguments = [*arguments_of(pool, prompts, layer, q).values(), pool.config.estimates]
     naive.retrieve_chunks(*arguments)
     expected, expected_chunks = State.of(pool), chunks_of(pool, compressed, layer)
@@ -360,7 +367,7 @@ def check_same_step(pool, compressed, prompts, layer, q, isa=None, twin=None):
         held = pool.held_tokens(prompt, other, head)
         if pool.is_dynamic(prompt, other, head):
             mapped = pool.mapped_chunks(prompt, other, head)
-            assert held == [chunk * page_size + i for chunk in mapped for i in range(page_size)]
+            assert held == [chunk * size + i for chunk in mapped for i in range(size)]
     if chunks != expected_chunks:
         return False
     for field in dataclasses.fields(State):
@@ -383,10 +390,14 @@ def mixed_pool(dtype=torch.float32, **config):
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
+@pytest.mark.parametrize(
+    ("chunk_score", "chunk_size"),
+    [*((score, None) for score in CHUNK_SCORES), (KEY_CODES, 4), (KEY_CODES, P), ("quest", 4)],
+)
 @pytest.mark.parametrize("windows", [(0, 0), (4, 2 * P), (3 * P, 50 * P)])
-def test_cpp_equals_naive_over_many_steps(windows, chunk_score, dtype):
-    config = {"num_sink_tokens": windows[0], "recent_window": windows[1], "chunk_score": chunk_score}
+def test_cpp_equals_naive_over_many_steps(windows, chunk_score, chunk_size, dtype):
+    windows = {"num_sink_tokens": windows[0], "recent_window": windows[1]}
+    config = {**windows, "chunk_score": chunk_score, "chunk_size": chunk_size}
     pool, prompts, compressed = mixed_pool(dtype, budget=0.3, **config)
     same, steps = 0, 24
     for step in range(steps):
@@ -415,10 +426,13 @@ def test_cpp_equals_naive_at_any_budget_and_number_of_threads(threads, budget):
 @pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("group_size", [*range(1, 9), 16])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
-def test_cpp_equals_naive_for_model_shapes(head_dim, group_size, isa):
-    config = HybridKVConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, max_dynamic_heads=1.0, budget=0.3)
+@pytest.mark.parametrize("chunk_score", ["mean_spread", KEY_CODES])
+def test_cpp_equals_naive_for_model_shapes(chunk_score, head_dim, group_size, isa):
+    page_size = {32: 8, 64: 16, 80: 32, 96: 64, 128: 8}[head_dim]
+    values = {"min_head_pages": 1, "min_prompt_tokens": 1, "max_dynamic_heads": 1.0, "budget": 0.3}
+    config = HybridKVConfig(**values, page_size=page_size, chunk_score=chunk_score)
     pool = TinyPool(fresh_generator(), config, head_dim=head_dim, group_size=group_size, pages=60, host_pages=40)
-    prompt = pool.add_prompt(21 * P)
+    prompt = pool.add_prompt(21 * page_size)
     pool.compress(prompt)
     check_same_step(pool, [prompt], [prompt], 1, pool.queries(1), isa)
 
@@ -447,7 +461,8 @@ def test_queries_that_are_no_numbers_leave_the_buffers_sound(broken, chunk_score
         held = pool.held_tokens(prompt, layer, head)
         assert len(set(held)) == len(held)
         if pool.is_dynamic(prompt, layer, head):
-            assert held == [chunk * P + i for chunk in pool.mapped_chunks(prompt, layer, head) for i in range(P)]
+            size = pool.config.tokens_per_chunk
+            assert held == [chunk * size + i for chunk in pool.mapped_chunks(prompt, layer, head) for i in range(size)]
 
 
 @needs_library

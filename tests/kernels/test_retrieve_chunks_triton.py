@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from hybridkv_kernels.retrieve_chunks import triton as twin
-from hybridkv_kernels.select_chunks import CHUNK_SCORES, ESTIMATING_SCORES
+from hybridkv_kernels.select_chunks import CHUNK_SCORES, ESTIMATING_SCORES, KEY_CODES
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from tests.builders import NAN, TinyPool, forced_kernels, fresh_generator
 from tests.kernels.test_retrieve_chunks import (
@@ -23,6 +23,8 @@ from tests.kernels.test_retrieve_chunks import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Chunk score and size; None is the default, for key codes single tokens and for the others pages.
+SCORED = [*((score, None) for score in CHUNK_SCORES), (KEY_CODES, 2), (KEY_CODES, P), ("mean2_max", 4)]
 
 
 def retrieve_in_used_memory(*arguments):
@@ -39,12 +41,12 @@ def check_step(pool, compressed, prompts, layer, q):
     return check_same_step(pool, compressed, prompts, layer, q, twin=retrieve_in_used_memory)
 
 
-@pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
+@pytest.mark.parametrize("scored", SCORED)
 @pytest.mark.parametrize("windows", [(0, 0), (4, 2 * P), (3 * P, 50 * P)])
-def test_equals_naive_over_many_steps(windows, chunk_score):
-    config = {"num_sink_tokens": windows[0], "recent_window": windows[1], "chunk_score": chunk_score}
-    dtype = DTYPES[(CHUNK_SCORES.index(chunk_score) + windows[0]) % 3]
-    pool, prompts, compressed = mixed_pool(dtype, budget=0.3, **config)
+def test_equals_naive_over_many_steps(windows, scored):
+    config = {"num_sink_tokens": windows[0], "recent_window": windows[1]}
+    dtype = DTYPES[(SCORED.index(scored) + windows[0]) % 3]
+    pool, prompts, compressed = mixed_pool(dtype, budget=0.3, chunk_score=scored[0], chunk_size=scored[1], **config)
     same, steps = 0, 4
     for step in range(steps):
         batch = [prompts[i] for i in torch.randperm(4, generator=pool.generator)[: 1 + step % 4]]
@@ -54,11 +56,12 @@ def test_equals_naive_over_many_steps(windows, chunk_score):
 
 @pytest.mark.parametrize("budget", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("num_programs", [1, 10_000])
-@pytest.mark.parametrize("block", [32, 2048])
-def test_equals_naive_however_the_work_is_shared(monkeypatch, block, num_programs, budget):
+@pytest.mark.parametrize(("block", "chunk_score"), [(32, "mean_spread"), (2048, "mean_spread"), (64, KEY_CODES)])
+def test_equals_naive_however_the_work_is_shared(monkeypatch, block, chunk_score, num_programs, budget):
     monkeypatch.setattr(twin, "select_block", lambda num_chunks: block)
     monkeypatch.setattr(twin, "_TARGET_PROGRAMS", num_programs)
-    config = HybridKVConfig(page_size=P, min_head_pages=1, min_prompt_tokens=1, max_dynamic_heads=1.0, budget=budget)
+    values = {"page_size": P, "min_head_pages": 1, "min_prompt_tokens": 1, "max_dynamic_heads": 1.0, "budget": budget}
+    config = HybridKVConfig(**values, chunk_score=chunk_score)
     pool = TinyPool(fresh_generator(), config, num_layers=1, num_kv_heads=2, pages=220, host_pages=80)
     prompt = pool.add_prompt(71 * P)
     pool.compress(prompt)
@@ -66,6 +69,7 @@ def test_equals_naive_however_the_work_is_shared(monkeypatch, block, num_program
         assert check_step(pool, [prompt], [prompt], 0, q)
 
 
+@pytest.mark.parametrize("scored", ["mean_spread", KEY_CODES, "single tokens"])
 @pytest.mark.parametrize(
     ("page_size", "head_dim", "group_size", "dtype"),
     [
@@ -80,20 +84,22 @@ def test_equals_naive_however_the_work_is_shared(monkeypatch, block, num_program
         (8, 64, 16, torch.bfloat16),
     ],
 )
-def test_equals_naive_for_model_shapes(page_size, head_dim, group_size, dtype):
-    config = HybridKVConfig(
-        page_size=page_size, min_head_pages=1, min_prompt_tokens=1, max_dynamic_heads=1.0, budget=0.3
-    )
+def test_equals_naive_for_model_shapes(scored, page_size, head_dim, group_size, dtype):
+    values = {"page_size": page_size, "min_head_pages": 1, "min_prompt_tokens": 1, "max_dynamic_heads": 1.0}
+    how = {"chunk_score": KEY_CODES} if scored == "single tokens" else {"chunk_score": scored, "chunk_size": page_size}
+    config = HybridKVConfig(**values, budget=0.3, **how)
     shape = {"head_dim": head_dim, "group_size": group_size, "pages": 60, "host_pages": 40, "dtype": dtype}
     pool = TinyPool(fresh_generator(), config, **shape)
     prompt = pool.add_prompt(21 * page_size)
     pool.compress(prompt)
-    assert check_step(pool, [prompt], [prompt], 1, pool.queries(1)), "with so few chunks there is no tie"
+    same = check_step(pool, [prompt], [prompt], 1, pool.queries(1))
+    assert same or scored == "single tokens", "with so few chunks there is no tie"
 
 
 @pytest.mark.parametrize("num_tokens", [P, 2 * P - 1, 2 * P, 2 * P + 1, 3 * P])
-def test_equals_naive_for_few_chunks(num_tokens):
-    pool = dynamic_pool(budget=1.0)
+@pytest.mark.parametrize("chunk_score", ["mean_spread", KEY_CODES])
+def test_equals_naive_for_few_chunks(chunk_score, num_tokens):
+    pool = dynamic_pool(budget=1.0, chunk_score=chunk_score)
     prompts = [pool.add_prompt(n) for n in (num_tokens, 1, P - 1)]
     pool.compress(prompts[0])
     assert check_step(pool, prompts[:1], prompts, 0, pool.queries(3))
@@ -114,7 +120,7 @@ def test_among_equal_scores_the_earlier_chunk_wins(chunk_score):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("chunk_score", ["mean_max", "mean_mean", "quest", "arkvale"])
+@pytest.mark.parametrize("chunk_score", ["mean_max", "mean_mean", "quest", "arkvale", KEY_CODES])
 @pytest.mark.parametrize("broken", [NAN, float("inf"), -float("inf")])
 def test_queries_that_are_no_numbers_leave_the_buffers_sound(broken, chunk_score):
     pool, prompts, compressed = mixed_pool(budget=0.3, chunk_score=chunk_score, num_sink_tokens=P, recent_window=P)
@@ -126,13 +132,14 @@ def test_queries_that_are_no_numbers_leave_the_buffers_sound(broken, chunk_score
         held = pool.held_tokens(prompt, 0, head)
         assert len(set(held)) == len(held)
         if pool.is_dynamic(prompt, 0, head):
-            mapped = pool.mapped_chunks(prompt, 0, head)
-            assert held == [chunk * P + i for chunk in mapped for i in range(P)]
-            assert len(mapped) < 3 or {0, prompt.reservation.geometry.num_chunks - 1} <= set(mapped)
+            mapped, size = pool.mapped_chunks(prompt, 0, head), pool.config.tokens_per_chunk
+            assert held == [chunk * size + i for chunk in mapped for i in range(size)]
+            last = prompt.reservation.geometry.covered // size - 1
+            assert len(mapped) < 2 * P // size + 1 or {0, last} <= set(mapped)
 
 
 @pytest.mark.usefixtures("triton_kernels")
-@pytest.mark.parametrize("chunk_score", ["mean_max", "mean_mean", "quest", "arkvale"])
+@pytest.mark.parametrize("chunk_score", ["mean_max", "mean_mean", "quest", "arkvale", KEY_CODES])
 def test_the_chosen_chunks_are_the_best_ones_by_the_published_formulas(chunk_score):
     pool, prompts, compressed = mixed_pool(budget=0.25, chunk_score=chunk_score, max_dynamic_heads=1.0)
     q = pool.queries(4)
@@ -157,7 +164,7 @@ def test_only_what_is_missing_moves():
     assert (pool.counters - before.counters).tolist() == [chosen, chosen]
     assert torch.equal(pool.keys.nan_to_num(7.0), before.keys.nan_to_num(7.0))
     assert torch.equal(pool.values.nan_to_num(7.0), before.values.nan_to_num(7.0))
-    assert torch.equal(pool.views.chunk_of_head_page, before.chunk_of_head_page)
+    assert torch.equal(pool.views.held_chunks, before.held_chunks)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -172,7 +179,7 @@ def test_padding_rows_dense_requests_and_static_heads_are_left_alone(dtype):
     arguments = list(arguments_of(pool, [static, dense], 0, q).values())
     arguments[7] = torch.tensor([0, static.row, dense.row, 0], dtype=dtype)
     retrieve_in_used_memory(*arguments)
-    for name in ("keys", "values", "chunk_of_head_page", "counters"):
+    for name in ("keys", "values", "held_chunks", "counters"):
         assert torch.equal(getattr(State.of(pool), name).nan_to_num(7.0), getattr(before, name).nan_to_num(7.0)), name
 
 

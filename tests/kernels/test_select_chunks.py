@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.select_chunks import (
-    CHUNK_SCORES,
     ESTIMATING_SCORES,
+    SUMMARY_SCORES,
     forced_chunks,
     select_chunks,
     summarize_chunks,
@@ -18,7 +18,7 @@ from hybridkv_kernels.select_chunks.naive import score_chunks
 from tests.builders import LAWS, fresh_generator, plain_forced
 from tests.kernels.finer import plain_scores
 
-scores_of = st.sampled_from(CHUNK_SCORES)
+scores_of = st.sampled_from(SUMMARY_SCORES)
 
 
 @st.composite
@@ -153,7 +153,7 @@ def test_a_needle_that_its_neighbours_cancel_is_found_by_the_finer_score():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
+@pytest.mark.parametrize("chunk_score", SUMMARY_SCORES)
 def test_summaries_keep_the_dtype(dtype, chunk_score):
     """fp16 chunks whose sum overflows must still have a finite mean."""
     keys = torch.full((1, 2, 64, 8), 3000.0, dtype=dtype)

@@ -3,14 +3,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from hybridkv_kernels.select_chunks import CHUNK_SCORES, naive, select_chunks, summary_vectors, top_chunks
+from hybridkv_kernels.select_chunks import SUMMARY_SCORES, naive, select_chunks, summary_vectors, top_chunks
 from hybridkv_kernels.select_chunks import triton as twin
 from tests.builders import fresh_generator
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
 
-@pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
+@pytest.mark.parametrize("chunk_score", SUMMARY_SCORES)
 @pytest.mark.parametrize(
     ("dtype", "group", "head_dim", "num_chunks"),
     [
@@ -32,7 +32,8 @@ def test_equals_naive(dtype, group, head_dim, num_chunks, chunk_score):
     windows = {"num_sink_chunks": 2, "num_recent_chunks": 3}
     for queries in (q, torch.zeros_like(q)):
         got = select_chunks(queries, summaries, counts, **windows, chunk_score=chunk_score)
-        scores = naive.score_chunks(queries.float(), summaries.float(), chunk_score)
+        plain, score = naive.as_plain_score(queries, chunk_score)  # in the type of the queries
+        scores = naive.score_chunks(plain.float(), summaries.float(), score)
         forced = naive.forced_chunks(num_chunks, counts, 2, 3)
         scores = scores.masked_fill(forced, float("inf"))
         assert got.sum(1).tolist() == counts.tolist()

@@ -66,8 +66,9 @@ def test_keys_and_values_are_two_memories(pool):
 
 
 def test_the_residency_map_has_an_entry_for_each_head_page(pool):
-    assert pool.views.chunk_of_head_page.shape == (len(pool.views.k_pages),) == (3 * 9 * 2,)
-    assert pool.views.chunk_of_head_page.dtype == torch.int32
+    assert pool.views.held_chunks.shape == (len(pool.views.k_pages), 1) == (3 * 9 * 2, 1)
+    assert pool.views.with_chunks(2).held_chunks.shape == (3 * 9 * 2, 8)
+    assert pool.views.held_chunks.dtype == torch.int32
 
 
 def test_page_bytes_are_those_of_one_page_of_all_layers(pool):

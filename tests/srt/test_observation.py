@@ -23,7 +23,7 @@ def make_observer():
 
 
 def reservation(prompt_len=64, spans=()):
-    geometry = prompt_geometry(prompt_len, 0.5, page_size=16, head_pages_per_page=4, vectors_per_chunk=1)
+    geometry = prompt_geometry(prompt_len, 0.5, page_size=16, head_pages_per_page=4, summary_vectors=prompt_len // 16)
     return make_reservation(geometry, range(1, 1 + geometry.num_pages), range(geometry.num_host_pages), spans=spans)
 
 

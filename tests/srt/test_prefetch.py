@@ -44,7 +44,7 @@ def resident(serving):
             for head in range(serving.heads):
                 count = table.num_head_pages[row, layer, head]
                 ids = table.buffer_page_ids(row, layer, torch.tensor([head]), count[None])[0]
-                held[row, layer, head] = set(views.chunk_of_head_page[ids].tolist())
+                held[row, layer, head] = set(views.held_chunks[ids].flatten().tolist())
     return held
 
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 constexpr int kMaxGroup = 16;
+constexpr int kCodedTokens = 8, kCodeHeader = 2;  // of key codes; select_chunks/naive.py says what they are
 
 extern "C" {
 
@@ -20,7 +21,7 @@ struct DecodeArgs {
   const int32_t* num_chunks;      // [rows]; this and the next three are read where chunks are estimated
   const int32_t* first_summary_page; // [rows, num_layers, num_kv_heads]
   const uint8_t* is_dynamic;      // [rows, num_layers, num_kv_heads]
-  const int32_t* chunk_of_head_page; // [head pages]
+  const int32_t* held_chunks;        // [head pages]
   const int32_t* req_to_token;    // [rows, max_context]
   const int64_t* req_rows;        // [batch]
   const int64_t* seq_lens;        // [batch]
@@ -37,14 +38,15 @@ enum HkChunkScore : int32_t {
   HK_QUEST = 2,
   HK_ARKVALE = 3,
   HK_MEAN2_MAX = 4,
-  HK_MEAN4_MAX = 5
+  HK_MEAN4_MAX = 5,
+  HK_KEY_CODES = 7  // 6, mean_spread, arrives as HK_MEAN_MAX with another query
 };
 
 struct RetrieveArgs {
   const void* q;                     // [batch, num_q_heads, D]
   void *k_flat, *v_flat;             // pool, in place
   const void *k_host, *v_host;       // host store, [host pages * num_layers * num_kv_heads, page_size, D]
-  int32_t* chunk_of_head_page;       // [head pages], in place
+  int32_t* held_chunks;              // [head pages, page_size / chunk_size], in place
   int64_t* counters;                 // [2], in place
   const int32_t *pages, *host_pages; // [rows, max_pages], [rows, max_host_pages]
   const int32_t *num_pages, *num_chunks;                                   // [rows]
@@ -53,7 +55,7 @@ struct RetrieveArgs {
   const int64_t* req_rows;           // [batch]
   int64_t max_pages, max_host_pages;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
-  int32_t type, num_threads, chunk_score, summary_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
+  int32_t type, num_threads, chunk_score, chunk_size, summary_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
 };
 
 enum HkStatistic : int32_t {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -12,12 +13,14 @@ namespace HK_NAMESPACE {
 
 struct Float32 {
   using Storage = float;
+  static constexpr float kMax = std::numeric_limits<float>::max();
   static inline float load(Storage x) { return x; }
   static inline Storage store(float x) { return x; }
 };
 
 struct BFloat16 {
   using Storage = uint16_t;
+  static constexpr float kMax = 3.38953139e38f;
   static inline float load(Storage x) {
     uint32_t bits = uint32_t(x) << 16;
     float value;
@@ -34,6 +37,7 @@ struct BFloat16 {
 
 struct Float16 {
   using Storage = uint16_t;
+  static constexpr float kMax = 65504.f;
   static inline float load(Storage x) {
     // Exponent and mantissa as a float 2^112 too small; the product restores it and normalises subnormals.
     uint32_t bits = uint32_t(x & 0x7fffu) << 13, scale_bits = 0x77800000u, sign = uint32_t(x & 0x8000u) << 16;

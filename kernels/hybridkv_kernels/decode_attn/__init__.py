@@ -36,7 +36,7 @@ def decode_attn(
     scaling : factor of q . k before the softmax.
     estimate : None, or the chunk score, one of `select_chunks.ESTIMATING_SCORES`, of summaries that carry mean values
         (`summarize_chunks` with v). Each chunk that a dynamic head's buffer does not hold, by
-        `views.chunk_of_head_page`, then takes part through its V means: logit scaling * q . mean_key + log(P / V),
+        `views.held_chunks`, then takes part through its V means: logit scaling * q . mean_key + log(P / V),
         value mean_value. Static heads and dense requests have nothing to estimate. Where every chunk is resident the
         result is that of None, bit for bit.
 
@@ -68,6 +68,7 @@ def decode_attn(
     checks.check_contiguous("req_to_token", req_to_token)
     if estimate is not None:
         check_score("estimate", estimate, estimate=True)
+        views.check_chunks(table.layout.page_size)
     if checks.is_debug():
         table.check_rows(req_rows, layer_idx)
         if estimate is not None:

@@ -70,7 +70,7 @@ struct Work {
 static inline std::vector<int32_t> absent_chunks(const DecodeArgs& a, int64_t row, int64_t head) {
   std::vector<uint8_t> is_resident(size_t(a.num_chunks[row]), 0);
   for (int64_t place = 0; place < a.num_head_pages[head]; ++place)
-    is_resident[size_t(a.chunk_of_head_page[head_page(a, row, a.first_head_page[head] + place)])] = 1;
+    is_resident[size_t(a.held_chunks[head_page(a, row, a.first_head_page[head] + place)])] = 1;
   std::vector<int32_t> absent;
   absent.reserve(is_resident.size());
   for (size_t c = 0; c < is_resident.size(); ++c)

@@ -14,7 +14,7 @@ SPLIT_ROWS = 1024  # rows of one unit of work: long enough to amortise the merge
 
 _POINTERS = (
     "q out k_flat v_flat pages num_pages covered first_head_page num_head_pages num_chunks first_summary_page "
-    "is_dynamic chunk_of_head_page req_to_token req_rows seq_lens"
+    "is_dynamic held_chunks req_to_token req_rows seq_lens"
 )
 _SIZES = (
     "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
@@ -68,7 +68,7 @@ def decode_attn(
                 table.num_chunks,
                 table.first_summary_page,
                 table.is_dynamic,
-                views.chunk_of_head_page,
+                views.held_chunks,
                 req_to_token,
                 req_rows,
                 seq_lens,

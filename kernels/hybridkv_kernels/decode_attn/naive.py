@@ -5,7 +5,7 @@ import math
 import torch
 
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.retrieve_chunks.naive import read_summaries
+from hybridkv_kernels.retrieve_chunks.naive import read_vectors
 from hybridkv_kernels.select_chunks import summary_vectors
 
 
@@ -64,7 +64,7 @@ def absent_chunks(views: HeadPageViews, table: HeadPageTable, row: int, layer_id
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if len(heads):
         ids = table.buffer_page_ids(row, layer_idx, heads, table.num_head_pages[row, layer_idx, heads])
-        absent[heads[:, None], views.chunk_of_head_page[ids].to(torch.int64)] = False
+        absent[heads[:, None], views.held_chunks[ids, 0].to(torch.int64)] = False
     return absent
 
 
@@ -77,7 +77,8 @@ def estimated_rows(
     """
     vectors, num_chunks = summary_vectors(estimate), absent.shape[1]
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
-    summaries = read_summaries(views, table, row, layer_idx, heads, num_chunks, 2 * vectors)
+    summaries = read_vectors(views, table, row, layer_idx, heads, num_chunks * 2 * vectors)
+    summaries = summaries.unflatten(1, (num_chunks, 2 * vectors))
     means = views.k_pages.new_zeros(2, len(absent), num_chunks * vectors, summaries.shape[-1])
     means[0, heads] = summaries[:, :, :vectors].flatten(1, 2)
     means[1, heads] = summaries[:, :, vectors:].flatten(1, 2)

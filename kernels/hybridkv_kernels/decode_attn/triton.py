@@ -254,7 +254,7 @@ def _attend(
 @triton.jit(do_not_specialize=_VARYING)
 def _mark_resident(
     is_resident,
-    chunk_of_head_page,
+    held_chunks,
     pages,
     num_pages,
     first_head_page,
@@ -281,7 +281,7 @@ def _mark_resident(
     for start in range(tl.program_id(1) * BLOCK, count, tl.num_programs(1) * BLOCK):
         place = start + tl.arange(0, BLOCK)
         ids = head_page_ids(pages + row * max_pages, first + place, place < count, pages_per_layer, L, H)
-        chunk = tl.load(chunk_of_head_page + ids, mask=place < count, other=-1)
+        chunk = tl.load(held_chunks + ids, mask=place < count, other=-1)
         is_chunk = (chunk >= 0) & (chunk < max_chunks)
         tl.store(is_resident + entry.to(tl.int64) * max_chunks + chunk, 1, mask=is_chunk)
 
@@ -511,7 +511,7 @@ def decode_attn(
         is_resident = torch.zeros(num_entries, max_chunks, dtype=torch.uint8, device=q.device)
         _mark_resident[(num_entries, MARK_PROGRAMS)](
             is_resident,
-            views.chunk_of_head_page,
+            views.held_chunks,
             table.pages,
             table.num_pages,
             table.first_head_page,

@@ -35,8 +35,9 @@ def fetch_chunks(
 
     Notes
     -----
-    A chunk that stays keeps its head page, so a buffer is not in position order. Cost: 2 P D itemsize bytes a
-    moved chunk over the host link. Source: HybridKV (arXiv 2604.05887).
+    A "head page" is here what holds one chunk of P tokens: a whole page, or a part of it where chunks are smaller than
+    pages and all memory is counted in them. A chunk that stays keeps its place, so a buffer is not in position order.
+    Cost: 2 P D itemsize bytes a moved chunk over the host link. Source: HybridKV (arXiv 2604.05887).
     """
     num_heads, num_chunks = selected.shape
     checks.check_dtype("selected", selected, (torch.bool,))

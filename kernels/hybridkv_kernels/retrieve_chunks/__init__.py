@@ -5,7 +5,7 @@ import torch
 from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import cpu, naive
-from hybridkv_kernels.select_chunks import check_score
+from hybridkv_kernels.select_chunks import check_chunk_size, check_score
 
 _IMPLEMENTATIONS = {"naive": naive.retrieve_chunks, "cpu": cpu.retrieve_chunks, "triton": gpu.twin("retrieve_chunks")}
 
@@ -23,9 +23,10 @@ def retrieve_chunks(
     num_sink_chunks: int,
     num_recent_chunks: int,
     chunk_score: str,
+    chunk_size: int,
     estimate: bool = False,
 ) -> None:
-    """Score the chunk summaries of every dynamic head, choose its top chunks, and fetch the missing ones.
+    """Score the chunks of every dynamic head from its summary vectors, choose the top ones, and fetch what is missing.
 
     Parameters
     ----------
@@ -36,7 +37,9 @@ def retrieve_chunks(
     counters : [2], int64, in place. Chunks chosen by score, and those of them that were resident already.
     layer_idx : layer within the pool, from 0.
     req_rows : [B], integer. Rows of `table`.
-    num_sink_chunks, num_recent_chunks, chunk_score : as in `select_chunks`.
+    num_sink_chunks, num_recent_chunks : as in `select_chunks`.
+    chunk_score : one of CHUNK_SCORES. "key_codes" takes the best token of a chunk, by the codes of `encode_keys`.
+    chunk_size : tokens of a chunk, a divisor of the page size. A buffer of n pages holds n * page_size / chunk_size.
     estimate : the summaries carry mean values, too (`summarize_chunks` with v); they are skipped here.
 
     Raises
@@ -61,6 +64,8 @@ def retrieve_chunks(
     checks.check_dtype("counters", counters, (torch.int64,))
     checks.check_shape("req_rows", req_rows, (q.shape[0],))
     check_score("chunk_score", chunk_score, estimate=estimate)
+    check_chunk_size(chunk_size, table.layout.page_size, chunk_score, estimate=estimate)
+    views.check_chunks(chunk_size)
     if checks.is_debug():
         table.check_rows(req_rows, layer_idx)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // table.layout.num_kv_heads)
@@ -76,5 +81,6 @@ def retrieve_chunks(
         num_sink_chunks,
         num_recent_chunks,
         chunk_score,
+        chunk_size,
         estimate,
     )

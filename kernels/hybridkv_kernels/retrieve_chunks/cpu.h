@@ -35,14 +35,98 @@ static float chunk_score(const RetrieveArgs& a, const float* q, const float* q_n
   return a.chunk_score == HK_MEAN_MEAN ? total / float(group) : best;
 }
 
+// One word of key codes, of whatever type the pool stores it in.
+template <typename Storage>
+static inline uint32_t code_word(Storage stored) {
+  uint32_t word = 0;
+  std::memcpy(&word, &stored, sizeof(Storage));
+  return word;
+}
+
+// Products of B queries [B, D] with the codes of 2 * kCodedTokens tokens, whose words are at `first` and `second` (null:
+// none): the tokens are the lanes, so that nothing is summed across them.
+template <typename Storage, int D, int B>
+static void multiply_codes(const Storage* first, const Storage* second, const float* q, float* out) {
+  constexpr int kLanes = 2 * kCodedTokens;
+  alignas(64) float sums[B][kLanes] = {};
+  for (int d = 0; d < D; ++d) {
+    const uint32_t word = code_word(first[d]) | (second ? code_word(second[d]) << kLanes : 0u);
+    float weights[B];
+    for (int g = 0; g < B; ++g) weights[g] = q[g * D + d];
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float code = float(int32_t((word >> (2 * lane)) & 3u));
+      for (int g = 0; g < B; ++g) sums[g][lane] += weights[g] * code;
+    }
+  }
+  std::memcpy(out, sums, sizeof(sums));
+}
+
+// best[i]: the maximum over the group of constants[g] + query g times the codes of token i, of up to two words.
+template <typename Storage, int D>
+static void score_codes(const Storage* first, const Storage* second, const float* q, const float* constants, int group,
+                        float* best) {
+  constexpr int kLanes = 2 * kCodedTokens, kBlock = 4;
+  alignas(64) float products[kBlock * kLanes];
+  std::fill(best, best + kLanes, -std::numeric_limits<float>::infinity());
+  for (int start = 0; start < group; start += kBlock) {
+    const int count = std::min(group - start, kBlock);
+    const float* block = q + start * D;
+    if (count == 4) multiply_codes<Storage, D, 4>(first, second, block, products);
+    else if (count == 3) multiply_codes<Storage, D, 3>(first, second, block, products);
+    else if (count == 2) multiply_codes<Storage, D, 2>(first, second, block, products);
+    else multiply_codes<Storage, D, 1>(first, second, block, products);
+    for (int g = 0; g < count; ++g)
+      for (int i = 0; i < kLanes; ++i) best[i] = std::max(best[i], constants[start + g] + products[g * kLanes + i]);
+  }
+}
+
 template <typename T, int D>
 struct DynamicHead {
   using Storage = typename T::Storage;
   const RetrieveArgs& a;
   int64_t row, head, num_chunks, num_selected;
-  int kv_head;
 
   void score(const Storage* q_src, int group, std::vector<float>& scores) const {
+    if (a.chunk_score == HK_KEY_CODES) score_by_codes(q_src, group, scores);
+    else score_by_summaries(q_src, group, scores);
+    // NaN has no order, and std::nth_element leaves the array without one.
+    for (float& score : scores)
+      if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
+  }
+
+  // The best token of each chunk; a step of the codes goes to the query, rounded to the pool's type as everywhere.
+  void score_by_codes(const Storage* q_src, int group, std::vector<float>& scores) const {
+    alignas(64) float q[kMaxGroup * D], centre[D], step[D];
+    float constants[kMaxGroup], best[2 * kCodedTokens];
+    Summaries<Storage, D, RetrieveArgs> summary{a, row, head};
+    load_row<T, D>(summary(0), centre);
+    load_row<T, D>(summary(1), step);
+    for (int g = 0; g < group; ++g) {
+      float total = 0.f;
+      load_row<T, D>(q_src + g * D, q + g * D);
+      constants[g] = dot<D>(q + g * D, centre);
+      for (int d = 0; d < D; ++d) {
+        const float scaled = std::min(std::max(q[g * D + d] * step[d], -T::kMax), T::kMax);
+        total += q[g * D + d] = T::load(T::store(scaled));
+      }
+      constants[g] -= 1.5f * total;
+    }
+    std::fill(scores.begin(), scores.end(), -std::numeric_limits<float>::infinity());
+    const int64_t num_words = num_chunks * a.chunk_size / kCodedTokens;
+    for (int64_t w = 0; w < num_words; w += 2) {
+      // Two words lie side by side: the header is even, and so is what a half of a page holds.
+      const Storage* first = summary(kCodeHeader + w);
+      const int64_t count = std::min<int64_t>(num_words - w, 2) * kCodedTokens;
+      score_codes<Storage, D>(first, count > kCodedTokens ? first + D : nullptr, q, constants, group, best);
+      for (int64_t i = 0; i < count; ++i) {
+        float& score = scores[size_t((w * kCodedTokens + i) / a.chunk_size)];
+        score = std::max(score, best[i]);
+      }
+    }
+  }
+
+  void score_by_summaries(const Storage* q_src, int group, std::vector<float>& scores) const {
     alignas(64) float q[kMaxGroup * D], low[D], high[D];
     float q_norm[kMaxGroup];
     for (int i = 0; i < group * D; ++i) q[i] = T::load(q_src[i]);
@@ -57,8 +141,7 @@ struct DynamicHead {
         if (is_box) load_row<T, D>(summary(v + 1), high);
         score = std::max(score, chunk_score<D>(a, q, q_norm, group, low, high));
       }
-      // NaN has no order, and std::nth_element leaves the array without one.
-      scores[size_t(c)] = std::isnan(score) ? -std::numeric_limits<float>::infinity() : score;
+      scores[size_t(c)] = score;
     }
   }
 
@@ -74,17 +157,22 @@ struct DynamicHead {
 
   // Chosen chunks in ascending order; among equal scores the earlier chunk wins.
   std::vector<int32_t> select(const std::vector<float>& scores) const {
-    std::vector<int32_t> order;
-    order.resize(size_t(num_chunks));
-    for (int64_t c = 0; c < num_chunks; ++c) order[size_t(c)] = int32_t(c);
-    const auto better = [&](int32_t x, int32_t y) {
-      return scores[size_t(x)] > scores[size_t(y)] || (scores[size_t(x)] == scores[size_t(y)] && x < y);
-    };
-    if (num_selected < num_chunks)
-      std::nth_element(order.begin(), order.begin() + num_selected, order.end(), better);
-    order.resize(size_t(num_selected));
-    std::sort(order.begin(), order.end());
-    return order;
+    std::vector<int32_t> chosen;
+    chosen.reserve(size_t(num_selected));
+    float least = -std::numeric_limits<float>::infinity();
+    int64_t ties = num_selected;
+    if (num_selected < num_chunks) {
+      std::vector<float> order(scores);
+      const auto last = order.begin() + (num_selected - 1);
+      std::nth_element(order.begin(), last, order.end(), std::greater<float>());
+      least = *last;
+    }
+    for (int64_t c = 0; c < num_chunks; ++c) ties -= scores[size_t(c)] > least;
+    for (int64_t c = 0; c < num_chunks; ++c) {
+      const float score = scores[size_t(c)];
+      if (score > least || (score == least && ties-- > 0)) chosen.push_back(int32_t(c));
+    }
+    return chosen;
   }
 
   int64_t fetch(const std::vector<int32_t>& selected) const {
@@ -92,25 +180,29 @@ struct DynamicHead {
     std::vector<uint8_t> state(size_t(num_chunks), kUnwanted);
     for (int32_t c : selected) state[size_t(c)] = kMissing;
     std::vector<int64_t> victims;
+    // Places of the buffer, and rows of the host store, are counted in chunks from here on.
+    const int64_t in_page = a.page_size / a.chunk_size;
     for (int64_t place = 0; place < num_selected; ++place) {
-      const int64_t page = head_page(a, row, a.first_head_page[head] + place);
-      uint8_t& held = state[size_t(a.chunk_of_head_page[page])];
+      const int64_t page = head_page(a, row, a.first_head_page[head] + place / in_page);
+      const int64_t slot = page * in_page + place % in_page;
+      uint8_t& held = state[size_t(a.held_chunks[slot])];
       if (held == kMissing) held = kResident;
-      else victims.push_back(page);
+      else victims.push_back(slot);
     }
-    const int64_t per_page = int64_t(a.num_layers) * a.num_kv_heads, page_elements = int64_t(a.page_size) * D;
+    const int64_t per_page = int64_t(a.num_layers) * a.num_kv_heads, elements = int64_t(a.chunk_size) * D;
     size_t next = 0;
     for (int32_t c : selected) {
       if (state[size_t(c)] == kResident) continue;
-      const int64_t linear = int64_t(a.host_rank[head]) * num_chunks + c;
-      const int64_t src = int64_t(a.host_pages[row * a.max_host_pages + linear / per_page]) * per_page + linear % per_page;
+      const int64_t linear = int64_t(a.host_rank[head]) * (num_chunks / in_page) + c / in_page;
+      const int64_t page = int64_t(a.host_pages[row * a.max_host_pages + linear / per_page]) * per_page + linear % per_page;
+      const int64_t src = page * in_page + c % in_page;
       const int64_t dst = victims[next++];
-      const size_t bytes = size_t(page_elements) * sizeof(Storage);
-      std::memcpy(static_cast<Storage*>(a.k_flat) + dst * page_elements,
-                  static_cast<const Storage*>(a.k_host) + src * page_elements, bytes);
-      std::memcpy(static_cast<Storage*>(a.v_flat) + dst * page_elements,
-                  static_cast<const Storage*>(a.v_host) + src * page_elements, bytes);
-      a.chunk_of_head_page[dst] = c;
+      const size_t bytes = size_t(elements) * sizeof(Storage);
+      std::memcpy(static_cast<Storage*>(a.k_flat) + dst * elements,
+                  static_cast<const Storage*>(a.k_host) + src * elements, bytes);
+      std::memcpy(static_cast<Storage*>(a.v_flat) + dst * elements,
+                  static_cast<const Storage*>(a.v_host) + src * elements, bytes);
+      a.held_chunks[dst] = c;
     }
     return int64_t(next);
   }
@@ -123,10 +215,10 @@ void retrieve_chunks(const RetrieveArgs& a) {
 #pragma omp parallel for schedule(dynamic) num_threads(a.num_threads) reduction(+ : chosen, moved)
   for (int64_t e = 0; e < int64_t(a.batch) * a.num_kv_heads; ++e) {
     const int64_t row = a.req_rows[e / a.num_kv_heads];
-    const int kv_head = int(e % a.num_kv_heads);
-    const int64_t head = (row * a.num_layers + a.layer_idx) * a.num_kv_heads + kv_head;
+    const int64_t head = (row * a.num_layers + a.layer_idx) * a.num_kv_heads + e % a.num_kv_heads;
     if (a.num_pages[row] == 0 || !a.is_dynamic[head]) continue;
-    const DynamicHead<T, D> dynamic{a, row, head, a.num_chunks[row], a.num_head_pages[head], kv_head};
+    const int64_t in_page = a.page_size / a.chunk_size;
+    const DynamicHead<T, D> dynamic{a, row, head, a.num_chunks[row] * in_page, a.num_head_pages[head] * in_page};
     std::vector<float> scores(size_t(dynamic.num_chunks));
     dynamic.score(static_cast<const typename T::Storage*>(a.q) + e * group * D, group, scores);
     chosen += dynamic.num_selected - dynamic.force(scores);

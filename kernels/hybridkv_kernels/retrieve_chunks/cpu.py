@@ -8,16 +8,16 @@ import torch
 
 from hybridkv_kernels import cpu
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import CHUNK_SCORES, summary_vectors
+from hybridkv_kernels.select_chunks import CHUNK_SCORES, KEY_CODES, summary_vectors
 from hybridkv_kernels.select_chunks.naive import as_plain_score
 
 _POINTERS = (
-    "q k_flat v_flat k_host v_host chunk_of_head_page counters pages host_pages num_pages num_chunks first_head_page "
+    "q k_flat v_flat k_host v_host held_chunks counters pages host_pages num_pages num_chunks first_head_page "
     "num_head_pages first_summary_page host_rank is_dynamic req_rows"
 )
 _SIZES = (
     "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
-    "chunk_score summary_vectors stored_vectors num_sink_chunks num_recent_chunks"
+    "chunk_score chunk_size summary_vectors stored_vectors num_sink_chunks num_recent_chunks"
 )
 
 
@@ -43,6 +43,7 @@ def retrieve_chunks(
     num_sink_chunks: int,
     num_recent_chunks: int,
     chunk_score: str,
+    chunk_size: int,
     estimate: bool = False,
     *,
     isa: int | None = None,
@@ -60,7 +61,7 @@ def retrieve_chunks(
                 views.v_flat,
                 k_host_pages,
                 v_host_pages,
-                views.chunk_of_head_page,
+                views.held_chunks,
                 counters,
                 table.pages,
                 table.host_pages,
@@ -87,8 +88,9 @@ def retrieve_chunks(
         cpu.ELEMENT_TYPES[q.dtype],
         torch.get_num_threads(),
         CHUNK_SCORES.index(chunk_score),
-        summary_vectors(chunk_score),
-        summary_vectors(chunk_score, estimate=estimate),
+        chunk_size,
+        0 if chunk_score == KEY_CODES else summary_vectors(chunk_score),
+        0 if chunk_score == KEY_CODES else summary_vectors(chunk_score, estimate=estimate),
         num_sink_chunks,
         num_recent_chunks,
     )

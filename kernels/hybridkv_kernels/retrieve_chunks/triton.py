@@ -1,12 +1,16 @@
 """Triton twin of `retrieve_chunks`: three launches a layer whose grids depend on shapes only.
 
-1. Score: programs of an entry (request, KV head) share its chunks, and write the ordered image of each score. The first
-   one also notes at each resident chunk which buffer place holds it. Those notes are never cleared: a note counts only
-   where the place named there says that it holds the chunk, so what an earlier owner of the memory left does no harm.
-2. Choose: one program an entry finds the threshold, and lists the missing chunks in order and the pages to reuse in
-   theirs, which is the pairing of `naive`.
-3. Fetch: programs of an entry share these lists and read the host rows through their pinned address (zero copy).
+1. Score: programs of an entry (request, KV head) share its chunks, write the ordered image of each score, and clear the
+   mark beside it.
+2. Choose: one program an entry finds the threshold, marks the chosen chunks that the buffer holds, lists the slots that
+   hold others, and lists the chosen chunks without a mark: both in order, which is the pairing of `naive`.
+3. Fetch: programs of an entry share these lists and read the host rows through their pinned address (zero copy). A
+   program copies several small chunks at once, so that many loads are under way.
+
+Buffer places, slots of the pool and slots of the host store are counted in chunks, of which a head page has C.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -14,11 +18,13 @@ import triton.language as tl
 
 from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids, summary_rows
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import summary_vectors
-from hybridkv_kernels.select_chunks.naive import as_plain_score
+from hybridkv_kernels.select_chunks import KEY_CODES, summary_vectors
+from hybridkv_kernels.select_chunks.naive import CODE_HEADER, CODED_TOKENS, as_plain_score
 from hybridkv_kernels.select_chunks.triton import (
-    chosen_of_tile,
+    MANTISSA_BITS,
     chunk_images,
+    coded_query,
+    coded_scores,
     forced_counts,
     group_score,
     load_group,
@@ -29,9 +35,10 @@ from hybridkv_kernels.select_chunks.triton import (
     top_threshold,
 )
 
-_COPY_BLOCK = 2048
-_VARYING = ("layer_idx", "pages_per_layer", "max_pages", "max_chunks", "num_sinks", "num_recent")
-_TARGET_PROGRAMS = 1024  # of a launch: they fill a large GPU, and those with nothing to do cost little
+_COPY_BLOCK = 2048  # elements of keys, and as many of values, that a program copies at once
+_CODED_TOKENS, _CODE_HEADER = tl.constexpr(CODED_TOKENS), tl.constexpr(CODE_HEADER)
+_VARYING = ("layer_idx", "pages_per_layer", "max_pages", "num_sinks", "num_recent")
+_TARGET_PROGRAMS = 1024  # of 4 warps, of a launch: they fill a large GPU, and those with nothing to do cost little
 
 
 @triton.jit
@@ -41,6 +48,12 @@ def _entry(req_rows, is_dynamic, layer_idx, L: tl.constexpr, H: tl.constexpr):
     row = tl.load(req_rows + entry // H).to(tl.int64)
     head = (row * L + layer_idx) * H + entry % H
     return row, head, tl.load(is_dynamic + head) != 0
+
+
+@triton.jit
+def _chunk_slots(pages, first, place, mask, pages_per_layer, L: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
+    """Slots of the pool, int64, at buffer places `place` of an entry whose head pages begin at `first`."""
+    return head_page_ids(pages, first + place // C, mask, pages_per_layer, L, H) * C + place % C
 
 
 @triton.jit
@@ -64,21 +77,40 @@ def _load_summaries(
     return tl.load(start[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
 
 
+@triton.jit
+def _load_vector(
+    k_flat,
+    v_flat,
+    pages,
+    first,
+    vector: tl.constexpr,
+    pages_per_layer,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+):
+    """[BD], fp32: one summary vector of an entry."""
+    place, mask = tl.full([1], vector, tl.int32), tl.full([1], 1, tl.int1)
+    return tl.sum(
+        _load_summaries(k_flat, v_flat, pages, first, place, mask, pages_per_layer, D, BD, P, L, H).to(tl.float32), 0
+    )
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def _score_kernel(
     queries,
     k_flat,
     v_flat,
-    chunk_of_head_page,
     all_pages,
-    all_num_chunks,
-    first_head_page,
+    all_num_pages,
     num_head_pages,
     first_summary_page,
     is_dynamic,
     req_rows,
     image_rows,
-    notes,
+    mark_rows,
     layer_idx,
     pages_per_layer,
     max_pages,
@@ -88,6 +120,7 @@ def _score_kernel(
     L: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
+    C: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     BG: tl.constexpr,
@@ -102,17 +135,9 @@ def _score_kernel(
     row, head, is_mine = _entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
         return
-    num_chunks, num_selected = tl.load(all_num_chunks + row), tl.load(num_head_pages + head)
-    pages = all_pages + row * max_pages
-    if tl.program_id(1) == 0:
-        first = tl.load(first_head_page + head).to(tl.int64)
-        for start in range(0, num_selected, BC):
-            place = start + tl.arange(0, BC)
-            page = head_page_ids(pages, first + place, place < num_selected, pages_per_layer, L, H)
-            held = tl.load(chunk_of_head_page + page, mask=place < num_selected, other=0)
-            tl.store(notes + entry * max_chunks + held, place, mask=place < num_selected)
+    num_chunks, num_selected = tl.load(all_num_pages + row) * C, tl.load(num_head_pages + head) * C
+    pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
     q = load_group(queries, entry * G, D, G, BG, BD)
-    first = tl.load(first_summary_page + head).to(tl.int64)
     step: tl.constexpr = 2 if SCORE == "quest" or SCORE == "arkvale" else 1
     for tile in range(tl.program_id(1), tl.cdiv(num_chunks, BC), tl.num_programs(1)):
         chunk = tile * BC + tl.arange(0, BC)
@@ -130,19 +155,89 @@ def _score_kernel(
         score = group_score(best, G, BG, SCORE)
         image = chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
         tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
+        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def _score_codes_kernel(
+    queries,
+    k_flat,
+    v_flat,
+    all_pages,
+    all_num_pages,
+    num_head_pages,
+    first_summary_page,
+    is_dynamic,
+    req_rows,
+    image_rows,
+    mark_rows,
+    layer_idx,
+    pages_per_layer,
+    max_pages,
+    max_chunks,
+    num_sinks,
+    num_recent,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    BG: tl.constexpr,
+    BD: tl.constexpr,
+    BC: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The same where single tokens are scored by key codes, 8 of them a summary vector; BC is whole vectors."""
+    entry = tl.program_id(0).to(tl.int64)
+    row, head, is_mine = _entry(req_rows, is_dynamic, layer_idx, L, H)
+    if not is_mine:
+        return
+    num_chunks, num_selected = tl.load(all_num_pages + row) * C, tl.load(num_head_pages + head) * C
+    pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
+    q = load_group(queries, entry * G, D, G, BG, BD)
+    CHUNK: tl.constexpr = P // C
+    WORDS: tl.constexpr = BC * CHUNK // _CODED_TOKENS
+    centre = _load_vector(k_flat, v_flat, pages, first, 0, pages_per_layer, D, BD, P, L, H)
+    step = _load_vector(k_flat, v_flat, pages, first, 1, pages_per_layer, D, BD, P, L, H)
+    scaled, constant = coded_query(q, centre, step, INTERPRETED)
+    num_words = num_chunks * CHUNK // _CODED_TOKENS
+    for tile in range(tl.program_id(1), tl.cdiv(num_chunks, BC), tl.num_programs(1)):
+        chunk, word = tl.arange(0, BC) + tile * BC, tl.arange(0, WORDS) + tile * WORDS
+        inside, vector = chunk < num_chunks, word + _CODE_HEADER
+        words = _load_summaries(k_flat, v_flat, pages, first, vector, word < num_words, pages_per_layer, D, BD, P, L, H)
+        words = words.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True)
+        score = coded_scores(words, scaled, constant, CHUNK, G, MANTISSA, INTERPRETED)
+        image = chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
+        tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
+        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
+
+
+@triton.jit
+def _last_tie(images, num_chunks, threshold, wanted, BLOCK: tl.constexpr):
+    """The last chunk that is chosen although its image only equals the threshold; -1 where there is none."""
+    num_ties, last = tl.full([], 0, tl.int32), tl.full([], -1, tl.int32)
+    for start in range(0, num_chunks, BLOCK):
+        image, chunk, inside = load_images(images, start, num_chunks, BLOCK, 32)
+        is_tie = inside & (image == threshold)
+        rank = num_ties + tl.cumsum(is_tie.to(tl.int32), 0)
+        last = tl.maximum(last, tl.max(tl.where(is_tie & (rank <= wanted), chunk, -1), 0))
+        num_ties += tl.sum(is_tie.to(tl.int32), 0)
+    return last
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _choose_kernel(
-    chunk_of_head_page,
+    held_chunks,
     all_pages,
-    all_num_chunks,
+    all_num_pages,
     first_head_page,
     num_head_pages,
     is_dynamic,
     req_rows,
     image_rows,
-    notes,
+    mark_rows,
     missing,
     reused,
     all_num_moved,
@@ -155,6 +250,7 @@ def _choose_kernel(
     num_recent,
     L: tl.constexpr,
     H: tl.constexpr,
+    C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64)
@@ -162,34 +258,33 @@ def _choose_kernel(
     if not is_mine:
         tl.store(all_num_moved + entry, 0)
         return
-    num_chunks, num_selected = tl.load(all_num_chunks + row), tl.load(num_head_pages + head)
-    first, pages = tl.load(first_head_page + head).to(tl.int64), all_pages + row * max_pages
-    images, lists = image_rows + entry * max_chunks, entry * max_chunks
+    num_chunks, num_selected = tl.load(all_num_pages + row) * C, tl.load(num_head_pages + head) * C
+    first, pages = tl.load(first_head_page + head), all_pages + row * max_pages
+    lists = entry * max_chunks
+    images, marks = image_rows + lists, mark_rows + lists
     threshold, wanted = top_threshold(images, num_chunks, num_selected, BLOCK, 32)
-    num_ties, last_tie = tl.full([], 0, tl.int32), tl.full([], -1, tl.int32)
+    last_tie = _last_tie(images, num_chunks, threshold, wanted, BLOCK)
     num_missing, num_reused = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    for start in range(0, num_chunks, BLOCK):
-        image, chunk, inside = load_images(images, start, num_chunks, BLOCK, 32)
-        chosen, is_tie = chosen_of_tile(image, inside, threshold, wanted, num_ties)
-        num_ties += tl.sum(is_tie.to(tl.int32), 0)
-        last_tie = tl.maximum(last_tie, tl.max(tl.where(chosen & is_tie, chunk, -1), 0))
-        place = tl.load(notes + lists + chunk, mask=chosen, other=-1)
-        is_note = chosen & (place >= 0) & (place < num_selected)
-        page = head_page_ids(pages, first + place, is_note, pages_per_layer, L, H)
-        is_missing = chosen & (tl.load(chunk_of_head_page + page, mask=is_note, other=-1) != chunk)
-        rank = num_missing + tl.cumsum(is_missing.to(tl.int32), 0) - 1
-        tl.store(missing + lists + rank, chunk, mask=is_missing)
-        num_missing += tl.sum(is_missing.to(tl.int32), 0)
     for start in range(0, num_selected, BLOCK):
         place = start + tl.arange(0, BLOCK)
         inside = place < num_selected
-        page = head_page_ids(pages, first + place, inside, pages_per_layer, L, H)
-        held = tl.load(chunk_of_head_page + page, mask=inside, other=0)
+        slot = _chunk_slots(pages, first, place, inside, pages_per_layer, L, H, C)
+        held = tl.load(held_chunks + slot, mask=inside, other=0)
         image = tl.load(images + held, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        is_reused = inside & ((image < threshold) | ((image == threshold) & (held > last_tie)))
+        is_chosen = (image > threshold) | ((image == threshold) & (held <= last_tie))
+        tl.store(marks + held, 1, mask=inside & is_chosen)
+        is_reused = inside & (is_chosen == 0)
         rank = num_reused + tl.cumsum(is_reused.to(tl.int32), 0) - 1
-        tl.store(reused + lists + rank, page.to(tl.int32), mask=is_reused)
+        tl.store(reused + lists + rank, slot.to(tl.int32), mask=is_reused)
         num_reused += tl.sum(is_reused.to(tl.int32), 0)
+    tl.debug_barrier()  # other threads read the marks
+    for start in range(0, num_chunks, BLOCK):
+        image, chunk, inside = load_images(images, start, num_chunks, BLOCK, 32)
+        is_chosen = inside & ((image > threshold) | ((image == threshold) & (chunk <= last_tie)))
+        is_missing = is_chosen & (tl.load(marks + chunk, mask=is_chosen, other=1) == 0)
+        rank = num_missing + tl.cumsum(is_missing.to(tl.int32), 0) - 1
+        tl.store(missing + lists + rank, chunk, mask=is_missing)
+        num_missing += tl.sum(is_missing.to(tl.int32), 0)
     tl.store(all_num_moved + entry, tl.minimum(num_missing, num_reused))
     sinks, recent = forced_counts(num_selected, num_sinks, num_recent)
     by_score = num_selected - sinks - recent
@@ -197,45 +292,53 @@ def _choose_kernel(
     tl.atomic_add(counters + 1, (by_score - num_missing).to(tl.int64), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["layer_idx", "max_chunks"])
+@triton.jit(do_not_specialize=["layer_idx", "max_host_pages"])
 def _fetch_kernel(
     k_flat,
     v_flat,
     k_host,
     v_host,
-    chunk_of_head_page,
+    held_chunks,
     all_host_pages,
     host_rank,
-    all_num_chunks,
+    all_num_pages,
     req_rows,
     missing,
     reused,
     all_num_moved,
     layer_idx,
+    max_host_pages,
     max_chunks,
     L: tl.constexpr,
     H: tl.constexpr,
-    PAGE_ELEMENTS: tl.constexpr,
+    C: tl.constexpr,
+    ELEMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
+    """CHUNKS chunks at a time, BLOCK of their ELEMENTS at a time."""
     entry = tl.program_id(0).to(tl.int64)
     num_moved = tl.load(all_num_moved + entry)
     if num_moved == 0:
         return
     row = tl.load(req_rows + entry // H).to(tl.int64)
-    first = tl.load(host_rank + (row * L + layer_idx) * H + entry % H).to(tl.int64) * tl.load(all_num_chunks + row)
-    for i in range(tl.program_id(1), num_moved, tl.num_programs(1)):
-        chunk, page = tl.load(missing + entry * max_chunks + i), tl.load(reused + entry * max_chunks + i).to(tl.int64)
-        src = host_page_ids(all_host_pages + row * max_chunks, first + chunk, True, L, H) * PAGE_ELEMENTS
-        dst = page * PAGE_ELEMENTS
-        for start in tl.static_range(0, PAGE_ELEMENTS, BLOCK):
+    first = tl.load(host_rank + (row * L + layer_idx) * H + entry % H) * tl.load(all_num_pages + row)
+    host_pages = all_host_pages + row * max_host_pages
+    for tile in range(tl.program_id(1), tl.cdiv(num_moved, CHUNKS), tl.num_programs(1)):
+        i = tile * CHUNKS + tl.arange(0, CHUNKS)
+        is_moved = i < num_moved
+        chunk = tl.load(missing + entry * max_chunks + i, mask=is_moved, other=0)
+        slot = tl.load(reused + entry * max_chunks + i, mask=is_moved, other=0).to(tl.int64)
+        host_slot = host_page_ids(host_pages, first + chunk // C, is_moved, L, H) * C + chunk % C
+        for start in tl.static_range(0, ELEMENTS, BLOCK):
             element = start + tl.arange(0, BLOCK)
-            inside = element < PAGE_ELEMENTS
-            k = tl.load(k_host + src + element, mask=inside)
-            v = tl.load(v_host + src + element, mask=inside)
-            tl.store(k_flat + dst + element, k, mask=inside)
-            tl.store(v_flat + dst + element, v, mask=inside)
-        tl.store(chunk_of_head_page + page, chunk)
+            inside = is_moved[:, None] & (element < ELEMENTS)[None, :]
+            src, dst = (host_slot * ELEMENTS)[:, None] + element[None, :], (slot * ELEMENTS)[:, None] + element[None, :]
+            k = tl.load(k_host + src, mask=inside)
+            v = tl.load(v_host + src, mask=inside)
+            tl.store(k_flat + dst, k, mask=inside)
+            tl.store(v_flat + dst, v, mask=inside)
+        tl.store(held_chunks + slot, chunk, mask=is_moved)
 
 
 def retrieve_chunks(
@@ -250,39 +353,42 @@ def retrieve_chunks(
     num_sink_chunks: int,
     num_recent_chunks: int,
     chunk_score: str,
+    chunk_size: int,
     estimate: bool = False,
 ) -> None:
     """Arguments as the public function's; on a CUDA device the host store is pinned.
 
     CUDA graph: capturable, no sync. Scratch: 16 bytes for each of B * H * max_chunks, where max_chunks is the number of
-    host pages that a row of the table can name; a prompt has no more chunks than that.
+    chunks in the host pages that a row of the table can name; a prompt has no more chunks than that.
     """
-    layout, batch, max_chunks = table.layout, q.shape[0], table.host_pages.shape[1]
-    if max_chunks == 0:
+    layout, batch, max_host_pages = table.layout, q.shape[0], table.host_pages.shape[1]
+    if max_host_pages == 0:
         return
     q, chunk_score = as_plain_score(q, chunk_score)
     num_entries, head_dim = batch * layout.num_kv_heads, q.shape[2]
-    shape = {"L": layout.num_layers, "H": layout.num_kv_heads}
-    constants = score_constants(q.dtype, head_dim, q.shape[1] // layout.num_kv_heads)
+    chunks_per_page = layout.page_size // chunk_size
+    max_chunks = triton.cdiv(max_host_pages * chunks_per_page, 16) * 16  # rows that begin at whole vectors of loads
+    shape = {"L": layout.num_layers, "H": layout.num_kv_heads, "C": chunks_per_page}
     scratch = torch.empty(4, num_entries, max_chunks, dtype=torch.int32, device=q.device)
-    images, notes, missing, reused = scratch.unbind()
+    images, marks, missing, reused = scratch.unbind()
     num_moved = torch.empty(num_entries, dtype=torch.int32, device=q.device)
     is_dynamic = table.is_dynamic.view(torch.uint8)
     shared = max(1, _TARGET_PROGRAMS // num_entries)
-    _score_kernel[(num_entries, min(shared, triton.cdiv(max_chunks, constants["BC"])))](
+    group = q.shape[1] // layout.num_kv_heads
+    score, constants = _score_launch(q, chunk_score, chunk_size, group, estimate)
+    programs = min(shared * 4 // constants["num_warps"], triton.cdiv(max_chunks, constants["BC"]))
+    score[(num_entries, programs)](
         q.contiguous(),
         views.k_flat,
         views.v_flat,
-        views.chunk_of_head_page,
         table.pages,
         table.num_chunks,
-        table.first_head_page,
         table.num_head_pages,
         table.first_summary_page,
         is_dynamic,
         req_rows,
         images,
-        notes,
+        marks,
         layer_idx,
         layout.pages_per_layer,
         table.pages.shape[1],
@@ -292,13 +398,9 @@ def retrieve_chunks(
         **shape,
         P=layout.page_size,
         **constants,
-        VECTORS=summary_vectors(chunk_score),
-        STORED=summary_vectors(chunk_score, estimate=estimate),
-        SCORE=chunk_score,
-        num_stages=2,
     )
     _choose_kernel[(num_entries,)](
-        views.chunk_of_head_page,
+        views.held_chunks,
         table.pages,
         table.num_chunks,
         table.first_head_page,
@@ -306,7 +408,7 @@ def retrieve_chunks(
         is_dynamic,
         req_rows,
         images,
-        notes,
+        marks,
         missing,
         reused,
         num_moved,
@@ -319,15 +421,17 @@ def retrieve_chunks(
         num_recent_chunks,
         **shape,
         BLOCK=select_block(max_chunks),
-        num_warps=8,
+        num_warps=16,
     )
-    page_elements = layout.page_size * head_dim
-    _fetch_kernel[(num_entries, min(shared, max_chunks))](
+    chunk_elements = chunk_size * head_dim
+    block = min(_COPY_BLOCK, triton.next_power_of_2(chunk_elements))
+    copied = _COPY_BLOCK // block
+    _fetch_kernel[(num_entries, min(shared, triton.cdiv(max_chunks, copied)))](
         views.k_flat,
         views.v_flat,
         k_host_pages,
         v_host_pages,
-        views.chunk_of_head_page,
+        views.held_chunks,
         table.host_pages,
         table.host_rank,
         table.num_chunks,
@@ -336,8 +440,24 @@ def retrieve_chunks(
         reused,
         num_moved,
         layer_idx,
+        max_host_pages,
         max_chunks,
         **shape,
-        PAGE_ELEMENTS=page_elements,
-        BLOCK=min(_COPY_BLOCK, triton.next_power_of_2(page_elements)),
+        ELEMENTS=chunk_elements,
+        BLOCK=block,
+        CHUNKS=copied,
     )
+
+
+def _score_launch(
+    q: torch.Tensor, chunk_score: str, chunk_size: int, group: int, estimate: bool
+) -> tuple[triton.JITFunction, dict[str, Any]]:
+    """The kernel that scores chunks so, with its constants and options."""
+    constants = score_constants(q.dtype, q.shape[2], group) | {"num_stages": 2}
+    if chunk_score == KEY_CODES:
+        # A vector is read once for its 8 tokens; the matrix product of a warp takes 16 of them.
+        vectors = 16 if q.dtype == torch.float32 else 32
+        constants |= {"BC": vectors * CODED_TOKENS // chunk_size, "BG": max(8, triton.next_power_of_2(group))}
+        return _score_codes_kernel, constants | {"MANTISSA": MANTISSA_BITS[q.dtype], "num_warps": 2}
+    vectors, stored = summary_vectors(chunk_score), summary_vectors(chunk_score, estimate=estimate)
+    return _score_kernel, constants | {"VECTORS": vectors, "STORED": stored, "SCORE": chunk_score, "num_warps": 4}

@@ -92,8 +92,11 @@ static double hit_cv(const ScoreArgs& a, const float* probs) {
     const int64_t causal = a.num_tokens - a.num_rows + w + 1;
     const float* row = probs + int64_t(w) * a.num_tokens;
     copy_ordered(row, ordered);
-    std::sort(ordered.begin(), ordered.end());
-    const float low = ordered[size_t(a.low_rank)], high = ordered[size_t(a.high_rank)];
+    const auto at_low = ordered.begin() + a.low_rank, at_high = ordered.begin() + a.high_rank;
+    std::nth_element(ordered.begin(), at_high, ordered.end());
+    const float high = *at_high;
+    std::nth_element(ordered.begin(), at_low, at_high);  // low_rank is below high_rank, or the two are one
+    const float low = *at_low;
     const float level = low + a.hit_level * (high - low);
     int64_t last = -1;
     for (int64_t j = 0; j < causal; ++j)

@@ -1,6 +1,11 @@
-"""Readable reference of `summarize_chunks` and `select_chunks`."""
+"""Readable reference of `summarize_chunks`, `encode_keys` and `select_chunks`."""
 
 import torch
+
+CODED_TOKENS = 8
+"""Tokens whose 2-bit codes of one element share a word of 16 bits."""
+CODE_HEADER = 2
+"""Vectors ahead of the codes: centre and step of each element."""
 
 SPREAD_WEIGHT = 0.5  # of a chunk's spread along the query, beside q . mean key
 _SUMMARY_VECTORS = {
@@ -31,6 +36,53 @@ def summarize_chunks(k: torch.Tensor, chunk_score: str, v: torch.Tensor | None) 
     return torch.cat(means, dim=2).to(k.dtype)
 
 
+def encode_keys(k: torch.Tensor) -> torch.Tensor:
+    """Codes 0 to 3 of (k - centre) / step, cut at -1, 0 and 1, that stand for -1.5, -0.5, 0.5 and 1.5 steps."""
+    keys = k.float()
+    # One key that is no number must not blind the head to all others.
+    finite = keys.isfinite()
+    count = finite.sum(dim=1, keepdim=True).clamp(min=1)
+    centre = (keys.where(finite, 0.0).sum(dim=1, keepdim=True) / count).to(k.dtype)
+    offset = keys - centre.float()
+    step = (offset.where(finite, 0.0).square().sum(dim=1, keepdim=True) / count).sqrt().to(k.dtype)
+    codes = (offset >= -step.float()).int() + (offset >= 0) + (offset >= step.float())
+    words = (codes.unflatten(1, (-1, CODED_TOKENS)) << _code_shifts(k.device)).sum(dim=2)
+    # The element's bits, whatever number they are: fp32 leaves the upper half empty.
+    stored = words.to(torch.int32 if k.itemsize == 4 else torch.int16).view(k.dtype)
+    return torch.cat((centre, step, stored), dim=1)
+
+
+def _code_shifts(device: torch.device) -> torch.Tensor:
+    return 2 * torch.arange(CODED_TOKENS, dtype=torch.int32, device=device)[:, None]
+
+
+def read_codes(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centre and step [E, 1, D] and steps from the centre [E, N, D], all fp32, of vectors of `encode_keys`."""
+    centre, step = vectors[:, :CODE_HEADER].float().split(1, dim=1)
+    words = vectors[:, CODE_HEADER:].contiguous().view(torch.int32 if vectors.itemsize == 4 else torch.int16).int()
+    codes = ((words.unsqueeze(2) >> _code_shifts(vectors.device)) & 3).flatten(1, 2)
+    return centre, step, codes - 1.5
+
+
+def score_tokens_by_query(q: torch.Tensor, vectors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[E, G, N], dtype: q [E, G, D] times the keys that `encode_keys` made vectors [E, 2 + N / 8, D] of.
+
+    The step goes to the query, which is rounded to its dtype again: then every device multiplies the same numbers.
+    """
+    centre, step, steps = read_codes(vectors)
+    limit = torch.finfo(q.dtype).max
+    scaled = (q.float() * step).clamp(-limit, limit).to(q.dtype).to(dtype)
+    return (q.to(dtype) * centre).sum(dim=-1, keepdim=True) + scaled @ steps.to(dtype).transpose(1, 2)
+
+
+def score_coded_chunks(
+    q: torch.Tensor, vectors: torch.Tensor, chunk_size: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """[E, C], dtype: the best q . key of any query of the group and any of the `chunk_size` tokens of each chunk."""
+    scores = score_tokens_by_query(q, vectors, dtype)
+    return scores.masked_fill(scores.isnan(), float("-inf")).unflatten(2, (-1, chunk_size)).amax(dim=(1, 3))
+
+
 def as_plain_score(q: torch.Tensor, chunk_score: str) -> tuple[torch.Tensor, str]:
     """The query and the chunk score that select the same chunks, where "mean_spread" is "mean_max" of another query.
 
@@ -57,7 +109,15 @@ def select_chunks(
     """Mask [E, C] of the chosen chunks; arguments as the public function's."""
     q, chunk_score = as_plain_score(q, chunk_score)
     scores = score_chunks(q.float(), summaries.float(), chunk_score)
-    forced = forced_chunks(summaries.shape[1], num_selected, num_sink_chunks, num_recent_chunks)
+    return choose_chunks(scores, num_selected, num_sink_chunks, num_recent_chunks)
+
+
+def choose_chunks(
+    scores: torch.Tensor, num_selected: torch.Tensor, num_sink_chunks: int, num_recent_chunks: int
+) -> torch.Tensor:
+    """Mask [E, C] of the forced chunks and the best of the others, num_selected[e] in all; NaN is the least of all."""
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    forced = forced_chunks(scores.shape[1], num_selected, num_sink_chunks, num_recent_chunks)
     return top_by_score(scores.masked_fill(forced, float("inf")), num_selected)
 
 

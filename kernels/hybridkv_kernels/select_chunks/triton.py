@@ -1,7 +1,10 @@
 """Triton parts of the exact choice of top chunks: the score of a tile of chunks, its ordered image, the threshold.
 
-Scores are kept as uint32 images that order as the scores do, so that the k-th largest is found digit by digit, without
-a sort: four passes over an entry's images, whatever its length.
+Scores by key codes are a product of matrices, too: the two bits of a code become the first ones of the mantissa of 1.0,
+which is 1 + code / 4 exactly in every type, and cheaper than a conversion of integers.
+
+Scores are kept as uint32 images that order as the scores do, so that the k-th largest is found two bits at a time,
+without a sort: at most 16 passes over an entry's images, whatever its length.
 """
 
 import torch
@@ -10,7 +13,10 @@ import triton.language as tl
 
 from hybridkv_kernels import gpu
 from hybridkv_kernels.gpu.head_pages import dot
-from hybridkv_kernels.select_chunks.naive import as_plain_score
+from hybridkv_kernels.select_chunks.naive import CODED_TOKENS, as_plain_score
+
+MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
+_CODED_TOKENS = tl.constexpr(CODED_TOKENS)
 
 
 @triton.jit
@@ -49,6 +55,63 @@ def group_score(per_query, G: tl.constexpr, BG: tl.constexpr, SCORE: tl.constexp
 
 
 @triton.jit
+def coded_query(q, centre, step, INTERPRETED: tl.constexpr):
+    """What `coded_scores` needs of a query group [BG, BD]: its product with the step [BD], fp32, and a constant [BG].
+
+    A code stands for code - 1.5 steps and is read as 1 + code / 4, so 5.5 times the scaled query is too much.
+    """
+    wide = q.to(tl.float32)
+    scaled = wide * step[None, :]
+    if q.dtype == tl.float16:  # infinity times a code of 0 would be no number
+        scaled = tl.where(scaled > 65504.0, 65504.0, tl.where(scaled < -65504.0, -65504.0, scaled))
+    if INTERPRETED and q.dtype == tl.bfloat16:  # the interpreter cuts off what a GPU rounds
+        bits = scaled.to(tl.uint32, bitcast=True)
+        scaled = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    scaled = scaled.to(q.dtype)
+    return scaled, tl.sum(wide * centre[None, :], 1) - 5.5 * tl.sum(scaled.to(tl.float32), 1)
+
+
+@triton.jit
+def _token_score(
+    words, token: tl.constexpr, scaled, constant, G: tl.constexpr, MANTISSA: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """[BW], fp32: score of one of the 8 tokens of each word for the query that likes it best."""
+    shift: tl.constexpr = MANTISSA - 2 - 2 * token
+    one: tl.constexpr = (15 if MANTISSA == 10 else 127) << MANTISSA
+    if shift >= 0:
+        moved = words << shift
+    else:
+        moved = words >> -shift
+    values = ((moved & (3 << (MANTISSA - 2))) | one).to(scaled.dtype, bitcast=True)
+    by_query = 4.0 * dot(values, tl.trans(scaled), INTERPRETED) + constant[None, :]
+    is_member = (tl.arange(0, scaled.shape[0]) < G)[None, :]
+    return tl.max(tl.where(is_member, by_query, -float("inf")), 1)
+
+
+@triton.jit
+def coded_scores(
+    words, scaled, constant, CHUNK: tl.constexpr, G: tl.constexpr, MANTISSA: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    """[BW * 8 / CHUNK], fp32: score of the best token of each chunk, from words [BW, BD] of 8 tokens, as integers."""
+    s0 = _token_score(words, 0, scaled, constant, G, MANTISSA, INTERPRETED)
+    s1 = _token_score(words, 1, scaled, constant, G, MANTISSA, INTERPRETED)
+    s2 = _token_score(words, 2, scaled, constant, G, MANTISSA, INTERPRETED)
+    s3 = _token_score(words, 3, scaled, constant, G, MANTISSA, INTERPRETED)
+    s4 = _token_score(words, 4, scaled, constant, G, MANTISSA, INTERPRETED)
+    s5 = _token_score(words, 5, scaled, constant, G, MANTISSA, INTERPRETED)
+    s6 = _token_score(words, 6, scaled, constant, G, MANTISSA, INTERPRETED)
+    s7 = _token_score(words, 7, scaled, constant, G, MANTISSA, INTERPRETED)
+    # The last join is the lowest bit of a token's number.
+    even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
+    odd = tl.join(tl.join(s1, s5), tl.join(s3, s7))
+    NUM_TOKENS: tl.constexpr = words.shape[0] * _CODED_TOKENS
+    scores = tl.reshape(tl.join(even, odd), [NUM_TOKENS])
+    if CHUNK > 1:
+        scores = tl.max(tl.reshape(scores, [NUM_TOKENS // CHUNK, CHUNK]), 1)
+    return scores
+
+
+@triton.jit
 def forced_counts(num_selected, num_sinks, num_recent):
     """Sinks and recent chunks that are chosen whatever their score: at most num_selected - 1, but 1 of 1."""
     places = tl.maximum(num_selected - 1, 1)
@@ -77,22 +140,46 @@ def load_images(images, start, num_chunks, BLOCK: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
+def _count_from(images, num_chunks, least, step, BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """How many of images[:num_chunks] are at least `least`, least + step and least + 2 step; `least` is not 0."""
+    first = tl.zeros([BLOCK], tl.int32)
+    second, third = first, first
+    for start in range(0, num_chunks, BLOCK):
+        image, _, _ = load_images(images, start, num_chunks, BLOCK, BITS)  # 0 beyond the end, which does not count
+        first += (image >= least).to(tl.int32)
+        second += (image >= least + step).to(tl.int32)
+        third += (image >= least + 2 * step).to(tl.int32)
+    return tl.sum(first, 0), tl.sum(second, 0), tl.sum(third, 0)
+
+
+@triton.jit
 def top_threshold(images, num_chunks, num_selected, BLOCK: tl.constexpr, BITS: tl.constexpr):
-    """The num_selected-th largest of images[:num_chunks], and how many of those equal to it are among the top."""
-    digit = tl.arange(0, 256)
+    """A threshold, and how many of the images equal to it are among the num_selected largest of images[:num_chunks].
+
+    All larger ones are. Two bits a pass, until the images from the threshold on are as many as wanted: such a
+    pass takes a fifth of the instructions of one that makes a histogram of 256 bins.
+    """
     threshold = tl.full([], 0, tl.uint32 if BITS == 32 else tl.uint64)
+    count, bit = num_chunks, tl.full([], BITS, tl.int32)
+    while (bit > 0) & (count != num_selected):
+        bit -= 2
+        step = tl.full([], 1, threshold.dtype) << bit.to(threshold.dtype)
+        first, second, third = _count_from(images, num_chunks, threshold + step, step, BLOCK, BITS)
+        if first >= num_selected:
+            threshold += step
+            count = first
+        if second >= num_selected:
+            threshold += step
+            count = second
+        if third >= num_selected:
+            threshold += step
+            count = third
     wanted = num_selected
-    for place in tl.static_range(BITS // 8):
-        counts = tl.zeros([256], tl.int32)
-        for start in range(0, num_chunks, BLOCK):
-            image, _, inside = load_images(images, start, num_chunks, BLOCK, BITS)
-            if place > 0:
-                inside = inside & ((image >> (BITS - 8 * place)) == (threshold >> (BITS - 8 * place)))
-            counts += tl.histogram(((image >> (BITS - 8 - 8 * place)) & 0xFF).to(tl.int32), 256, mask=inside)
-        at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        best = tl.max(tl.where(at_least >= wanted, digit, 0), 0)
-        wanted -= tl.sum(tl.where(digit > best, counts, 0), 0)
-        threshold = threshold | (best.to(threshold.dtype) << (BITS - 8 - 8 * place))
+    if count != num_selected:
+        largest = (threshold ^ threshold) - 1
+        if threshold != largest:  # nothing is larger than that
+            above, _, _ = _count_from(images, num_chunks, threshold + 1, threshold ^ threshold, BLOCK, BITS)
+            wanted -= above
     return threshold, wanted
 
 
@@ -199,14 +286,14 @@ def top_images(images: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor
             num_chunks,
             BLOCK=select_block(num_chunks) if images.itemsize == 4 else min(1024, select_block(num_chunks)),
             BITS=8 * images.itemsize,
-            num_warps=8,
+            num_warps=16,
         )
     return out
 
 
 def select_block(num_chunks: int) -> int:
     """Images that a program looks at together."""
-    return min(2048, max(32, triton.next_power_of_2(num_chunks)))
+    return min(4096, max(32, triton.next_power_of_2(num_chunks)))
 
 
 def score_constants(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, int | bool]:
