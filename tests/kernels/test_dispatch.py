@@ -125,7 +125,7 @@ def tiny_call(op, dtype=torch.float32, head_dim=32, group_size=1):
     if op is extend_attn:
         return extend_attn(q, keys[0], values[0], slots, rows, [0], [1], scaling=1.0)
     counters = torch.zeros(2, dtype=torch.int64)
-    windows = {"num_sink_chunks": 0, "num_recent_chunks": 0, "chunk_score": "mean_max", "chunk_size": 1}
+    windows = {"num_sink_chunks": 0, "num_recent_chunks": 0, "chunk_score": "key_codes", "chunk_size": 1}
     retrieve_chunks(q, views, table, views.k_pages, views.v_pages, counters, 0, rows, **windows)
     return values[0, :1]
 
