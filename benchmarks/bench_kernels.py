@@ -23,12 +23,12 @@ from benchmarks.provenance import run_metadata
 from hybridkv_kernels import dispatch
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from sglang_hybridkv.compaction import compress_prompt
+from sglang_hybridkv.cache.compress import compress_prompt
+from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.cache.retrieval import retrieve
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.geometry import covered_tokens, prompt_geometry
-from sglang_hybridkv.host_store import HostStore
-from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.retrieval import retrieve
+from sglang_hybridkv.requests.geometry import covered_tokens, prompt_geometry
+from sglang_hybridkv.requests.ledger import Reservation
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, PAGE_SIZE = 4, 7, 128, 16
 DYNAMIC_HEADS = {"static": 0, "hybrid": 1, "dynamic": NUM_KV_HEADS}

@@ -10,15 +10,15 @@ import torch
 from benchmarks.traced_model import Trace
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
-from sglang_hybridkv.compaction import compress_prompt
+from sglang_hybridkv.cache.compress import compress_prompt
+from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.cache.retrieval import retrieve
 from sglang_hybridkv.compressors import Compressor, PromptLayer, get_compressor
 from sglang_hybridkv.config import RetrievalConfig, parse_config
-from sglang_hybridkv.geometry import PromptGeometry
-from sglang_hybridkv.host_store import HostStore
-from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.retrieval import retrieve
-from sglang_hybridkv.spans import observed_window, text_mask
+from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide
+from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.ledger import Reservation
+from sglang_hybridkv.requests.spans import observed_window, text_mask
 
 ROW = 1
 

@@ -25,7 +25,7 @@ from benchmarks.scenes import ask, draw_scene
 from benchmarks.traced_model import Trace, TracedModel, full_attention
 from hybridkv_kernels.score_heads import STATISTICS, score_heads
 from sglang_hybridkv.compressors import Compressor
-from sglang_hybridkv.spans import num_observation_rows
+from sglang_hybridkv.requests.spans import num_observation_rows
 
 MEASURES = ("is_dynamic", "rows_kept", "output_error", "captured_mass", "needle_survival")
 

@@ -23,14 +23,14 @@ from PIL import Image
 
 from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
 from hybridkv_kernels.select_chunks.naive import join_group, read_codes, score_chunks_by_query
-from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
-from sglang_hybridkv.compaction import kept_tokens
+from sglang_hybridkv.cache.compress import kept_tokens
+from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 from sglang_hybridkv.compressors import Compressor, PromptLayer, PromptObservation
+from sglang_hybridkv.compressors.token_order import pool_salience
 from sglang_hybridkv.config import RetrievalConfig
-from sglang_hybridkv.geometry import PromptGeometry
-from sglang_hybridkv.retrieval import forced_chunk_counts
-from sglang_hybridkv.select import pool_salience
-from sglang_hybridkv.spans import VisualSpan, observed_window, text_mask
+from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide
+from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.spans import VisualSpan, observed_window, text_mask
 
 _ATTENTION = "hybridkv_replay"
 

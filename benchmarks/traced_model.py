@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.scenes import Question, Scene
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.requests.spans import VisualSpan
 
 _ATTENTION = "hybridkv_traced"
 

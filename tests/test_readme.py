@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from sglang_hybridkv.admission import DenseReason
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.requests.admission import DenseReason
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 

@@ -21,7 +21,7 @@ from benchmarks.gpu_check.reference import check_attention
 from hybridkv_kernels import dispatch
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import ChunkScore
-from sglang_hybridkv.geometry import covered_tokens
+from sglang_hybridkv.requests.geometry import covered_tokens
 
 MIN_COPY_SHARE = 0.75
 MIN_BOUND_SHARE = 0.8

@@ -11,12 +11,12 @@ import torch
 
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from sglang_hybridkv.compaction import compress_prompt
+from sglang_hybridkv.cache.compress import compress_prompt
+from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.cache.retrieval import retrieve
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.geometry import PromptGeometry, covered_tokens, prompt_geometry
-from sglang_hybridkv.host_store import HostStore
-from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.retrieval import retrieve
+from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
+from sglang_hybridkv.requests.ledger import Reservation
 
 NAN = float("nan")
 

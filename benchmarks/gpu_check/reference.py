@@ -15,7 +15,7 @@ from hybridkv_kernels.decode_attn import naive as decode_naive
 from hybridkv_kernels.head_pages import HeadPageViews
 from hybridkv_kernels.retrieve_chunks.naive import chunk_places, score_row
 from hybridkv_kernels.select_chunks import forced_chunks
-from sglang_hybridkv.retrieval import forced_chunk_counts
+from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 """Largest error as a share of the largest number of a request's output: the second product's inputs are rounded, and

@@ -7,8 +7,7 @@ from typing import Any
 
 from benchmarks.quality.cases import TASKS
 from benchmarks.quality.data import score_answers
-from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK, ServerSpec
-from benchmarks.quality.statistics import (
+from benchmarks.quality.intervals import (
     Interval,
     coarse_kl,
     compare_answers,
@@ -17,6 +16,7 @@ from benchmarks.quality.statistics import (
     paired_difference,
     wilson,
 )
+from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK, ServerSpec
 from benchmarks.quality.store import Answer, Answers
 
 Row = dict[str, Any]

@@ -1,8 +1,8 @@
 """Put the compression record into `meta_info` as one object instead of one value a token."""
 
 from hybridkv_patches.hook import Hook
+from sglang_hybridkv.requests.stats import META_INFO_KEY
 from sglang_hybridkv.srt.settings import settings_of
-from sglang_hybridkv.stats import META_INFO_KEY
 
 
 def add_record(original, manager, meta_info, state, customized_info, index, finish_reason):

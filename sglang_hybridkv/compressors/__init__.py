@@ -17,7 +17,7 @@ from sglang_hybridkv.compressors.look_m import LookM
 from sglang_hybridkv.compressors.madakv import MadaKV
 from sglang_hybridkv.compressors.pyramidkv import PyramidKV
 from sglang_hybridkv.compressors.quest import Quest
-from sglang_hybridkv.compressors.random import Random
+from sglang_hybridkv.compressors.random_tokens import Random
 from sglang_hybridkv.compressors.snapkv import SnapKV
 from sglang_hybridkv.compressors.sparsemm import SparseMM
 from sglang_hybridkv.compressors.tgv_kv import TGVKV

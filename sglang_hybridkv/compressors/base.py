@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.budget import apportion
+from sglang_hybridkv.compressors.budget import apportion
+from sglang_hybridkv.compressors.token_order import tiered_order
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
-from sglang_hybridkv.select import tiered_order
 
 _LEAST_WEIGHT = 1e-6  # relative to the mean: a head without weight still takes what the others cannot hold
 _LEAST_SUM = 1e-30  # all weights 0 means all equal

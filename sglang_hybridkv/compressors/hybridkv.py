@@ -10,10 +10,10 @@ import torch
 from pydantic import Field, model_validator
 
 from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.budget import apportion, head_weights, share_by_ratio
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
+from sglang_hybridkv.compressors.budget import apportion, head_weights, share_by_ratio
+from sglang_hybridkv.compressors.token_order import text_first_order
 from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RecentWindow, RetrievalConfig
-from sglang_hybridkv.select import text_first_order
 
 # Defaults by preset; a field that the user gives wins. "paper" is the published method, its open choices inferred.
 # "tuned" is what the fields say, found on drawn scenes and on real text with a pretrained model, see docs/quality.md: a

@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from sglang_hybridkv.calibration import load_calibration
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.calibration import load_calibration
 from sglang_hybridkv.compressors.snapkv import WindowConfig
 from sglang_hybridkv.config import PoolKernel, PoolMode
 

@@ -14,8 +14,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.extend_attn import extend_attn
-from sglang_hybridkv.compaction import compress_prompt
-from sglang_hybridkv.retrieval import retrieve
+from sglang_hybridkv.cache.compress import compress_prompt
+from sglang_hybridkv.cache.retrieval import retrieve
 
 
 class _Chunk(NamedTuple):

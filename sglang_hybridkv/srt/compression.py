@@ -9,17 +9,17 @@ import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from hybridkv_kernels.head_pages import HeadPageTable
-from sglang_hybridkv.admission import DenseReason, PoolShape, decide
+from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.cache.prefetch import QueryPrefetch
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import RetrievalConfig
-from sglang_hybridkv.geometry import PromptGeometry
-from sglang_hybridkv.host_store import HostStore
-from sglang_hybridkv.ledger import Ledger, Reservation
-from sglang_hybridkv.prefetch import QueryPrefetch
-from sglang_hybridkv.spans import VisualSpan, observed_window
+from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
+from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.ledger import Ledger, Reservation
+from sglang_hybridkv.requests.spans import VisualSpan, observed_window
+from sglang_hybridkv.requests.stats import CompressionStats, HeldBytes, RequestRecord
 from sglang_hybridkv.srt.observation import PromptObserver
 from sglang_hybridkv.srt.settings import Settings
-from sglang_hybridkv.stats import CompressionStats, HeldBytes, RequestRecord
 
 if TYPE_CHECKING:
     from sglang_hybridkv.srt.allocator import HybridAllocator

@@ -8,7 +8,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from hybridkv_kernels.decode_attn.flashinfer import HeadPageDecode, merge, to_device
-from sglang_hybridkv.ledger import Reservation
+from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
 
 

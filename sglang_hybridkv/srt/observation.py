@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from sglang_hybridkv.compressors import Compressor, PromptLayer
-from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.spans import text_mask
+from sglang_hybridkv.requests.ledger import Reservation
+from sglang_hybridkv.requests.spans import text_mask
 
 
 @dataclasses.dataclass

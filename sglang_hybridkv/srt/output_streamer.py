@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from sglang_hybridkv.stats import META_INFO_KEY
+from sglang_hybridkv.requests.stats import META_INFO_KEY
 
 
 class HybridOutputStreamer(SchedulerOutputStreamer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from sglang_hybridkv.geometry import PromptGeometry
+from sglang_hybridkv.requests.geometry import PromptGeometry
 
 
 class HybridPrefillBudget(PrefillBudget):

@@ -85,7 +85,7 @@ class TestOps:
                 return torch.empty(2), torch.empty(2, args[2].shape[0])
             return torch.empty_like(args[0])
 
-        callers = {"retrieve_chunks": "sglang_hybridkv.retrieval", "decode_attn": "benchmarks.gpu_check.pool"}
+        callers = {"retrieve_chunks": "sglang_hybridkv.cache.retrieval", "decode_attn": "benchmarks.gpu_check.pool"}
         where = callers.get(op, "benchmarks.gpu_check.ops")
         if op == "select_chunks":
 

@@ -17,7 +17,7 @@ from benchmarks.replay import Prompt, Replay, ReplayedModel, compress, everythin
 from benchmarks.scenes import ask, draw_scene, user_message
 from benchmarks.traced_model import Trace, full_attention
 from hybridkv_kernels.select_chunks import CHUNK_SCORES
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.requests.spans import VisualSpan
 from tests.benchmarks.test_diagnose import MODEL, SHORT
 from tests.builders import fresh_generator
 

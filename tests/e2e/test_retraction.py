@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.harness import Server, parallel
-from sglang_hybridkv.admission import DenseReason
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from sglang_hybridkv.stats import CompressionStats, RequestRecord
+from sglang_hybridkv.requests.admission import DenseReason
+from sglang_hybridkv.requests.stats import CompressionStats, RequestRecord
 from tests.e2e.checks import Answer, Reference, ask, assert_nothing_lost, assert_same, request_body
 from tests.e2e.conftest import VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, Vision, text

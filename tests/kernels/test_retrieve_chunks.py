@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hybridkv_kernels.retrieve_chunks import cpu, naive, retrieve_chunks
 from hybridkv_kernels.select_chunks import CHUNK_SCORES, KEY_CODES
+from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from sglang_hybridkv.retrieval import forced_chunk_counts
 from tests.builders import (
     LAWS,
     NAN,

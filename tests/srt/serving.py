@@ -17,7 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from hybridkv_kernels import gpu
 from hybridkv_kernels.decode_attn import naive
-from sglang_hybridkv.compaction import compress_prompt
+from sglang_hybridkv.cache.compress import compress_prompt
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.srt.allocator import HybridAllocator

@@ -14,7 +14,7 @@ from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, Mul
 
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import RetrievalConfig
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.requests.spans import VisualSpan
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.compression import Compression, visual_spans
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool

@@ -10,8 +10,8 @@ from hybridkv_kernels.score_heads import score_heads
 pytest.importorskip("sglang")
 
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.geometry import prompt_geometry
-from sglang_hybridkv.spans import VisualSpan, observed_window
+from sglang_hybridkv.requests.geometry import prompt_geometry
+from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 from sglang_hybridkv.srt.observation import PromptObserver
 from tests.builders import LAWS, fresh_generator, make_compressor, make_reservation
 

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from sglang_hybridkv.compressors.base import HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.full import Full
+from sglang_hybridkv.compressors.token_order import tiered_order
 from sglang_hybridkv.config import CompressorConfig
-from sglang_hybridkv.select import tiered_order
 
 
 class RandomConfig(CompressorConfig):

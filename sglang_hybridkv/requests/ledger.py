@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from sglang_hybridkv.geometry import PromptGeometry
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.spans import VisualSpan
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sglang_hybridkv.admission import EXPLANATIONS, DenseReason
+from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason
 
 logger = logging.getLogger(__name__)
 

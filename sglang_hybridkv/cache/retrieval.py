@@ -6,8 +6,8 @@ import torch
 
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
+from sglang_hybridkv.cache.host_store import HostStore
 from sglang_hybridkv.config import RetrievalConfig
-from sglang_hybridkv.host_store import HostStore
 
 
 def forced_chunk_counts(config: RetrievalConfig) -> tuple[int, int]:

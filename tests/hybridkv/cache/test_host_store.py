@@ -3,7 +3,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_hybridkv.host_store import HostStore
+from sglang_hybridkv.cache.host_store import HostStore
 from tests.builders import LAWS
 
 

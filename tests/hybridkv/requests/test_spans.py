@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.spans import VisualSpan, num_observation_rows, observed_window, text_mask
+from sglang_hybridkv.requests.spans import VisualSpan, num_observation_rows, observed_window, text_mask
 from tests.builders import LAWS
 
 

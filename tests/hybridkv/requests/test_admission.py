@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.admission import EXPLANATIONS, DenseReason, PoolShape, decide
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from sglang_hybridkv.geometry import PromptGeometry
+from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide
+from sglang_hybridkv.requests.geometry import PromptGeometry
 from tests.builders import LAWS
 
 POOL = PoolShape(page_size=16, head_pages_per_page=8, num_tokens=1_000_000)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from hybridkv_kernels.retrieve_chunks.naive import read_vectors
 from hybridkv_kernels.select_chunks import encode_keys
-from sglang_hybridkv.compaction import digest_plan
+from sglang_hybridkv.cache.compress import digest_plan
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.requests.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
 
 P = 16

@@ -1,7 +1,7 @@
 import pytest
 
-from sglang_hybridkv.calibration import load_calibration
 from sglang_hybridkv.compressors import get_compressor
+from sglang_hybridkv.compressors.calibration import load_calibration
 from sglang_hybridkv.config import parse_config
 from tests.builders import make_calibration
 

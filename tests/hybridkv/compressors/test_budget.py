@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.budget import apportion, head_weights, share_by_ratio
+from sglang_hybridkv.compressors.budget import apportion, head_weights, share_by_ratio
 from tests.builders import LAWS
 
 shares = st.floats(0.0, 1.0)

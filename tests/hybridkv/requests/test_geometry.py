@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.geometry import covered_tokens, prompt_geometry
+from sglang_hybridkv.requests.geometry import covered_tokens, prompt_geometry
 from tests.builders import LAWS
 
 budgets = st.floats(1e-4, 1.0) | st.sampled_from([0.05, 0.1, 0.2, 0.3, 0.7, 0.9, 1.0])

@@ -19,7 +19,7 @@ from sglang_hybridkv.compressors.hybridkv import HybridKV
 from sglang_hybridkv.config import parse_config
 from tests.builders import TinyPool, fresh_generator
 
-DOCS = (Path(__file__).parents[2] / "docs" / "compressors.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[3] / "docs" / "compressors.md").read_text(encoding="utf-8")
 NAMES = ["hybridkv", "snapkv", "look-m", "madakv", "sparsemm", "quest", "tgv-kv", "adakv", "pyramidkv"]
 NAMES += ["expected-attention", "random", "full"]
 

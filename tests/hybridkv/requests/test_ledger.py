@@ -3,9 +3,9 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sglang_hybridkv.geometry import prompt_geometry
-from sglang_hybridkv.host_store import HostStore
-from sglang_hybridkv.ledger import Ledger
+from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.requests.geometry import prompt_geometry
+from sglang_hybridkv.requests.ledger import Ledger
 from tests.builders import LAWS, make_reservation
 
 PAGE, HEADS = 16, 8

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 
 from sglang_hybridkv.config import CompressorConfig
-from sglang_hybridkv.geometry import PromptGeometry, covered_tokens, prompt_geometry
+from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
 
 
 class DenseReason(enum.StrEnum):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.quality.statistics import (
+from benchmarks.quality.intervals import (
     Pairs,
     coarse_kl,
     compare_answers,

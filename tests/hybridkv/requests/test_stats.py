@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.admission import EXPLANATIONS, DenseReason
-from sglang_hybridkv.stats import CompressionStats, HeldBytes, RequestRecord
+from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason
+from sglang_hybridkv.requests.stats import CompressionStats, HeldBytes, RequestRecord
 from tests.builders import LAWS
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_hybridkv.select import chunk_salience, pool_salience, text_first_order
+from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience, text_first_order
 from tests.builders import LAWS, fresh_generator
 
 seeds = st.integers(0, 2**31 - 1)

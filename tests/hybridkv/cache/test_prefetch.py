@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
-from sglang_hybridkv.prefetch import QueryPrefetch
+from sglang_hybridkv.cache.prefetch import QueryPrefetch
 from tests.builders import fresh_generator
 
 LAYOUT = HeadPageLayout(2, 2, 8, 8)

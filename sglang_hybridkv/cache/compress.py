@@ -7,14 +7,14 @@ import torch
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
+from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
 from sglang_hybridkv.config import RetrievalConfig
-from sglang_hybridkv.geometry import PromptGeometry
-from sglang_hybridkv.host_store import HostStore
-from sglang_hybridkv.ledger import Reservation
-from sglang_hybridkv.retrieval import forced_chunk_counts
-from sglang_hybridkv.select import chunk_salience, pool_salience
-from sglang_hybridkv.spans import text_mask
+from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.ledger import Reservation
+from sglang_hybridkv.requests.spans import text_mask
 
 
 def compress_prompt(

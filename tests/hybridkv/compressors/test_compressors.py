@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.compaction import kept_tokens
+from sglang_hybridkv.cache.compress import kept_tokens
 from sglang_hybridkv.compressors import BUILT_IN, Compressor, HeadPlan, PromptLayer, PromptObservation, get_compressor
 from sglang_hybridkv.compressors.madakv import MadaKV
 from sglang_hybridkv.config import RetrievalConfig
-from sglang_hybridkv.spans import VisualSpan
+from sglang_hybridkv.requests.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, forced_kernels, fresh_generator, make_compressor
 
 every_compressor = pytest.mark.parametrize("name", BUILT_IN)
