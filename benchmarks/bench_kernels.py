@@ -21,11 +21,8 @@ from rich.table import Table
 
 from benchmarks.provenance import run_metadata
 from hybridkv_kernels import dispatch
-from hybridkv_kernels.decode_attn import decode_attn
-from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from sglang_hybridkv.cache.compress import compress_prompt
-from sglang_hybridkv.cache.host_store import HostStore
-from sglang_hybridkv.cache.retrieval import retrieve
+from sglang_hybridkv.cache.compress import ObservedPrompt
+from sglang_hybridkv.cache.compressed_cache import CompressedCache
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.requests.geometry import covered_tokens, prompt_geometry
 from sglang_hybridkv.requests.ledger import Reservation
@@ -41,14 +38,10 @@ DENSE_ROW, COMPRESSED_ROW = 1, 2
 class Case:
     """One prompt twice in one pool: dense in row 1, compressed in row 2."""
 
-    views: HeadPageViews
-    table: HeadPageTable
-    store: HostStore
-    config: HybridKVConfig
+    cache: CompressedCache
     req_to_token: torch.Tensor
     context: int
     queries: torch.Tensor
-    counters: torch.Tensor
 
     def full(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """Attend to every row of the prompt."""
@@ -56,8 +49,7 @@ class Case:
 
     def retrieve(self, layer_idx: int, q: torch.Tensor) -> None:
         """Bring the chunk buffers up to date."""
-        rows = torch.tensor([COMPRESSED_ROW])
-        retrieve(q, self.views, self.table, self.store, self.counters, layer_idx, rows, self.config)
+        self.cache.retrieve(layer_idx, q, torch.tensor([COMPRESSED_ROW]))
 
     def compressed(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """Attend to head pages and one row of tail."""
@@ -65,8 +57,7 @@ class Case:
 
     def _attend(self, layer_idx: int, q: torch.Tensor, row: int, seq_len: int) -> torch.Tensor:
         rows, lens = torch.tensor([row]), torch.tensor([seq_len])
-        scaling = HEAD_DIM**-0.5
-        return decode_attn(q, self.views, self.table, layer_idx, rows, self.req_to_token, lens, scaling=scaling)
+        return self.cache.attend(layer_idx, q, rows, self.req_to_token, lens, HEAD_DIM**-0.5)
 
 
 def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, similarity: float, steps: int) -> Case:
@@ -80,17 +71,19 @@ def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, sim
     geometry = prompt_geometry(context, budget, **sizes)
     num_pages = context // PAGE_SIZE
     pages_per_layer = 2 + num_pages + geometry.num_pages
-    layout = HeadPageLayout(num_layers, NUM_KV_HEADS, pages_per_layer, PAGE_SIZE)
-    shape = (num_layers * pages_per_layer * PAGE_SIZE * NUM_KV_HEADS, HEAD_DIM)
-    k, v = (torch.randn(shape).to(dtype) for _ in range(2))
-    by_page = (-1, PAGE_SIZE, HEAD_DIM)
-    held = torch.zeros(len(k) // PAGE_SIZE, 1, dtype=torch.int32)
-    views = HeadPageViews(layout, k, v, k.view(by_page), v.view(by_page), held).with_chunks(config.tokens_per_chunk)
-    table = HeadPageTable(3, geometry.num_pages, geometry.num_host_pages, layout, "cpu")
-    store = HostStore(geometry.num_host_pages, heads, PAGE_SIZE, HEAD_DIM, dtype, pin=False)
+    shape = (num_layers, pages_per_layer * PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    keys, values = (torch.randn(shape).to(dtype) for _ in range(2))
+    cache = CompressedCache.create(
+        keys,
+        values,
+        HybridKV(config),
+        num_rows=3,
+        max_prompt_tokens=context,
+        num_host_pages=geometry.num_host_pages,
+    )
     order = torch.randperm(pages_per_layer - 1) + 1
     slots = (order[:num_pages, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
-    host_pages = store.alloc(geometry.num_host_pages)
+    host_pages = cache.memory.store.alloc(geometry.num_host_pages)
     assert host_pages is not None
     reservation = Reservation(
         geometry,
@@ -101,16 +94,17 @@ def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, sim
         True,
         torch.zeros(2).long(),
     )
-    table.bind(COMPRESSED_ROW, reservation.pages, host_pages, geometry.covered)
+    cache.observer.watch(COMPRESSED_ROW, range(context))
+    cache.bind(COMPRESSED_ROW, reservation)
     statistic = torch.ones(num_layers, NUM_KV_HEADS)
     statistic[:, :num_dynamic] = 0.0
     salience = torch.rand(num_layers, NUM_KV_HEADS, context)
-    compress_prompt(views, table, store, HybridKV(config), reservation, COMPRESSED_ROW, slots, statistic, salience)
+    cache.compress(COMPRESSED_ROW, slots, ObservedPrompt((), statistic, salience))
     req_to_token = torch.zeros(3, context + 8, dtype=torch.int32)
     req_to_token[DENSE_ROW, :context] = req_to_token[COMPRESSED_ROW, :context] = slots.to(torch.int32)
     req_to_token[COMPRESSED_ROW, context] = int(order[-1]) * PAGE_SIZE
     queries = drifting_queries(steps, num_layers, similarity).to(dtype)
-    return Case(views, table, store, config, req_to_token, context, queries, torch.zeros(2, dtype=torch.int64))
+    return Case(cache, req_to_token, context, queries)
 
 
 def drifting_queries(steps: int, num_layers: int, similarity: float) -> torch.Tensor:

@@ -93,13 +93,12 @@ class Usage:
         return None
 
 
-def tiny_pool(shape: Shape) -> tuple[HeadPageViews, HeadPageTable]:
+def tiny_pool(shape: Shape, chunk_size: int | None = None) -> tuple[HeadPageViews, HeadPageTable]:
     """A pool and a table of which only types, shapes and alignment matter."""
     layout = HeadPageLayout(NUM_LAYERS, NUM_KV_HEADS, 3, shape.page_size)
-    num_head_pages = layout.head_pages_per_page * layout.pages_per_layer
-    k, v = (torch.zeros(num_head_pages, shape.page_size, shape.head_dim, dtype=DTYPES[shape.dtype]) for _ in "kv")
-    held_chunks = torch.zeros(num_head_pages, 1, dtype=torch.int32)
-    views = HeadPageViews(layout, k.view(-1, shape.head_dim), v.view(-1, shape.head_dim), k, v, held_chunks)
+    sizes = (NUM_LAYERS, 3 * shape.page_size, NUM_KV_HEADS, shape.head_dim)
+    keys, values = (torch.zeros(sizes, dtype=DTYPES[shape.dtype]) for _ in "kv")
+    views = HeadPageViews.over(layout, keys, values, chunk_size)
     return views, HeadPageTable(NUM_REQUESTS + 1, 16, 16, layout, "cpu")
 
 
@@ -121,7 +120,7 @@ def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | 
 
     def call(shape: Shape) -> Any:
         size = chunk_size or shape.page_size
-        views = tiny_pool(shape)[0].with_chunks(size)
+        views = tiny_pool(shape, size)[0]
         table = HeadPageTable(NUM_REQUESTS + 1, 16, LONG * size // shape.page_size, views.layout, "cpu")
         q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
         k_host, v_host = views.k_pages.clone(), views.v_pages.clone()

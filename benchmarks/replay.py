@@ -23,14 +23,14 @@ from PIL import Image
 
 from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
 from hybridkv_kernels.select_chunks.naive import join_group, read_codes, score_chunks_by_query
-from sglang_hybridkv.cache.compress import kept_tokens
+from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt
+from sglang_hybridkv.cache.observation import PromptObserver
 from sglang_hybridkv.cache.retrieval import forced_chunk_counts
-from sglang_hybridkv.compressors import Compressor, PromptLayer, PromptObservation
-from sglang_hybridkv.compressors.token_order import pool_salience
+from sglang_hybridkv.compressors import Compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
-from sglang_hybridkv.requests.spans import VisualSpan, observed_window, text_mask
+from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 
 _ATTENTION = "hybridkv_replay"
 
@@ -112,19 +112,17 @@ class Held:
         }
 
 
-def observe(prompt: Prompt, compressor: Compressor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the compressor sees, as the engine shows it: statistic [L, H] or [L, H, S] and salience [L, H, N]."""
-    num_tokens = len(prompt.ids)
-    window = observed_window(compressor.observed_rows, prompt.spans, num_tokens, compressor.config.observation_rows)
-    is_text, slots = text_mask(prompt.spans, num_tokens), torch.arange(num_tokens)
-    scores = [
-        compressor.score_layer(
-            PromptLayer(q[window.start : window.stop].contiguous(), k, v, slots, prompt.scaling, is_text, layer_idx)
-        )
-        for layer_idx, (q, k, v) in enumerate(zip(prompt.q, prompt.k, prompt.v, strict=True))
-    ]
-    statistic, salience = (torch.stack(parts) for parts in zip(*scores, strict=True))
-    return statistic, salience
+def observe(prompt: Prompt, compressor: Compressor) -> ObservedPrompt:
+    """What the compressor sees, as the engine shows it."""
+    num_tokens, slots = len(prompt.ids), torch.arange(len(prompt.ids))
+    observer = PromptObserver(compressor, len(prompt.q))
+    observer.watch(
+        0, observed_window(compressor.observed_rows, prompt.spans, num_tokens, compressor.config.observation_rows)
+    )
+    observer.begin(0, prompt.spans)
+    for layer_idx, (q, k, v) in enumerate(zip(prompt.q, prompt.k, prompt.v, strict=True)):
+        observer.score(0, observer.gather(0, layer_idx, q, 0), k, v, slots, prompt.scaling)
+    return observer.finish(0)
 
 
 def geometry_of(prompt: Prompt, compressor: Compressor, max_new_tokens: int) -> PromptGeometry:
@@ -146,22 +144,27 @@ def compress(prompt: Prompt, compressor: Compressor, name: str, max_new_tokens: 
     num_layers, num_kv_heads = prompt.shape
     compressor.bind(num_layers, num_kv_heads)
     geometry = geometry_of(prompt, compressor, max_new_tokens)
-    statistic, salience = observe(prompt, compressor)
-    pooled = pool_salience(salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
-    is_text = text_mask(prompt.spans, geometry.covered)
-    observation = PromptObservation(statistic, pooled, is_text, geometry.num_chunks)
-    plan = compressor.plan(observation, geometry.total_head_pages, retrieval=compressor.retrieves)
-    kept = kept_tokens(compressor, observation, plan)
-    merged = None
+    observed = observe(prompt, compressor)
+    plan = plan_prompt(compressor, geometry, observed, may_retrieve=compressor.may_retrieve)
+    heads, merged = plan.heads, None
     if compressor.merges:
+        covered = geometry.covered
         merged = tuple(
-            compressor.merge(
-                k[: geometry.covered].transpose(0, 1), v[: geometry.covered].transpose(0, 1), mine, is_text
-            )
-            for k, v, mine in zip(prompt.k, prompt.v, kept, strict=True)
+            compressor.merge(k[:covered].transpose(0, 1), v[:covered].transpose(0, 1), kept, plan.is_text)
+            for k, v, kept in zip(prompt.k, prompt.v, plan.kept, strict=True)
         )
-    pages = geometry.pages_used(int(plan.is_dynamic.sum()), num_layers * num_kv_heads)
-    return Held(name, geometry.covered, kept, plan.is_dynamic, plan.num_head_pages, config, pages, merged, statistic)
+    pages = geometry.pages_used(int(heads.is_dynamic.sum()), num_layers * num_kv_heads)
+    return Held(
+        name,
+        geometry.covered,
+        plan.kept,
+        heads.is_dynamic,
+        heads.num_head_pages,
+        config,
+        pages,
+        merged,
+        observed.statistic,
+    )
 
 
 def everything(prompt: Prompt, compressor: Compressor) -> Held:

@@ -126,6 +126,11 @@ class CompressorConfig(BaseModel):
         """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
         return 0
 
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens that dynamic heads retrieve together; a page where no head is dynamic."""
+        return self.page_size
+
 
 class RetrievalConfig(CompressorConfig):
     """The same for methods with dynamic heads, which keep their rows in host memory and retrieve chunks."""

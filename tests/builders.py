@@ -18,14 +18,12 @@ import torch
 from hypothesis import settings
 
 from hybridkv_kernels import cpu, dispatch
-from hybridkv_kernels.decode_attn import decode_attn
-from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from sglang_hybridkv.cache.compress import compress_prompt
-from sglang_hybridkv.cache.host_store import HostStore
-from sglang_hybridkv.cache.retrieval import retrieve
+from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
+from sglang_hybridkv.cache.compress import ObservedPrompt
+from sglang_hybridkv.cache.compressed_cache import CompressedCache
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
+from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
 from sglang_hybridkv.requests.ledger import Reservation
 
@@ -97,7 +95,7 @@ def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLay
     )
 
 
-def make_reservation(geometry: PromptGeometry, pages, host_pages, *, prompt_len=None, spans=(), retrieval=True):
+def make_reservation(geometry: PromptGeometry, pages, host_pages, *, prompt_len=None, spans=(), may_retrieve=True):
     """Reservation of `pages` and `host_pages`, given as integers."""
     return Reservation(
         geometry=geometry,
@@ -105,7 +103,7 @@ def make_reservation(geometry: PromptGeometry, pages, host_pages, *, prompt_len=
         host_pages=torch.as_tensor(host_pages, dtype=torch.int64),
         prefilled=geometry.covered if prompt_len is None else prompt_len,
         spans=tuple(spans),
-        retrieval=retrieval,
+        may_retrieve=may_retrieve,
         outcome=torch.zeros(2, dtype=torch.int64),
     )
 
@@ -114,15 +112,8 @@ def make_views(layout: HeadPageLayout, head_dim: int, dtype=torch.float32):
     """Keys and values [L, slots, H, D] of a pool, all NaN, and the head-page views over them."""
     shape = (layout.num_layers, layout.pages_per_layer * layout.page_size, layout.num_kv_heads, head_dim)
     keys, values = torch.full(shape, NAN, dtype=dtype), torch.full(shape, NAN, dtype=dtype)
-    num_head_pages = layout.num_layers * layout.pages_per_layer * layout.num_kv_heads
-    views = HeadPageViews(
-        layout=layout,
-        k_flat=keys.view(-1, head_dim),
-        v_flat=values.view(-1, head_dim),
-        k_pages=keys.view(-1, layout.page_size, head_dim),
-        v_pages=values.view(-1, layout.page_size, head_dim),
-        held_chunks=torch.full((num_head_pages, 1), -1, dtype=torch.int32),
-    )
+    views = HeadPageViews.over(layout, keys, values)
+    views.held_chunks.fill_(-1)
     return keys, values, views
 
 
@@ -206,18 +197,28 @@ class TinyPool:
         self.config = self.compressor.config
         page_size = self.config.page_size
         self.layout = HeadPageLayout(num_layers, num_kv_heads, pages, page_size)
-        self.keys, self.values, views = make_views(self.layout, head_dim, dtype)
-        retrieves = isinstance(self.config, RetrievalConfig)
-        self.views = views.with_chunks(self.config.tokens_per_chunk) if retrieves else views
+        self.keys, self.values, _ = make_views(self.layout, head_dim, dtype)
+        self.cache = CompressedCache.create(
+            self.keys,
+            self.values,
+            self.compressor,
+            num_rows=9,
+            max_prompt_tokens=pages * page_size,
+            num_host_pages=host_pages,
+        )
+        memory = self.cache.memory
+        self.views, self.table, self.store, self.counters = (
+            memory.views,
+            memory.table,
+            memory.store,
+            self.cache.counters,
+        )
         self.views.held_chunks.fill_(-1)
-        self.table = HeadPageTable(9, pages, host_pages, self.layout, "cpu")
-        self.store = HostStore(host_pages, self.layout.head_pages_per_page, page_size, head_dim, dtype, False)
         self.store.k_pages.fill_(NAN)
         self.store.v_pages.fill_(NAN)
         self.store.free_pages = torch.randperm(host_pages, generator=generator)
         self.free = (torch.randperm(pages - 1, generator=generator) + 1).tolist()  # page 0 is padding
         self.req_to_token = torch.zeros(9, pages * page_size, dtype=torch.int32)
-        self.counters = torch.zeros(2, dtype=torch.int64)
         self.scaling = head_dim**-0.5
         self.num_rows = 0
 
@@ -240,7 +241,7 @@ class TinyPool:
         self.values[:, slots] = prompt.values.transpose(1, 2)
         return prompt
 
-    def compress(self, prompt: Prompt, statistic=None, salience=None, *, spans=(), retrieval=True) -> None:
+    def compress(self, prompt: Prompt, statistic=None, salience=None, *, spans=(), may_retrieve=True) -> None:
         """Compress `prompt`, then poison its original slots and whatever the compression did not need."""
         layout, page_size, length = self.layout, self.config.page_size, prompt.seq_len
         heads = (layout.num_layers, layout.num_kv_heads)
@@ -248,22 +249,15 @@ class TinyPool:
         salience = self.rand(*heads, length) / length if salience is None else salience
         geometry = make_geometry(length, self.config, layout)
         pages = [self.free.pop() for _ in range(geometry.num_pages)]
-        host_pages = self.store.alloc(geometry.num_host_pages) if retrieval else torch.empty(0, dtype=torch.int64)
-        reservation = make_reservation(geometry, pages, host_pages, prompt_len=length, spans=spans, retrieval=retrieval)
+        host_pages = self.store.alloc(geometry.num_host_pages) if may_retrieve else torch.empty(0, dtype=torch.int64)
+        reservation = make_reservation(
+            geometry, pages, host_pages, prompt_len=length, spans=spans, may_retrieve=may_retrieve
+        )
         slots = self.req_to_token[prompt.row, : geometry.covered].long()
         before = self.keys[:, slots].clone()
-        self.table.bind(prompt.row, reservation.pages, reservation.host_pages, geometry.covered)
-        compress_prompt(
-            self.views,
-            self.table,
-            self.store,
-            self.compressor,
-            reservation,
-            prompt.row,
-            slots,
-            statistic,
-            salience,
-        )
+        self.cache.observer.watch(prompt.row, range(length))
+        self.cache.bind(prompt.row, reservation)
+        self.cache.compress(prompt.row, slots, ObservedPrompt(reservation.spans, statistic, salience))
         assert torch.equal(self.keys[:, slots], before), "the prompt's own slots must only be read"
         prompt.reservation = reservation
         self.keys[:, slots], self.values[:, slots] = NAN, NAN
@@ -291,24 +285,13 @@ class TinyPool:
         prompt.keys, prompt.values = torch.cat((prompt.keys, key), 2), torch.cat((prompt.values, value), 2)
 
     def retrieve(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> None:
-        rows = torch.tensor([p.row for p in prompts])
-        retrieve(q, self.views, self.table, self.store, self.counters, layer_idx, rows, self.config)
+        self.cache.retrieve(layer_idx, q, torch.tensor([p.row for p in prompts]))
 
     def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
-        if self.compressor.retrieves:
-            self.retrieve(prompts, layer_idx, q)
-        return decode_attn(
-            q,
-            self.views,
-            self.table,
-            layer_idx,
-            torch.tensor([p.row for p in prompts]),
-            self.req_to_token,
-            torch.tensor([p.seq_len for p in prompts]),
-            scaling=self.scaling,
-            estimate=self.compressor.estimate,
-        )
+        self.retrieve(prompts, layer_idx, q)
+        rows, lens = torch.tensor([p.row for p in prompts]), torch.tensor([p.seq_len for p in prompts])
+        return self.cache.attend(layer_idx, q, rows, self.req_to_token, lens, self.scaling)
 
     def queries(self, num_requests: int) -> torch.Tensor:
         return self.randn(num_requests, self.layout.num_kv_heads * self.group_size, self.head_dim)

@@ -9,11 +9,9 @@ import dataclasses
 
 import torch
 
-from hybridkv_kernels.decode_attn import decode_attn
-from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
-from sglang_hybridkv.cache.compress import compress_prompt
-from sglang_hybridkv.cache.host_store import HostStore
-from sglang_hybridkv.cache.retrieval import retrieve
+from hybridkv_kernels.head_pages import HeadPageLayout
+from sglang_hybridkv.cache.compress import ObservedPrompt
+from sglang_hybridkv.cache.compressed_cache import CompressedCache
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
 from sglang_hybridkv.requests.ledger import Reservation
@@ -71,31 +69,32 @@ class Pool:
     ) -> None:
         self.shape, self.config, self.device, self.generator = shape, config, device, generator
         self.compressor = HybridKV(config)
-        self.compressor.bind(shape.num_layers, shape.num_kv_heads)
         page_size, layers, heads, head_dim = shape.page_size, shape.num_layers, shape.num_kv_heads, shape.head_dim
         self.layout = HeadPageLayout(layers, heads, num_pages, page_size)
         sizes = (layers, num_pages * page_size, heads, head_dim)
         self.keys, self.values = (torch.full(sizes, NAN, dtype=shape.dtype, device=device) for _ in range(2))
         # Slot 0 is where padding rows read; SGLang's pool starts as zeros.
         self.keys[:, :page_size], self.values[:, :page_size] = 0, 0
-        per_page = page_size // config.tokens_per_chunk
-        held_chunks = torch.full((layers * num_pages * heads, per_page), -1, dtype=torch.int32, device=device)
-        flat, pages = (-1, head_dim), (-1, page_size, head_dim)
-        self.views = HeadPageViews(
-            self.layout,
-            self.keys.view(flat),
-            self.values.view(flat),
-            self.keys.view(pages),
-            self.values.view(pages),
-            held_chunks,
+        self.cache = CompressedCache.create(
+            self.keys,
+            self.values,
+            self.compressor,
+            num_rows=num_rows + 1,
+            max_prompt_tokens=max_context,
+            num_host_pages=num_host_pages,
         )
-        self.table = HeadPageTable(num_rows + 1, num_pages, num_host_pages, self.layout, device)
-        self.store = HostStore(num_host_pages, layers * heads, page_size, head_dim, shape.dtype, pin=device == "cuda")
+        memory = self.cache.memory
+        self.views, self.table, self.store, self.counters = (
+            memory.views,
+            memory.table,
+            memory.store,
+            self.cache.counters,
+        )
+        self.views.held_chunks.fill_(-1)
         self.store.k_pages.fill_(NAN)
         self.store.v_pages.fill_(NAN)
         self.free = (torch.randperm(num_pages - 1, generator=generator, device=device) + 1).tolist()
         self.req_to_token = torch.zeros(num_rows + 1, max_context, dtype=torch.int32, device=device)
-        self.counters = torch.zeros(2, dtype=torch.int64, device=device)
         self.scaling = head_dim**-0.5
         self.seq_lens = [1] + [0] * num_rows
         self.free_rows = list(range(num_rows, 0, -1))
@@ -144,10 +143,9 @@ class Pool:
         statistic = torch.ones(heads, device=self.device)
         statistic[:, :num_dynamic] = 0.0
         salience = torch.rand((*heads, self.seq_lens[row]), generator=self.generator, device=self.device)
-        self.table.bind(row, reservation.pages, reservation.host_pages, geometry.covered)
-        compress_prompt(
-            self.views, self.table, self.store, self.compressor, reservation, row, slots, statistic, salience
-        )
+        self.cache.observer.watch(row, range(self.seq_lens[row]))
+        self.cache.bind(row, reservation)
+        self.cache.compress(row, slots, ObservedPrompt((), statistic, salience))
         if self.device == "cuda":
             torch.cuda.synchronize()
         self._commit(row, reservation)
@@ -170,7 +168,7 @@ class Pool:
             host_pages=host_pages,
             prefilled=self.seq_lens[row],
             spans=(),
-            retrieval=True,
+            may_retrieve=True,
             outcome=torch.zeros(2, dtype=torch.int64),
         )
 
@@ -179,7 +177,7 @@ class Pool:
         geometry, per_page = reservation.geometry, self.layout.head_pages_per_page
         num_dynamic = int(reservation.outcome[1])
         used = geometry.pages_used(num_dynamic, per_page)
-        num_chunks = geometry.num_chunks
+        num_chunks = geometry.num_prompt_pages
         self._give_back(self._pages[row][:num_chunks] + reservation.pages[used:].tolist())
         self.req_to_token[row, : geometry.covered] = 0
         self._pages[row][:num_chunks] = [0] * num_chunks
@@ -202,7 +200,7 @@ class Pool:
         pages, host_pages = self._reserved.pop(row, ([], torch.empty(0, dtype=torch.int64)))
         self._give_back(pages + [page for page in self._pages.pop(row) if page])
         self.store.free(host_pages)
-        self.table.clear(row)
+        self.cache.release(row)
         self.seq_lens[row] = 0
         self.free_rows.append(row)
 
@@ -212,18 +210,8 @@ class Pool:
 
     def retrieve(self, layer_idx: int, q: torch.Tensor, rows: torch.Tensor) -> None:
         """Bring the dynamic heads of one layer up to date with `q`; `rows` is on the device."""
-        retrieve(q, self.views, self.table, self.store, self.counters, layer_idx, rows, self.config)
+        self.cache.retrieve(layer_idx, q, rows)
 
     def attend(self, layer_idx: int, q: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
         """[B, H * G, D]: decode attention of one layer."""
-        return decode_attn(
-            q,
-            self.views,
-            self.table,
-            layer_idx,
-            rows,
-            self.req_to_token,
-            lens,
-            scaling=self.scaling,
-            estimate=self.compressor.estimate,
-        )
+        return self.cache.attend(layer_idx, q, rows, self.req_to_token, lens, self.scaling)

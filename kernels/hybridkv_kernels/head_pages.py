@@ -71,6 +71,27 @@ class HeadPageViews:
     v_pages: torch.Tensor
     held_chunks: torch.Tensor
 
+    @classmethod
+    def over(
+        cls, layout: HeadPageLayout, keys: torch.Tensor, values: torch.Tensor, chunk_size: int | None = None
+    ) -> HeadPageViews:
+        """Views of a pool's contiguous `keys` and `values` [L, slots, H, D], and an empty residency map.
+
+        The map takes 4 bytes a chunk of `chunk_size` tokens (None: a page): 1.6 % of bf16 rows of 64 elements for
+        single tokens, 0.2 % for pages of 8.
+        """
+        page_size, head_dim = layout.page_size, keys.shape[-1]
+        num_head_pages = layout.head_pages_per_page * layout.pages_per_layer
+        chunks = page_size // (chunk_size or page_size)
+        return cls(
+            layout=layout,
+            k_flat=keys.view(-1, head_dim),
+            v_flat=values.view(-1, head_dim),
+            k_pages=keys.view(-1, page_size, head_dim),
+            v_pages=values.view(-1, page_size, head_dim),
+            held_chunks=torch.zeros(num_head_pages, chunks, dtype=torch.int32, device=keys.device),
+        )
+
     def check(self, q: torch.Tensor, layer_idx: int) -> None:
         """ValueError unless all views are contiguous, of one shape, like `q` [B, heads, D], and have the layer."""
         layout, head_dim = self.layout, q.shape[2]
@@ -88,14 +109,6 @@ class HeadPageViews:
         checks.check_contiguous("views.held_chunks", self.held_chunks)
         if not 0 <= layer_idx < layout.num_layers:
             raise ValueError(f"layer_idx: expected 0 to {layout.num_layers - 1}, got {layer_idx}")
-
-    def with_chunks(self, chunk_size: int) -> HeadPageViews:
-        """The same memory with a new residency map, 4 bytes a chunk of `chunk_size` tokens: 1.6 % of bf16 rows of 64
-        elements for single tokens, 0.2 % for pages of 8.
-        """
-        shape = (self.k_pages.shape[0], self.layout.page_size // chunk_size)
-        held = torch.zeros(shape, dtype=torch.int32, device=self.k_pages.device)
-        return dataclasses.replace(self, held_chunks=held)
 
     def check_chunks(self, chunk_size: int) -> None:
         """ValueError unless the residency map is one for chunks of `chunk_size` tokens."""

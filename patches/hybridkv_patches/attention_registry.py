@@ -22,7 +22,7 @@ def _wrap(factory):
         backend = factory(runner)
         if settings.active() is None or getattr(runner, "is_draft_worker", False):
             return backend
-        from sglang_hybridkv.srt.attention_backend import make_hybrid
+        from sglang_hybridkv.srt.backends import make_hybrid
 
         return make_hybrid(backend)
 

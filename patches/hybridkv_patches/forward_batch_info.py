@@ -8,7 +8,12 @@ def note_rows(_result, _cls, batch, model_runner, *args, **kwargs):
     """AFTER ForwardBatch.init_new: FlashInfer's plans need to know who is in the batch, and may not wait for it."""
     if settings.active() is None or not batch.forward_mode.is_decode():
         return
-    model_runner.token_to_kv_pool.compression.launched_rows = batch.req_pool_indices_cpu.tolist()
+    from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
+    from sglang_hybridkv.srt.backends import concrete_backends
+
+    for backend in concrete_backends(model_runner.attn_backend).values():
+        if isinstance(backend, HybridAttnMixin):
+            backend.note_rows(batch.req_pool_indices_cpu.tolist())
 
 
 HOOKS = (

@@ -31,7 +31,8 @@ def build_allocator(original, configurator, **kwargs):
     pool = stock.get_kvcache()
     ours = HybridAllocator(stock.size, stock.page_size, stock.dtype, stock.device, pool, stock.need_sort)
     num_rows, max_context = kwargs["req_to_token_pool"].req_to_token.shape
-    Compression(active, pool, ours, num_rows, max_context)
+    compression = Compression(active, pool, ours, num_rows, max_context)
+    pool.cache, ours.compression = compression.cache, compression
     return ours
 
 

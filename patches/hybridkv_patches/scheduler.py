@@ -1,6 +1,7 @@
 """The scheduler looks for room again after a commit, and reports that compression ran."""
 
 from hybridkv_patches.hook import Hook
+from hybridkv_patches.verify import describe_kernels
 from sglang_hybridkv.srt import settings
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -31,7 +32,8 @@ def choose_streamer(original, scheduler):
 def report(result, scheduler, *args, **kwargs):
     """AFTER get_internal_state: the proof in /server_info."""
     if settings.active() is not None:
-        result.internal_state["kv_compressor"] = scheduler.tree_cache.compression.server_info()
+        info = scheduler.tree_cache.compression.server_info()
+        result.internal_state["kv_compressor"] = {**info, "kernels": describe_kernels(scheduler)}
 
 
 HOOKS = (

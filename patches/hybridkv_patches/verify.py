@@ -33,6 +33,7 @@ def parts_fault(scheduler: Any) -> str | None:
     """Sentence that names the parts of `scheduler` that are SGLang's own; None when all are ours."""
     from sglang_hybridkv.srt.allocator import HybridAllocator
     from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
+    from sglang_hybridkv.srt.backends import concrete_backends
     from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
     from sglang_hybridkv.srt.radix_cache import HybridRadixCache
 
@@ -42,7 +43,7 @@ def parts_fault(scheduler: Any) -> str | None:
         "KV allocator": (allocator, HybridAllocator),
         "radix cache": (scheduler.tree_cache, HybridRadixCache),
     }
-    backends = _backends(scheduler.tp_worker.model_runner.attn_backend)
+    backends = concrete_backends(scheduler.tp_worker.model_runner.attn_backend)
     parts |= {name: (backend, HybridAttnMixin) for name, backend in backends.items()}
     foreign = [f"{name} ({type(part).__name__})" for name, (part, ours) in parts.items() if not isinstance(part, ours)]
     if foreign:
@@ -54,27 +55,22 @@ def parts_fault(scheduler: Any) -> str | None:
     return None
 
 
-def _backends(backend: Any) -> dict[str, Any]:
-    """The attention backends that do the work; SGLang's HybridAttnBackend only holds one a phase."""
-    if type(backend).__name__ != "HybridAttnBackend":
-        return {"attention backend": backend}
-    return {
-        "prefill attention backend": backend.prefill_backend,
-        "decode attention backend": backend.decode_backend,
-    }
+def describe_kernels(scheduler: Any) -> str:
+    """The kernels that serve, for people; ValueError when those that the user forced cannot serve this model."""
+    from hybridkv_kernels import dispatch
+    from sglang_hybridkv.srt.backends import concrete_backends, decodes_by_flashinfer
+
+    pool, runner = scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.tp_worker.model_runner
+    group_size = runner.model_config.num_attention_heads // runner.model_config.get_total_num_kv_heads()
+    kernels = dispatch.describe(pool.device, pool.dtype, pool.head_dim, group_size)
+    *_, decode = concrete_backends(runner.attn_backend).values()
+    return f"{kernels}, decode by flashinfer" if decodes_by_flashinfer(decode) else kernels
 
 
 def kernels_fault(scheduler: Any) -> str | None:
-    """Sentence when the kernels that the user forced cannot serve this model; else their choice is recorded."""
-    from hybridkv_kernels import dispatch
-    from sglang_hybridkv.srt.flashinfer_backend import decodes_by_flashinfer
-
-    pool, model = scheduler.token_to_kv_pool_allocator.get_kvcache(), scheduler.tp_worker.model_runner.model_config
-    group_size = model.num_attention_heads // model.get_total_num_kv_heads()
-    decode = list(_backends(scheduler.tp_worker.model_runner.attn_backend).values())[-1]
+    """Sentence when the kernels that the user forced cannot serve this model."""
     try:
-        kernels = dispatch.describe(pool.device, pool.dtype, pool.head_dim, group_size)
-        pool.compression.kernels = f"{kernels}, decode by flashinfer" if decodes_by_flashinfer(decode) else kernels
+        describe_kernels(scheduler)
     except ValueError as error:
         return str(error)
     return None
@@ -90,14 +86,15 @@ def report(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | No
 
 
 def _summary(scheduler: Any, settings: Settings) -> str:
+    from sglang_hybridkv.srt.backends import concrete_backends
+
     config = settings.config
-    compression = scheduler.token_to_kv_pool_allocator.get_kvcache().compression
-    store = compression.store
-    names = [type(backend).__name__ for backend in _backends(scheduler.tp_worker.model_runner.attn_backend).values()]
+    store = scheduler.token_to_kv_pool_allocator.compression.store
+    backends = concrete_backends(scheduler.tp_worker.model_runner.attn_backend).values()
     return (
         f"KV compression is active: {settings.name}, budget {config.budget}, page size {config.page_size} tokens, "
-        f"attention backend {' and '.join(names)}, "
-        f"host store {store.num_pages * store.page_bytes} bytes, kernels {compression.kernels}"
+        f"attention backend {' and '.join(type(backend).__name__ for backend in backends)}, "
+        f"host store {store.num_pages * store.page_bytes} bytes, kernels {describe_kernels(scheduler)}"
     )
 
 

@@ -2,40 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from hybridkv_kernels.compact_kv import compact_kv
-from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.head_pages import HeadPageTable
 from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
-from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.cache.memory import CacheMemory
 from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Reservation
-from sglang_hybridkv.requests.spans import text_mask
+from sglang_hybridkv.requests.spans import VisualSpan, text_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservedPrompt:
+    """What a compressor has seen of a prompt, layer by layer.
+
+    Attributes
+    ----------
+    spans : its images and videos.
+    statistic : [L, H] or [L, H, S]. salience : [L, H, >= covered]. fp32, from `Compressor.score_layer`.
+    """
+
+    spans: tuple[VisualSpan, ...]
+    statistic: torch.Tensor
+    salience: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptPlan:
+    """What becomes of a prompt.
+
+    Attributes
+    ----------
+    heads : type and pages of each head.
+    kept : [L, H, covered], bool. Rows that go to head pages, num_head_pages * P of each head.
+    is_text : [covered], bool.
+    """
+
+    heads: HeadPlan
+    kept: torch.Tensor
+    is_text: torch.Tensor
+
+
+def plan_prompt(
+    compressor: Compressor, geometry: PromptGeometry, observed: ObservedPrompt, *, may_retrieve: bool
+) -> PromptPlan:
+    """The compressor's decisions; a function of the prompt and its settings alone."""
+    is_text = text_mask(observed.spans, geometry.covered).to(observed.salience.device)
+    config = compressor.config
+    pooled = pool_salience(observed.salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
+    observation = PromptObservation(observed.statistic, pooled, is_text, geometry.num_prompt_pages)
+    heads = compressor.plan(observation, geometry.total_head_pages, may_retrieve=may_retrieve)
+    return PromptPlan(heads, kept_tokens(compressor, observation, heads), is_text)
 
 
 def compress_prompt(
-    views: HeadPageViews,
-    table: HeadPageTable,
-    store: HostStore,
+    memory: CacheMemory,
     compressor: Compressor,
     reservation: Reservation,
     row: int,
     slots: torch.Tensor,
-    statistic: torch.Tensor,
-    salience: torch.Tensor,
+    observed: ObservedPrompt,
 ) -> None:
     """Fill the reserved pages of one prompt, after its last layer and before its first decode step.
 
     Parameters
     ----------
-    views, table, store : written in place; the prompt's own slots are only read.
-    row : the request's row, bound in `table`.
-    slots : [covered], int64. Token slots of the page-aligned prompt.
-    statistic : [L, H] or [L, H, S]. salience : [L, H, >= covered]. fp32, from `Compressor.score_layer`, layer by layer.
+    memory : written in place; the prompt's own slots are only read.
+    row : the request's row, bound in the table.
+    slots : [>= covered], int64. Token slots of the prompt.
 
     Raises
     ------
@@ -47,26 +88,23 @@ def compress_prompt(
     Runs on the forward's stream. Cost in traffic: kept rows twice, rows of dynamic heads once more.
     """
     geometry = reservation.geometry
-    is_text = text_mask(reservation.spans, geometry.covered).to(salience.device)
-    config = compressor.config
-    pooled = pool_salience(salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
-    observation = PromptObservation(statistic, pooled, is_text, geometry.num_chunks)
-    plan = compressor.plan(observation, geometry.total_head_pages, retrieval=reservation.retrieval)
-    kept = kept_tokens(compressor, observation, plan)
-    _check_plan(compressor, plan, kept, reservation)
-    place_heads(table, row, plan, geometry)
-    kept_rows = kept.nonzero(as_tuple=True)
-    _move_kept_rows(views, table, row, slots, kept_rows, plan.is_dynamic)
-    for layer_idx in range(views.layout.num_layers):
-        if compressor.merges and not kept[layer_idx].all():
-            _merge_layer(views, table, compressor, row, slots, kept, is_text, layer_idx)
-        if isinstance(config, RetrievalConfig):
-            _offload_layer(views, table, store, config, row, slots, layer_idx)
-    num_dynamic = plan.is_dynamic.sum()
-    outcome = torch.stack((plan.is_dynamic.numel() - num_dynamic, num_dynamic))
+    slots = slots[: geometry.covered]
+    plan = plan_prompt(compressor, geometry, observed, may_retrieve=reservation.may_retrieve)
+    _check_plan(compressor, plan, reservation)
+    place_heads(memory.table, row, plan.heads, geometry)
+    kept_rows = plan.kept.nonzero(as_tuple=True)
+    is_dynamic = plan.heads.is_dynamic
+    _move_kept_rows(memory, row, slots, kept_rows, is_dynamic)
+    for layer_idx in range(memory.layout.num_layers):
+        if compressor.merges and not plan.kept[layer_idx].all():
+            _merge_layer(memory, compressor, row, slots, plan, layer_idx)
+        if isinstance(compressor.config, RetrievalConfig):
+            _offload_layer(memory, compressor.config, row, slots, layer_idx)
+    num_dynamic = is_dynamic.sum()
+    outcome = torch.stack((is_dynamic.numel() - num_dynamic, num_dynamic))
     reservation.outcome.copy_(outcome, non_blocking=True)
-    reservation.head_counts = plan.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
-    reservation.digest = digest_plan(kept_rows, plan.is_dynamic, geometry.covered).to("cpu", non_blocking=True)
+    reservation.head_counts = plan.heads.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
+    reservation.digest = digest_plan(kept_rows, is_dynamic, geometry.covered).to("cpu", non_blocking=True)
     if outcome.is_cuda:
         reservation.written = torch.cuda.Event()
         reservation.written.record()
@@ -128,26 +166,26 @@ def digest_plan(kept_rows: tuple[torch.Tensor, ...], is_dynamic: torch.Tensor, n
     return (mixed ^ (mixed >> 31)).sum()
 
 
-def _check_plan(compressor: Compressor, plan: HeadPlan, kept: torch.Tensor, reservation: Reservation) -> None:
+def _check_plan(compressor: Compressor, plan: PromptPlan, reservation: Reservation) -> None:
     """Refuse what would write to pages of other requests, or leave rows that nobody wrote."""
-    geometry, counts = reservation.geometry, plan.num_head_pages
+    geometry, counts = reservation.geometry, plan.heads.num_head_pages
     # One sync; finding the kept rows needs one anyway.
     total, least, most, num_dynamic, is_whole = torch.stack(
         (
             counts.sum(),
             counts.min(),
             counts.max(),
-            plan.is_dynamic.sum(),
-            (kept.sum(-1) == counts * (geometry.covered // geometry.num_chunks)).all().long(),
+            plan.heads.is_dynamic.sum(),
+            (plan.kept.sum(-1) == counts * (geometry.covered // geometry.num_prompt_pages)).all().long(),
         )
     ).tolist()
     origin = f"KV compressor {compressor.name!r}"
-    if total > geometry.total_head_pages or least < 1 or most > geometry.num_chunks:
+    if total > geometry.total_head_pages or least < 1 or most > geometry.num_prompt_pages:
         raise ValueError(
-            f"{origin}: num_head_pages = {least} to {most}, {total} in all; legal: 1 to {geometry.num_chunks} a head, "
-            f"at most {geometry.total_head_pages} in all"
+            f"{origin}: num_head_pages = {least} to {most}, {total} in all; legal: 1 to {geometry.num_prompt_pages} "
+            f"a head, at most {geometry.total_head_pages} in all"
         )
-    most_dynamic = geometry.max_dynamic_heads if reservation.retrieval else 0
+    most_dynamic = geometry.max_dynamic_heads if reservation.may_retrieve else 0
     if num_dynamic > most_dynamic:
         raise ValueError(f"{origin}: is_dynamic = {num_dynamic} heads; legal: at most {most_dynamic}")
     if not is_whole:
@@ -155,15 +193,15 @@ def _check_plan(compressor: Compressor, plan: HeadPlan, kept: torch.Tensor, rese
 
 
 def _move_kept_rows(
-    views: HeadPageViews,
-    table: HeadPageTable,
+    memory: CacheMemory,
     row: int,
     slots: torch.Tensor,
     kept_rows: tuple[torch.Tensor, ...],
     is_dynamic: torch.Tensor,
 ) -> None:
+    views = memory.views
     layer_idx, kv_head, token = kept_rows
-    destination = _head_page_rows(views, table, row, torch.arange(len(token), device=token.device))
+    destination = _head_page_rows(memory, row, torch.arange(len(token), device=token.device))
     compact_kv(views.k_flat, views.v_flat, views.token_rows(layer_idx, slots[token], kv_head), destination)
     chunk_size = views.layout.page_size // views.held_chunks.shape[1]
     is_chunk_start = (destination % chunk_size == 0) & is_dynamic[layer_idx, kv_head]
@@ -171,54 +209,40 @@ def _move_kept_rows(
     views.held_chunks.view(-1)[destination[is_chunk_start] // chunk_size] = chunk
 
 
-def _head_page_rows(views: HeadPageViews, table: HeadPageTable, row: int, place: torch.Tensor) -> torch.Tensor:
+def _head_page_rows(memory: CacheMemory, row: int, place: torch.Tensor) -> torch.Tensor:
     """Rows of k_flat for the places of kept rows, counted over all heads in the request's linear order."""
     # Heads lie there in the order in which nonzero lists them, each with whole pages.
-    page_size = views.layout.page_size
-    head_pages = views.layout.head_page_ids(table.pages[row], place // page_size)
+    page_size = memory.layout.page_size
+    head_pages = memory.layout.head_page_ids(memory.table.pages[row], place // page_size)
     return head_pages * page_size + place % page_size
 
 
 def _merge_layer(
-    views: HeadPageViews,
-    table: HeadPageTable,
-    compressor: Compressor,
-    row: int,
-    slots: torch.Tensor,
-    kept: torch.Tensor,
-    is_text: torch.Tensor,
-    layer_idx: int,
+    memory: CacheMemory, compressor: Compressor, row: int, slots: torch.Tensor, plan: PromptPlan, layer_idx: int
 ) -> None:
     """Write what the compressor makes of one layer's kept rows over their copies in the head pages."""
-    heads = torch.arange(views.layout.num_kv_heads, device=slots.device)
-    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])
-    mine = kept[layer_idx]
-    keys, values = compressor.merge(views.k_flat[rows], views.v_flat[rows], mine, is_text)
-    first = int(kept[:layer_idx].sum())
-    place = torch.arange(first, first + int(mine.sum()), device=slots.device)
-    destination = _head_page_rows(views, table, row, place)
-    views.k_flat[destination], views.v_flat[destination] = keys[mine], values[mine]
+    views, kept = memory.views, plan.kept[layer_idx]  # kept [H, N]
+    heads = torch.arange(memory.layout.num_kv_heads, device=slots.device)
+    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])  # [H, N]
+    keys, values = compressor.merge(views.k_flat[rows], views.v_flat[rows], kept, plan.is_text)
+    first = int(plan.kept[:layer_idx].sum())
+    place = torch.arange(first, first + int(kept.sum()), device=slots.device)
+    destination = _head_page_rows(memory, row, place)
+    views.k_flat[destination], views.v_flat[destination] = keys[kept], values[kept]
 
 
-def _offload_layer(
-    views: HeadPageViews,
-    table: HeadPageTable,
-    store: HostStore,
-    config: RetrievalConfig,
-    row: int,
-    slots: torch.Tensor,
-    layer_idx: int,
-) -> None:
+def _offload_layer(memory: CacheMemory, config: RetrievalConfig, row: int, slots: torch.Tensor, layer_idx: int) -> None:
+    views, table, store = memory.views, memory.table, memory.store
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if len(heads) == 0:
         return
-    page_size, num_pages = views.layout.page_size, len(slots) // views.layout.page_size
-    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])
-    keys, values = views.k_flat[rows], views.v_flat[rows]
-    host_ids = table.host_chunk_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)
+    page_size, num_pages = memory.layout.page_size, len(slots) // memory.layout.page_size
+    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])  # [E, N]
+    keys, values = views.k_flat[rows], views.v_flat[rows]  # [E, N, D]
+    host_ids = table.host_chunk_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)  # [E, pages]
     store.k_pages[host_ids] = keys.unflatten(1, (num_pages, page_size)).to(store.k_pages.device)
     store.v_pages[host_ids] = values.unflatten(1, (num_pages, page_size)).to(store.v_pages.device)
-    _write_summaries(views, table, row, layer_idx, heads, _summaries(config, keys, values))
+    _write_summaries(memory, row, layer_idx, heads, _summaries(config, keys, values))
 
 
 def _summaries(config: RetrievalConfig, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -229,15 +253,8 @@ def _summaries(config: RetrievalConfig, keys: torch.Tensor, values: torch.Tensor
     return summarize_chunks(k, config.chunk_score, v if config.estimates else None).flatten(1, 2)
 
 
-def _write_summaries(
-    views: HeadPageViews,
-    table: HeadPageTable,
-    row: int,
-    layer_idx: int,
-    heads: torch.Tensor,
-    vectors: torch.Tensor,
-) -> None:
-    ids, half, place = table.summary_places(row, layer_idx, heads, vectors.shape[1])
-    for which, pages in enumerate((views.k_pages, views.v_pages)):
+def _write_summaries(memory: CacheMemory, row: int, layer_idx: int, heads: torch.Tensor, vectors: torch.Tensor) -> None:
+    ids, half, place = memory.table.summary_places(row, layer_idx, heads, vectors.shape[1])
+    for which, pages in enumerate((memory.views.k_pages, memory.views.v_pages)):
         mine = half == which
         pages[ids[:, mine], place[mine]] = vectors[:, mine]

@@ -34,7 +34,7 @@ class AdaKV(Compressor):
     config_class = AdaKVConfig
     config: AdaKVConfig
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Pages by the formula, at least alpha times the mean, in whole pages."""
         weights = self.weigh_heads(observation, total_head_pages)
         least = int(self.config.safeguard * total_head_pages / weights.numel())

@@ -60,13 +60,13 @@ class PromptObservation:
         `Compressor.score_layer`.
     salience : [L, H, N], fp32, not negative. The method's score of each covered token, pooled.
     is_text : [N], bool. False where the token came from an image or a video.
-    num_pages : pages of the whole prompt, N / page_size; N is page-aligned.
+    num_prompt_pages : pages of the whole prompt, N / page_size; N is page-aligned.
     """
 
     statistic: torch.Tensor
     salience: torch.Tensor
     is_text: torch.Tensor
-    num_pages: int
+    num_prompt_pages: int
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,7 +76,7 @@ class PromptObservation:
     @property
     def page_size(self) -> int:
         """Tokens per page."""
-        return self.salience.shape[-1] // self.num_pages
+        return self.salience.shape[-1] // self.num_prompt_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Compressor:
     observed_rows : queries that `score_layer` sees: the last "text" after the last visual token, or the "last" ones
         whatever they are; at most observation_rows. They depend on the prompt alone: a prefix hit stops before them.
     merges : whether `merge` changes kept rows.
-    retrieves : whether heads may be dynamic; follows from config_class. Without it the engine reserves neither host
+    may_retrieve : whether heads may be dynamic; follows from config_class. Without it the engine reserves neither host
         pages nor summary pages, and a request holds exactly its budget.
     """
 
@@ -114,11 +114,11 @@ class Compressor:
     config_class: ClassVar[type[CompressorConfig]] = CompressorConfig
     observed_rows: ClassVar[Literal["text", "last"]] = "last"
     merges: ClassVar[bool] = False
-    retrieves: ClassVar[bool] = False
+    may_retrieve: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.retrieves = issubclass(cls.config_class, RetrievalConfig)
+        cls.may_retrieve = issubclass(cls.config_class, RetrievalConfig)
 
     def __init__(self, config: CompressorConfig):
         self.config = config
@@ -145,8 +145,8 @@ class Compressor:
         """
         return score_heads(layer.q, layer.k_rows, layer.slots, scaling=layer.scaling, chunk_size=self.config.page_size)
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
-        """Type and pages of every head; without `retrieval` no head may be dynamic."""
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
+        """Type and pages of every head; no head is dynamic unless `may_retrieve`."""
         is_dynamic = torch.zeros(observation.shape, dtype=torch.bool, device=observation.salience.device)
         weights = self.weigh_heads(observation, total_head_pages)
         return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))
@@ -161,8 +161,8 @@ class Compressor:
         """[L, H], int64: exactly `total_head_pages` by `weights`, at least `least_pages` or min_head_pages a head."""
         positive = weights.flatten().to(torch.float64).clamp(min=0.0)
         positive = positive + _LEAST_WEIGHT * positive.mean() + _LEAST_SUM
-        floor = min(max(self.config.min_head_pages, least_pages), observation.num_pages)
-        return apportion(positive, total_head_pages, floor, observation.num_pages).view(weights.shape)
+        floor = min(max(self.config.min_head_pages, least_pages), observation.num_prompt_pages)
+        return apportion(positive, total_head_pages, floor, observation.num_prompt_pages).view(weights.shape)
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """[L, H, N], int64: tokens of each head, the ones to keep first; its first num_head_pages * P are kept."""

@@ -150,12 +150,12 @@ class HybridKV(Compressor):
             return scores[0]
         return torch.stack([statistic for statistic, _ in scores], dim=-1), scores[0][1]
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Types by threshold, budgets by type and weight; no host sync."""
         config = self.config
         statistics = observation.statistic.view(*observation.statistic.shape[:2], -1)
         statistic = statistics[..., 0]
-        most = config.most_dynamic_heads(statistic.numel()) if retrieval else 0
+        most = config.most_dynamic_heads(statistic.numel()) if may_retrieve else 0
         is_dynamic = lowest(best_places(statistics), most) & (
             statistics.nan_to_num(nan=float("inf")).amin(dim=-1) < config.theta
         )
@@ -163,8 +163,8 @@ class HybridKV(Compressor):
         if share is None:
             share = share_by_ratio(is_dynamic, config.dynamic_ratio)
         weights = head_weights(statistic.flatten(), is_dynamic.flatten(), share, config.static_weight)
-        floor = min(config.min_head_pages, observation.num_pages)
-        pages = apportion(weights, total_head_pages, floor, observation.num_pages)
+        floor = min(config.min_head_pages, observation.num_prompt_pages)
+        pages = apportion(weights, total_head_pages, floor, observation.num_prompt_pages)
         return HeadPlan(is_dynamic, pages.view_as(statistic))
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:

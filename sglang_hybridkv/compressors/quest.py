@@ -26,7 +26,7 @@ class Quest(Compressor):
     name = "quest"
     config_class = QuestConfig
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Equal pages; dynamic wherever retrieval is possible."""
-        plan = super().plan(observation, total_head_pages, retrieval=retrieval)
-        return HeadPlan(torch.full_like(plan.is_dynamic, retrieval), plan.num_head_pages)
+        plan = super().plan(observation, total_head_pages, may_retrieve=may_retrieve)
+        return HeadPlan(torch.full_like(plan.is_dynamic, may_retrieve), plan.num_head_pages)

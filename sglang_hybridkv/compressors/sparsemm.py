@@ -40,7 +40,7 @@ class SparseMM(Compressor):
         calibration = load_calibration(self.config.calibration, num_layers, num_kv_heads, fingerprint)
         self.scores = torch.tensor(calibration.scores, dtype=torch.float64)
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, retrieval: bool) -> HeadPlan:
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Pages by the formula, at least the uniform share, in whole pages."""
         weights = self.weigh_heads(observation, total_head_pages)
         least = int(self.config.uniform_share * total_head_pages / weights.numel())

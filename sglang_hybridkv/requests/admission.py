@@ -72,10 +72,10 @@ def decide(
         summary_vectors=config.summary_vectors(covered_tokens(prompt_len, pool.page_size)),
         max_dynamic_heads=config.most_dynamic_heads(pool.head_pages_per_page),
     )
-    floor = min(config.min_head_pages, geometry.num_chunks)
+    floor = min(config.min_head_pages, geometry.num_prompt_pages)
     if geometry.total_head_pages < floor * pool.head_pages_per_page:
         return DenseReason.BUDGET_BELOW_FLOOR
-    if config.budget < 1.0 and geometry.num_pages >= geometry.num_chunks:
+    if config.budget < 1.0 and geometry.num_pages >= geometry.num_prompt_pages:
         return DenseReason.SAVES_NOTHING
     beside = num_generated + max(prompt_len, prompt_len - geometry.covered + max_new_tokens)
     slack = 2 * pool.page_size

@@ -18,7 +18,7 @@ class PromptGeometry:
     Attributes
     ----------
     covered : tokens of the page-aligned prompt; the rest stays dense.
-    num_chunks : pages of the covered prompt.
+    num_prompt_pages : pages of the covered prompt.
     total_head_pages : budget B in head pages, over all layers and KV heads.
     summary_pages_per_head : head pages that hold the chunk summaries of one dynamic head.
     max_dynamic_heads : heads that may be dynamic.
@@ -27,7 +27,7 @@ class PromptGeometry:
     """
 
     covered: int
-    num_chunks: int
+    num_prompt_pages: int
     total_head_pages: int
     summary_pages_per_head: int
     max_dynamic_heads: int
@@ -41,7 +41,7 @@ class PromptGeometry:
 
     def host_pages_used(self, num_dynamic_heads: int, head_pages_per_page: int) -> int:
         """Host pages that hold something once the number of dynamic heads is known."""
-        return -(-num_dynamic_heads * self.num_chunks // head_pages_per_page)
+        return -(-num_dynamic_heads * self.num_prompt_pages // head_pages_per_page)
 
 
 def covered_tokens(prompt_len: int, page_size: int) -> int:
@@ -64,18 +64,18 @@ def prompt_geometry(
     hold 2 P of them. Without summaries no head can be dynamic, and nothing goes to the host; with them, every head
     unless `max_dynamic_heads` says how many.
     """
-    num_chunks = prompt_len // page_size
+    num_prompt_pages = prompt_len // page_size
     # The budget as the user wrote it: 0.29 * 100 chunks are 29, not 28.999999999999996.
-    total = math.floor(Fraction(repr(budget)) * num_chunks * head_pages_per_page)
+    total = math.floor(Fraction(repr(budget)) * num_prompt_pages * head_pages_per_page)
     summary_pages = -(-summary_vectors // (2 * page_size))
     most = head_pages_per_page if max_dynamic_heads is None else max_dynamic_heads
     most = most if summary_vectors else 0
     return PromptGeometry(
-        covered=num_chunks * page_size,
-        num_chunks=num_chunks,
+        covered=num_prompt_pages * page_size,
+        num_prompt_pages=num_prompt_pages,
         total_head_pages=total,
         summary_pages_per_head=summary_pages,
         max_dynamic_heads=most,
         num_pages=-(-(total + most * summary_pages) // head_pages_per_page),
-        num_host_pages=-(-most * num_chunks // head_pages_per_page),
+        num_host_pages=-(-most * num_prompt_pages // head_pages_per_page),
     )

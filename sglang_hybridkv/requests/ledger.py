@@ -21,7 +21,7 @@ class Reservation:
     host_pages : [num_host_pages], int64. Owned by the ledger throughout.
     prefilled : tokens whose KV is exact, after a retraction more than the prompt; later ones are computed over
         compressed context.
-    retrieval : whether heads may be dynamic.
+    may_retrieve : whether heads may be dynamic.
     outcome : [2], int64, on the CPU. Static and dynamic heads; written by the forward, read at the commit.
     head_counts : [L, H], int32, on the CPU. Kept or buffer pages of each head, from the forward; see
         `head_counts_on_host`.
@@ -34,7 +34,7 @@ class Reservation:
     host_pages: torch.Tensor
     prefilled: int
     spans: tuple[VisualSpan, ...]
-    retrieval: bool
+    may_retrieve: bool
     outcome: torch.Tensor
     committed: bool = False
     head_counts: torch.Tensor | None = None
@@ -52,7 +52,7 @@ class Reservation:
     @property
     def num_in_row(self) -> int:
         """Pages that the request's row shows after the commit; a row has no room for more than it covers."""
-        return min(len(self.pages), self.geometry.num_chunks)
+        return min(len(self.pages), self.geometry.num_prompt_pages)
 
     @property
     def unlisted_pages(self) -> torch.Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from hybridkv_kernels.decode_attn.flashinfer import HeadPageDecode, merge, to_device
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
+from sglang_hybridkv.srt.protocols import Batch
 
 
 class _Composition(NamedTuple):
@@ -26,16 +26,6 @@ class _Composition(NamedTuple):
         return all(a is b for a, b in zip(self.reservations, other.reservations, strict=True))
 
 
-def is_flashinfer(backend_class: type) -> bool:
-    """Whether the class is SGLang's FlashInfer backend; by name, as its module is not needed where it is not used."""
-    return any(base.__name__ == "FlashInferAttnBackend" for base in backend_class.__mro__)
-
-
-def decodes_by_flashinfer(backend: AttentionBackend) -> bool:
-    """Whether FlashInfer reads the head pages of this backend's decode, rather than our kernels."""
-    return isinstance(backend, HybridFlashInferMixin)
-
-
 class HybridFlashInferMixin(HybridAttnMixin):
     """Goes before FlashInferAttnBackend. Stock's decode metadata is built here, over the dense tails only.
 
@@ -45,17 +35,18 @@ class HybridFlashInferMixin(HybridAttnMixin):
 
     _head_pages: HeadPageDecode | None = None
     _planned: _Composition | None = None
+    _noted_rows: list[int] = []
     _covered: torch.Tensor
 
     def take_over(self):
         """Plan the tails where stock plans whole sequences, captured or not."""
         self.indices_updater_decode.update = self._plan_tails
 
-    def _begin_decode(self, forward_batch):
+    def _begin_decode(self, forward_batch: Batch):
         self._compose(forward_batch, self._launched_rows(), in_graph=False)
         super(HybridAttnMixin, self).init_forward_metadata(forward_batch)
 
-    def init_forward_metadata_out_graph(self, forward_batch, in_capture=False):
+    def init_forward_metadata_out_graph(self, forward_batch: Batch, in_capture=False):
         """Before a graph is captured, for padding rows only, or replayed."""
         if forward_batch.forward_mode.is_decode():
             self._compose(forward_batch, [] if in_capture else self._launched_rows(), in_graph=True)
@@ -66,18 +57,21 @@ class HybridFlashInferMixin(HybridAttnMixin):
         super(HybridAttnMixin, self).init_cuda_graph_state(max_bs, max_num_tokens)
         self._head_page_decode().init_graphs(max_bs)
 
+    def note_rows(self, rows: list[int]) -> None:
+        """Keep them until that batch is launched, where they are on the device only."""
+        self._noted_rows = rows
+
     def _launched_rows(self) -> list[int]:
         """Rows of the batch that is being launched; none for batches that SGLang makes up to warm up."""
-        compression = self.token_to_kv_pool.compression
-        rows, compression.launched_rows = compression.launched_rows, []
+        rows, self._noted_rows = self._noted_rows, []
         return rows
 
-    def _compose(self, forward_batch, rows: list[int], *, in_graph: bool) -> None:
+    def _compose(self, forward_batch: Batch, rows: list[int], *, in_graph: bool) -> None:
         """Find out what is compressed, and plan the head pages if that is not what they are planned for."""
-        batch_size, ledger = forward_batch.batch_size, self.token_to_kv_pool.compression.ledger
+        batch_size, bound = forward_batch.batch_size, self.token_to_kv_pool.cache.bound
         assert len(rows) <= batch_size, f"{len(rows)} rows were launched in a batch of {batch_size}"
         padded = rows + [0] * (batch_size - len(rows))
-        composition = _Composition(tuple(ledger.get(row) for row in padded), in_graph)
+        composition = _Composition(tuple(bound.get(row) for row in padded), in_graph)
         covered = [0 if held is None else held.geometry.covered for held in composition.reservations]
         self._covered = torch.tensor(covered, dtype=torch.int64)
         self._any_compressed = in_graph or any(held is not None for held in composition.reservations)
@@ -89,7 +83,7 @@ class HybridFlashInferMixin(HybridAttnMixin):
     def _head_counts(self, composition: _Composition) -> torch.Tensor:
         """[B, L, H], int32, on the CPU. A request that joins was compressed by the forward just launched: its counts
         are waited for, once."""
-        layout = self.token_to_kv_pool.views.layout
+        layout = self.token_to_kv_pool.cache.memory.layout
         none = torch.zeros(layout.num_layers, layout.num_kv_heads, dtype=torch.int32)
         return torch.stack([none if held is None else held.head_counts_on_host() for held in composition.reservations])
 
@@ -127,19 +121,19 @@ class HybridFlashInferMixin(HybridAttnMixin):
             req_pool_indices=req_pool_indices,
         )
 
-    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+    def forward_decode(self, q, k, v, layer, forward_batch: Batch, save_kv_cache=True, **kwargs):
         if not self._any_compressed:
             return super(HybridAttnMixin, self).forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         pool, decode = self.token_to_kv_pool, self._head_page_decode()
         layer_idx = layer.layer_id - pool.start_layer
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
-        later = self._retrieve(queries, layer_idx, forward_batch.req_pool_indices)
+        later = pool.cache.retrieve_first(layer_idx, queries, forward_batch.req_pool_indices)
         out, lse = decode.run(layer_idx, queries, layer.scaling)
         tail, tail_lse = self.forward_metadata.decode_wrappers[0].forward_return_lse(
             queries, pool.get_kv_buffer(layer.layer_id), sm_scale=layer.scaling, logits_soft_cap=layer.logit_cap
         )
-        self._retrieve_ahead(queries, layer_idx, later)
+        pool.cache.retrieve_ahead(layer_idx, queries, later)
         merged = merge(out, lse, tail, tail_lse, decode.group_size, self._merge_state)
         return merged.view(len(queries), -1)
 
@@ -148,11 +142,11 @@ class HybridFlashInferMixin(HybridAttnMixin):
             # As stock's module has them, which has checked FlashInfer's version.
             from sglang.srt.layers.attention import flashinfer_backend as stock
 
-            pool, updater = self.token_to_kv_pool, self.indices_updater_decode
+            memory, updater = self.token_to_kv_pool.cache.memory, self.indices_updater_decode
             group_size = updater.num_qo_heads // updater.num_kv_heads
             wrapper_class = stock.BatchDecodeWithPagedKVCacheWrapper
             self._merge_state = stock.merge_state
             self._head_pages = HeadPageDecode(
-                pool.compression.table, pool.views, group_size, self.workspace_buffer, wrapper_class
+                memory.table, memory.views, group_size, self.workspace_buffer, wrapper_class
             )
         return self._head_pages

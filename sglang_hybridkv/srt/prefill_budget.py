@@ -5,6 +5,7 @@ from __future__ import annotations
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.srt.protocols import Request
 
 
 class HybridPrefillBudget(PrefillBudget):
@@ -12,7 +13,7 @@ class HybridPrefillBudget(PrefillBudget):
 
     geometry: PromptGeometry | None = None
 
-    def consider(self, req) -> None:
+    def consider(self, req: Request) -> None:
         """Remember what the request's compressed form takes; None when it will be served dense."""
         self.geometry = self.allocator.compression.planned(req)
 

@@ -10,6 +10,9 @@ from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from sglang_hybridkv.requests.ledger import Reservation
+from sglang_hybridkv.srt.protocols import Request
+
 
 class HybridRadixCache(UnifiedRadixCache):
     """UnifiedRadixCache that commits compressed prompts and never keys KV computed over compressed context."""
@@ -37,13 +40,13 @@ class HybridRadixCache(UnifiedRadixCache):
         key.limit = min(len(key), self.compression.window(req).start)
         return super().match_prefix(dataclasses.replace(params, key=key))
 
-    def cache_unfinished_req(self, req, chunked=False, **kwargs):
+    def cache_unfinished_req(self, req: Request, chunked=False, **kwargs):
         super().cache_unfinished_req(req, chunked=chunked, **kwargs)
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
         if not chunked and reservation is not None:
             self._commit(req, reservation)
 
-    def _insertable(self, req, insert_params, token_ids_len, is_finished):
+    def _insertable(self, req: Request, insert_params, token_ids_len, is_finished):
         """How much of a request that goes on may enter the tree; None, all of it, in stock's words.
 
         After a commit the tree may evict what it holds, at any moment. A request that was retracted computes its own
@@ -57,7 +60,7 @@ class HybridRadixCache(UnifiedRadixCache):
         geometry = self.compression.planned(req) if insert_params.chunked else None
         return None if geometry is None else geometry.covered
 
-    def _commit(self, req, reservation) -> None:
+    def _commit(self, req: Request, reservation: Reservation) -> None:
         self.unpin(req)
         # A later unpin must find nothing to drop.
         req.last_node, req.lock_receipt = None, DecLockRefParams()
@@ -75,7 +78,7 @@ class HybridRadixCache(UnifiedRadixCache):
         req.prefix_indices = row[: len(req.prefix_indices)].to(torch.int64, copy=True)
         req.kv.cache_protected_len = owned_from
 
-    def insert_req(self, req, *, up_to, **kwargs):
+    def insert_req(self, req: Request, *, up_to, **kwargs):
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
         if reservation is None:
             super().insert_req(req, up_to=up_to, **kwargs)
@@ -87,7 +90,7 @@ class HybridRadixCache(UnifiedRadixCache):
             for component in self._components_tuple:
                 component.cleanup_after_caching_req(req, is_finished=True)
 
-    def on_release(self, req, *, inserted):
+    def on_release(self, req: Request, *, inserted):
         super().on_release(req, inserted=inserted)
         self.compression.release(req)
 

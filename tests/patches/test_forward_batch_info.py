@@ -5,21 +5,24 @@ import torch
 
 pytest.importorskip("sglang")
 
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from hybridkv_patches import forward_batch_info
 from sglang_hybridkv.srt import settings
+from sglang_hybridkv.srt.backends import make_hybrid
 
 
 def note(mode, rows):
     """What the hook leaves of a batch of these rows."""
-    compression = SimpleNamespace(launched_rows=[])
-    runner = SimpleNamespace(token_to_kv_pool=SimpleNamespace(compression=compression))
+    backend, noted = make_hybrid(AttentionBackend()), []
+    backend.note_rows = noted.extend
+    runner = SimpleNamespace(attn_backend=backend)
     batch = SimpleNamespace(forward_mode=mode, req_pool_indices_cpu=torch.tensor(rows))
     assert (
         forward_batch_info.note_rows("the batch", type, batch, runner, return_hidden_states_before_norm=False) is None
     )
-    return compression.launched_rows
+    return noted
 
 
 def test_rows_of_decode_batches_are_noted_and_no_others(monkeypatch):

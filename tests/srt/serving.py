@@ -17,11 +17,11 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from hybridkv_kernels import gpu
 from hybridkv_kernels.decode_attn import naive
-from sglang_hybridkv.cache.compress import compress_prompt
+from sglang_hybridkv.cache.compress import ObservedPrompt
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.srt.allocator import HybridAllocator
-from sglang_hybridkv.srt.attention_backend import make_hybrid
+from sglang_hybridkv.srt.backends import make_hybrid
 from sglang_hybridkv.srt.compression import Compression
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from sglang_hybridkv.srt.settings import Settings
@@ -68,8 +68,8 @@ class Serving:
             enable_memory_saver=False,
             enable_alt_stream=False,
         )
-        self.pool.views.k_flat.fill_(NAN)
-        self.pool.views.v_flat.fill_(NAN)
+        self.pool.keys.fill_(NAN)
+        self.pool.values.fill_(NAN)
         # Slot 0 is where padding rows write and read; SGLang zeroes the pool.
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer[:page_size] = 0
@@ -81,7 +81,8 @@ class Serving:
         if compressor == "hybridkv":
             values |= {"preset": "paper", "theta": 0.5}
         settings = Settings(compressor, config_class(**values | config))
-        self.compression = Compression(settings, self.pool, allocator, ROWS, MAX_CONTEXT)
+        self.compression = allocator.compression = Compression(settings, self.pool, allocator, ROWS, MAX_CONTEXT)
+        self.cache = self.pool.cache = self.compression.cache
         self.req_to_token = torch.zeros(ROWS, MAX_CONTEXT, dtype=torch.int32)
         self.lens: dict[int, int] = {}
         self.layers = [
@@ -105,17 +106,9 @@ class Serving:
         self.compression.prepare(_request(row, prompt_len), None)
         reservation = self.compression.ledger.get(row)
         heads, covered = (len(self.layers), self.heads), reservation.geometry.covered
-        compress_prompt(
-            self.pool.views,
-            self.compression.table,
-            self.compression.store,
-            self.compression.compressor,
-            reservation,
-            row,
-            slots[:covered],
-            torch.rand(heads, generator=self.generator),
-            torch.rand(*heads, prompt_len, generator=self.generator) / prompt_len,
-        )
+        statistic = torch.rand(heads, generator=self.generator)
+        salience = torch.rand(*heads, prompt_len, generator=self.generator) / prompt_len
+        self.cache.compress(row, slots, ObservedPrompt((), statistic, salience))
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer[slots[:covered]] = NAN
         self.req_to_token[row, :covered] = 0
@@ -134,7 +127,7 @@ class Serving:
         """The request ends and gives its row back."""
         reservation = self.compression.ledger.close(row)
         if reservation is not None:
-            self.compression.table.clear(row)
+            self.cache.release(row)
         del self.lens[row]
 
     def next_batch(self, rows):
@@ -148,7 +141,7 @@ class Serving:
             self.lens[row] += 1
         seq_lens = torch.tensor([self.lens[row] for row in rows])
         slots = [int(self.req_to_token[row, self.lens[row] - 1]) for row in rows]
-        self.compression.launched_rows = list(rows)  # by the hook on ForwardBatch.init_new
+        self.backend.note_rows(list(rows))  # by the hook on ForwardBatch.init_new
         return SimpleNamespace(
             forward_mode=ForwardMode.DECODE,
             batch_size=len(rows),
@@ -180,14 +173,14 @@ class Serving:
         return [
             naive.decode_attn(
                 q.view(len(q), -1, self.head_dim),
-                self.pool.views,
-                self.compression.table,
+                self.cache.memory.views,
+                self.cache.memory.table,
                 layer_idx,
                 batch.req_pool_indices,
                 self.req_to_token,
                 batch.seq_lens,
                 self.head_dim**-0.5,
-                self.compression.compressor.estimate,
+                self.cache.compressor.estimate,
             ).view(len(q), -1)
             for layer_idx, (q, _, _) in enumerate(queries)
         ]

@@ -9,8 +9,9 @@ pytest.importorskip("sglang")
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_hybridkv.srt.attention_backend import HybridAttnMixin, make_hybrid
-from sglang_hybridkv.srt.flashinfer_backend import HybridFlashInferMixin, decodes_by_flashinfer
+from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
+from sglang_hybridkv.srt.backends import decodes_by_flashinfer, make_hybrid
+from sglang_hybridkv.srt.flashinfer_backend import HybridFlashInferMixin
 from tests.builders import forced_kernels
 from tests.flashinfer_double import BatchDecodeDouble
 from tests.srt.serving import BACKENDS, ROWS, Graph, Serving, needs_twins
@@ -65,7 +66,7 @@ def test_eager_steps_of_mixed_batches(backend, compressor, monkeypatch):
     for rows in ([3], [3, 2], [2, 5, 3], [2], [5, 3]):
         step(serving, rows)
     if compressor == "hybridkv":
-        assert int(serving.compression.counters[0]) > 0, "nothing was retrieved"
+        assert int(serving.cache.counters[0]) > 0, "nothing was retrieved"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -82,7 +83,7 @@ def test_a_captured_graph_serves_every_composition(backend, page_size, group, mo
     for rows in ([3, 2], [2, 5, 3], [5]):
         replay(graphs[4], rows)
     replay(graphs[1], [3])
-    assert int(serving.compression.counters[0]) > 0, "nothing was retrieved in a graph captured without requests"
+    assert int(serving.cache.counters[0]) > 0, "nothing was retrieved in a graph captured without requests"
     step(serving, [5, 3])  # a batch that no graph fits runs eagerly, on other wrappers
     replay(graphs[4], [5, 3])
     replay(graphs[1], [5])
@@ -105,7 +106,7 @@ def check_triton_graph(serving, monkeypatch):
     serving.add(3, 10 * serving.page_size + 3)
     for rows in ([3, 2], [3]):
         replay(graph, rows)
-    assert int(serving.compression.counters[0]) > 0, "nothing was retrieved"
+    assert int(serving.cache.counters[0]) > 0, "nothing was retrieved"
 
 
 def num_plans(serving):

@@ -44,7 +44,8 @@ def make_compression(num_pages=60, host_pages=40, name="hybridkv", **config):
         values |= {"host_store_bytes": host_pages * pool.page_bytes, "chunk_score": "mean_max"}
     values |= {"max_dynamic_heads": 1.0} if name == "hybridkv" else {}
     settings = Settings(name, config_class(**values | config))
-    return Compression(settings, pool, allocator, num_rows=7, max_context=400)
+    allocator.compression = Compression(settings, pool, allocator, num_rows=7, max_context=400)
+    return allocator.compression
 
 
 def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None):
@@ -72,7 +73,7 @@ def commit(compression, req, num_dynamic):
     reservation = compression.ledger.get(req.kv.req_pool_idx)
     reservation.outcome.copy_(torch.tensor([NUM_HEADS - num_dynamic, num_dynamic]))
     reservation.digest = torch.tensor(-1)
-    chunks = reservation.geometry.num_chunks
+    chunks = reservation.geometry.num_prompt_pages
     compression.allocator.free_page_ids(req.row_pages[:chunks])
     compression.commit(req)
     req.row_pages = torch.cat((reservation.pages[: reservation.num_in_row], req.row_pages[chunks:]))
@@ -117,7 +118,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
             self.commit_row(row, num_dynamic)
 
     def commit_row(self, row, num_dynamic):
-        retrieval = self.compression.ledger.get(row).retrieval
+        retrieval = self.compression.ledger.get(row).may_retrieve
         commit(self.compression, self.requests[row], num_dynamic if retrieval else 0)
         info = self.compression.request_info(self.requests[row])
         assert info["compressed"]
@@ -164,7 +165,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
             finish(self.compression, req)
         assert self.compression.allocator.available_size() == self.num_pages * P
         assert self.compression.store.used_bytes() == 0
-        assert not self.compression.table.num_pages.any()
+        assert not self.compression.cache.memory.table.num_pages.any()
 
 
 CompressionAgainstModel.TestCase.settings = hypothesis_settings(LAWS, max_examples=40, stateful_step_count=25)
@@ -184,10 +185,10 @@ def test_the_record_counts_every_page_of_the_request():
     # 4 pages of rows and 1 of summaries, and the dense tail's page, of 11 in stock SGLang.
     info = compression.request_info(req)
     assert info["resident_ratio"] == pytest.approx(6 / 11)
-    assert info["host_bytes"] == 10 * compression.pool.page_bytes
+    assert info["host_bytes"] == 10 * compression.page_bytes
     assert (info["prompt_tokens"], info["budget"], info["reason"]) == (10 * P + 3, 0.4, None)
     held = compression.held()
-    assert (held.device, held.stock) == (6 * compression.pool.page_bytes, 11 * compression.pool.page_bytes)
+    assert (held.device, held.stock) == (6 * compression.page_bytes, 11 * compression.page_bytes)
     assert compression.server_info()["compressed_requests"] == 1
 
 
@@ -195,7 +196,7 @@ def test_without_retrieval_a_request_holds_its_budget_and_no_host_memory():
     compression = make_compression(name="snapkv", budget=0.4)
     assert compression.store.num_pages == 0
     req = prepared(compression, prompt_len=10 * P)
-    assert not compression.ledger.get(1).retrieval
+    assert not compression.ledger.get(1).may_retrieve
     commit(compression, req, num_dynamic=0)
     info = compression.request_info(req)
     assert (info["resident_ratio"], info["host_bytes"], info["dynamic_heads"]) == (0.4, 0, 0)
@@ -241,7 +242,7 @@ def test_dense_requests_say_why_and_hold_nothing(config, request_, reason):
     assert info["plan"] is None
     assert compression.server_info()["dense_requests"] == {reason: 1}
     assert not compression.ledger.by_row
-    assert not compression.observer.is_interested(1)
+    assert not compression.cache.observer.is_interested(1)
     finish(compression, req)
     assert compression.allocator.available_size() == compression.allocator.size
     assert compression.store.used_bytes() == 0
@@ -275,7 +276,7 @@ def test_a_reservation_is_for_the_heads_that_may_be_dynamic(config, host_pages):
 def test_a_full_host_store_can_make_all_heads_static():
     compression = make_compression(host_pages=9, on_host_store_full="static")
     req = prepared(compression)
-    assert not compression.ledger.get(1).retrieval
+    assert not compression.ledger.get(1).may_retrieve
     commit(compression, req, num_dynamic=0)
     assert compression.request_info(req)["compressed"]
 
@@ -284,8 +285,8 @@ def test_an_earlier_chunk_is_watched_and_reserves_nothing():
     compression = make_compression()
     before = compression.allocator.size
     prepared(compression, chunk_end=3 * P)
-    assert compression.observer.is_interested(1)
-    assert not compression.observer.is_final(1)
+    assert compression.cache.observer.is_interested(1)
+    assert not compression.cache.observer.is_final(1)
     assert not compression.ledger.by_row
     assert compression.allocator.available_size() == before - 10 * P
 
@@ -324,7 +325,7 @@ def test_a_retracted_request_has_the_plan_of_its_prompt(num_generated):
     assert held.geometry == compression.ledger.get(1).geometry
     assert (held.geometry.covered, held.prefilled) == (10 * P, 10 * P + num_generated)
     assert compression.window(again) == compression.window(first)
-    assert compression.observer.prompt_len(2) == 10 * P
+    assert compression.cache.observer.prompt_len(2) == 10 * P
     commit(compression, first, num_dynamic=4)
     commit(compression, again, num_dynamic=4)
     assert compression.request_info(again)["plan"] == compression.request_info(first)["plan"] == "f" * 16

@@ -3,6 +3,8 @@ import torch
 
 pytest.importorskip("sglang")
 
+from hybridkv_kernels.head_pages import HeadPageViews
+from sglang_hybridkv.cache.memory import layout_of
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from tests.builders import head_page
 
@@ -41,20 +43,20 @@ def test_layers_look_as_in_stock_sglang(pool):
 
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_all_views_share_one_memory(pool, which):
-    layers = pool.k_buffer if which == "k" else pool.v_buffer
-    flat, pages = getattr(pool.views, f"{which}_flat"), getattr(pool.views, f"{which}_pages")
+    layers, layout = pool.k_buffer if which == "k" else pool.v_buffer, layout_of(pool.keys, 16)
+    views = HeadPageViews.over(layout, pool.keys, pool.values)
+    flat, pages = getattr(views, f"{which}_flat"), getattr(views, f"{which}_pages")
     assert flat.data_ptr() == pages.data_ptr() == layers[0].data_ptr()
     assert flat.numel() == pages.numel() == sum(layer.numel() for layer in layers)
     pages.copy_(torch.arange(len(pages), dtype=torch.float32)[:, None, None].expand_as(pages))
     stacked = torch.stack(layers)
-    layout = pool.views.layout
     for layer in range(3):
         for page in range(9):
             for head in range(2):
                 expected = (layer * 9 + page) * 2 + head
                 assert (head_page(stacked, page, layer, head, 16) == expected).all()
     slot, head = 37, 1
-    row = pool.views.token_rows(torch.tensor(2), torch.tensor(slot), torch.tensor(head))
+    row = views.token_rows(torch.tensor(2), torch.tensor(slot), torch.tensor(head))
     layers[2][slot, head] = -5
     assert (flat[row] == -5).all()
     assert (layout.num_layers, layout.num_kv_heads, layout.pages_per_layer, layout.page_size) == (3, 2, 9, 16)
@@ -66,14 +68,15 @@ def test_keys_and_values_are_two_memories(pool):
 
 
 def test_the_residency_map_has_an_entry_for_each_head_page(pool):
-    assert pool.views.held_chunks.shape == (len(pool.views.k_pages), 1) == (3 * 9 * 2, 1)
-    assert pool.views.with_chunks(2).held_chunks.shape == (3 * 9 * 2, 8)
-    assert pool.views.held_chunks.dtype == torch.int32
+    for chunk_size, chunks in ((None, 1), (16, 1), (2, 8)):
+        views = HeadPageViews.over(layout_of(pool.keys, 16), pool.keys, pool.values, chunk_size)
+        assert views.held_chunks.shape == (len(views.k_pages), chunks) == (3 * 9 * 2, chunks)
+        assert views.held_chunks.dtype == torch.int32
 
 
 def test_page_bytes_are_those_of_one_page_of_all_layers(pool):
     total = sum(t.numel() * t.element_size() for t in (*pool.k_buffer, *pool.v_buffer))
-    assert pool.page_bytes * pool.views.layout.pages_per_layer == total
+    assert pool.page_bytes * 9 == pool.pool_bytes == total
 
 
 @pytest.mark.parametrize("changes", [{"v_head_dim": 16}, {"size": 120}, {"kv_cache_layout": "hnd"}])

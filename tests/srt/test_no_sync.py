@@ -21,15 +21,15 @@ from tests.srt.serving import ROWS, Graph, Serving, needs_twins
 
 def on_device(serving, *batches):
     """Everything that is device memory on a GPU host."""
-    compression, backend = serving.compression, serving.backend
-    table = [x for x in vars(compression.table).values() if isinstance(x, torch.Tensor)]
-    views = [x for x in vars(serving.pool.views).values() if isinstance(x, torch.Tensor)]
-    tensors = [*table, *views, compression.counters, serving.req_to_token]
+    cache, backend = serving.cache, serving.backend
+    parts = (cache.memory.table, cache.memory.views)
+    tensors = [x for part in parts for x in vars(part).values() if isinstance(x, torch.Tensor)]
+    tensors += [cache.counters, serving.req_to_token]
     for batch in batches:
         tensors += [batch.req_pool_indices, batch.seq_lens, batch.out_cache_loc, batch.positions]
     tensors += getattr(backend, "kv_indptr", [])
-    if compression.prefetch is not None:
-        tensors += [compression.prefetch.previous, compression.prefetch.counters]
+    if cache.prefetch is not None:
+        tensors += [cache.prefetch.previous, cache.prefetch.counters]
     head_pages = getattr(backend, "_head_pages", None)
     if head_pages is not None and hasattr(head_pages, "_indices"):
         tensors += [head_pages._indices, head_pages._indptr, head_pages._last_page_len]
@@ -219,7 +219,7 @@ def test_a_wait_anywhere_in_the_step_is_found(place, monkeypatch):
         original = getattr(serving.backend, place)
 
         def waiting(*args, **kwargs):
-            serving.compression.table.num_pages[batch.req_pool_indices].max().item()
+            serving.cache.memory.table.num_pages[batch.req_pool_indices].max().item()
             return original(*args, **kwargs)
 
         monkeypatch.setattr(serving.backend, place, waiting)

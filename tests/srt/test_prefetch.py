@@ -37,7 +37,7 @@ def step(serving, queries):
 
 def resident(serving):
     """Chunks that each dynamic head's buffer holds."""
-    table, views = serving.compression.table, serving.pool.views
+    table, views = serving.cache.memory.table, serving.cache.memory.views
     held = {}
     for row in (3, 5):
         for layer in range(len(serving.layers)):
@@ -73,9 +73,9 @@ def test_where_queries_are_alike_a_step_uses_the_chunks_of_the_one_before(backen
         queries = [(q + 0.4 * mine.randn(*q.shape), k, v) for q, k, v in queries]
     assert moved, "no chunk was swapped: the test shows nothing"
     # Both layers of both requests were corrected in the first step and in no other.
-    assert mine.compression.prefetch.counters.tolist() == [5 * 4, 4]
+    assert mine.cache.prefetch.counters.tolist() == [5 * 4, 4]
 
 
 def test_without_retrieval_there_is_no_prefetch(monkeypatch):
-    assert Serving("triton", monkeypatch, compressor="snapkv").compression.prefetch is None
-    assert Serving("triton", monkeypatch).compression.prefetch is None
+    assert Serving("triton", monkeypatch, compressor="snapkv").cache.prefetch is None
+    assert Serving("triton", monkeypatch).cache.prefetch is None

@@ -109,7 +109,7 @@ def test_compressed_and_dense_requests_share_a_batch():
     pool = pool_of(fresh_generator(), budget=1.0)
     prompts = [pool.add_prompt(length) for length in (3 * P, 2 * P + 1, 5 * P - 1, 7, 2 * P)]
     for i in (0, 2, 4):
-        pool.compress(prompts[i], mixed_statistic(pool), retrieval=i != 4)
+        pool.compress(prompts[i], mixed_statistic(pool), may_retrieve=i != 4)
     assert prompts[4].reservation.outcome.tolist() == [4, 0], "without retrieval every head is static"
     check_equals_full_attention(pool, prompts, steps=P + 2)  # far enough for the tails to open pages
 
@@ -238,10 +238,10 @@ def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
     dynamic = [i for i in itertools.product(range(2), range(2)) if pool.is_dynamic(prompt, *i)]
     rows = [page * per_page + i for page in prompt.reservation.host_pages.tolist() for i in range(per_page)]
     for rank, (layer, head) in enumerate(dynamic):
-        mine = rows[rank * geometry.num_chunks : (rank + 1) * geometry.num_chunks]
+        mine = rows[rank * geometry.num_prompt_pages : (rank + 1) * geometry.num_prompt_pages]
         for store, exact in ((pool.store.k_pages, prompt.keys), (pool.store.v_pages, prompt.values)):
             assert torch.equal(store[mine].flatten(0, 1), exact[layer, head, : geometry.covered])
-    written = set(rows[: len(dynamic) * geometry.num_chunks])
+    written = set(rows[: len(dynamic) * geometry.num_prompt_pages])
     foreign = [row for row in range(len(pool.store.k_pages)) if row not in written]
     assert pool.store.k_pages[foreign].isnan().all()
     assert pool.store.v_pages[foreign].isnan().all()
@@ -306,15 +306,15 @@ class Careless(SnapKV):
         super().__init__(SnapKV.config_class(budget=0.3, min_prompt_tokens=1, min_head_pages=1))
         self.fault = fault
 
-    def plan(self, observation, total_head_pages, *, retrieval):
-        plan = super().plan(observation, total_head_pages, retrieval=retrieval)
+    def plan(self, observation, total_head_pages, *, may_retrieve):
+        plan = super().plan(observation, total_head_pages, may_retrieve=may_retrieve)
         pages, is_dynamic = plan.num_head_pages.clone(), plan.is_dynamic.clone()
         if self.fault == "budget":
             pages += 1
         elif self.fault == "empty head":
             pages[0, 0] = 0
         elif self.fault == "prompt":
-            pages[0, 0], pages[0, 1:], pages[1:] = observation.num_pages + 1, 1, 1
+            pages[0, 0], pages[0, 1:], pages[1:] = observation.num_prompt_pages + 1, 1, 1
         elif self.fault == "dynamic":
             is_dynamic[-1, -1] = True
         return HeadPlan(is_dynamic, pages)
@@ -341,7 +341,7 @@ def test_a_plan_that_breaks_the_contract_writes_nothing(fault, sentence):
     prompt = pool.add_prompt(20 * pool.config.page_size)
     keys, values, pages = pool.keys.clone(), pool.values.clone(), pool.table.num_head_pages.clone()
     with pytest.raises(ValueError, match=sentence):
-        pool.compress(prompt, retrieval=False)
+        pool.compress(prompt, may_retrieve=False)
     assert torch.equal(pool.keys.nan_to_num(7.0), keys.nan_to_num(7.0))
     assert torch.equal(pool.values.nan_to_num(7.0), values.nan_to_num(7.0))
     assert torch.equal(pool.table.num_head_pages, pages)

@@ -40,7 +40,7 @@ def test_dynamic_are_the_lowest_below_theta_as_many_as_may_be(case):
     compressor, observation, total = case
     statistic, is_dynamic = (
         observation.statistic.flatten(),
-        compressor.plan(observation, total, retrieval=True).is_dynamic.flatten(),
+        compressor.plan(observation, total, may_retrieve=True).is_dynamic.flatten(),
     )
     most = int(Decimal(str(compressor.config.max_dynamic_heads)) * len(statistic) + Decimal("0.5"))
     below = [
@@ -58,7 +58,7 @@ def test_of_two_statistics_each_names_its_lowest_heads_in_turn(case, data):
     one = observation.statistic
     values = data.draw(st.lists(st.floats(0.0, 1.0, width=32), min_size=one.numel(), max_size=one.numel()))
     both = torch.stack((one, torch.tensor(values).view_as(one)), dim=-1)
-    plan = compressor.plan(dataclasses.replace(observation, statistic=both), total, retrieval=True)
+    plan = compressor.plan(dataclasses.replace(observation, statistic=both), total, may_retrieve=True)
     orders = [sorted(range(one.numel()), key=lambda head: (x[head].item(), head)) for x in both.flatten(0, 1).T]
     taken: list[int] = []
     for place in zip(*orders, strict=True):
@@ -72,15 +72,15 @@ def test_of_two_statistics_each_names_its_lowest_heads_in_turn(case, data):
 
 @LAWS
 @given(observed(), st.booleans())
-def test_pages_are_the_budget_whatever_the_types(case, retrieval):
+def test_pages_are_the_budget_whatever_the_types(case, may_retrieve):
     compressor, observation, total = case
-    plan = compressor.plan(observation, total, retrieval=retrieval)
+    plan = compressor.plan(observation, total, may_retrieve=may_retrieve)
     pages = plan.num_head_pages
     assert pages.shape == plan.is_dynamic.shape == observation.statistic.shape
     assert int(pages.sum()) == total
-    assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_pages)
-    assert int(pages.max()) <= observation.num_pages
-    assert retrieval or not plan.is_dynamic.any()
+    assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_prompt_pages)
+    assert int(pages.max()) <= observation.num_prompt_pages
+    assert may_retrieve or not plan.is_dynamic.any()
     if plan.is_dynamic.any():
         dynamic = pages[plan.is_dynamic]
         assert int(dynamic.max() - dynamic.min()) <= 1
@@ -90,8 +90,8 @@ def test_pages_are_the_budget_whatever_the_types(case, retrieval):
 @given(observed(), st.data())
 def test_a_larger_budget_takes_nothing_from_any_head(case, data):
     compressor, observation, total = case
-    more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_pages))
-    small, large = (compressor.plan(observation, t, retrieval=True) for t in (total, more))
+    more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_prompt_pages))
+    small, large = (compressor.plan(observation, t, may_retrieve=True) for t in (total, more))
     assert (large.num_head_pages >= small.num_head_pages).all()
     assert torch.equal(large.is_dynamic, small.is_dynamic)
 
@@ -100,16 +100,16 @@ def test_a_larger_budget_takes_nothing_from_any_head(case, data):
 @given(observed())
 def test_the_whole_budget_keeps_everything(case):
     compressor, observation, _ = case
-    everything = observation.statistic.numel() * observation.num_pages
-    plan = compressor.plan(observation, everything, retrieval=True)
-    assert (plan.num_head_pages == observation.num_pages).all()
+    everything = observation.statistic.numel() * observation.num_prompt_pages
+    plan = compressor.plan(observation, everything, may_retrieve=True)
+    assert (plan.num_head_pages == observation.num_prompt_pages).all()
 
 
 @LAWS
 @given(observed())
 def test_each_head_ranks_every_token_once(case):
     compressor, observation, total = case
-    order = compressor.rank_tokens(observation, compressor.plan(observation, total, retrieval=True))
+    order = compressor.rank_tokens(observation, compressor.plan(observation, total, may_retrieve=True))
     everything = torch.arange(observation.salience.shape[-1]).expand_as(observation.salience)
     assert torch.equal(order.sort(dim=-1).values, everything)
 
@@ -118,11 +118,11 @@ def test_each_head_ranks_every_token_once(case):
 def test_theta_beyond_the_statistic_makes_all_heads_one_type(theta, dynamic):
     compressor = HybridKV(HybridKVConfig(theta=theta, max_dynamic_heads=1.0))
     observation = PromptObservation(torch.tensor([[0.0, 1.0], [0.5, 0.9]]), torch.rand(2, 2, 64), torch.ones(64), 4)
-    assert int(compressor.plan(observation, 8, retrieval=True).is_dynamic.sum()) == dynamic
+    assert int(compressor.plan(observation, 8, may_retrieve=True).is_dynamic.sum()) == dynamic
 
 
 def test_a_budget_below_the_floor_is_refused():
     compressor = HybridKV(HybridKVConfig(min_head_pages=2))
     observation = PromptObservation(torch.rand(2, 2), torch.rand(2, 2, 64), torch.ones(64), 4)
     with pytest.raises(ValueError, match=r"total: expected 8\.\.16 seats, got 7"):
-        compressor.plan(observation, 7, retrieval=True)
+        compressor.plan(observation, 7, may_retrieve=True)

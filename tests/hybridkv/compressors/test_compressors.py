@@ -54,17 +54,17 @@ def kept_rows(compressor, observation, plan):
 @every_compressor
 @LAWS
 @given(observed(), st.booleans())
-def test_pages_are_the_budget_and_types_are_allowed(name, case, retrieval):
+def test_pages_are_the_budget_and_types_are_allowed(name, case, may_retrieve):
     observation, total = case
     compressor = made_for(name, observation)
-    plan = compressor.plan(observation, total, retrieval=retrieval)
+    plan = compressor.plan(observation, total, may_retrieve=may_retrieve)
     pages = plan.num_head_pages
     assert pages.shape == plan.is_dynamic.shape == observation.statistic.shape
     assert pages.dtype == torch.int64
     assert int(pages.sum()) == total
-    assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_pages)
-    assert int(pages.max()) <= observation.num_pages
-    assert (retrieval and compressor.retrieves) or not plan.is_dynamic.any()
+    assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_prompt_pages)
+    assert int(pages.max()) <= observation.num_prompt_pages
+    assert (may_retrieve and compressor.may_retrieve) or not plan.is_dynamic.any()
 
 
 @every_compressor
@@ -73,9 +73,9 @@ def test_pages_are_the_budget_and_types_are_allowed(name, case, retrieval):
 def test_the_whole_budget_keeps_everything(name, case):
     observation, _ = case
     compressor = made_for(name, observation)
-    everything = observation.statistic.numel() * observation.num_pages
-    plan = compressor.plan(observation, everything, retrieval=True)
-    assert (plan.num_head_pages == observation.num_pages).all()
+    everything = observation.statistic.numel() * observation.num_prompt_pages
+    plan = compressor.plan(observation, everything, may_retrieve=True)
+    assert (plan.num_head_pages == observation.num_prompt_pages).all()
     assert kept_tokens(compressor, observation, plan).all()
 
 
@@ -85,7 +85,7 @@ def test_the_whole_budget_keeps_everything(name, case):
 def test_each_head_ranks_every_token_once_and_forced_ones_first(name, case):
     observation, total = case
     compressor = made_for(name, observation)
-    plan = compressor.plan(observation, total, retrieval=False)
+    plan = compressor.plan(observation, total, may_retrieve=False)
     kept, num_tokens, config = (
         kept_rows(compressor, observation, plan),
         observation.salience.shape[-1],
@@ -106,14 +106,14 @@ def test_a_larger_budget_takes_nothing_where_weights_do_not_follow_it(name, case
         return  # their formulas split the budget beyond the window, so the proportions move with it
     observation, total = case
     compressor = made_for(name, observation)
-    more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_pages))
-    small, large = (compressor.plan(observation, t, retrieval=True).num_head_pages for t in (total, more))
+    more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_prompt_pages))
+    small, large = (compressor.plan(observation, t, may_retrieve=True).num_head_pages for t in (total, more))
     assert (large >= small).all()
 
 
 @every_compressor
 def test_dynamic_heads_need_a_config_for_retrieval(name):
-    assert get_compressor(name).retrieves == issubclass(get_compressor(name).config_class, RetrievalConfig)
+    assert get_compressor(name).may_retrieve == issubclass(get_compressor(name).config_class, RetrievalConfig)
     assert get_compressor(name).name == name
 
 
@@ -182,7 +182,7 @@ def test_a_third_keeps_real_rows_only(name):
                 pool.held_tokens(prompt, layer, head)
         assert pool.decode([prompt], layer, pool.queries(1)).isfinite().all()
     assert rows <= 0.34 * prompt.reservation.geometry.covered * 4
-    if not pool.compressor.retrieves:
+    if not pool.compressor.may_retrieve:
         assert len(prompt.reservation.host_pages) == 0
         assert len(prompt.reservation.pages) == -(-rows // (8 * 4)), "nothing but the budget, in whole pages"
 
@@ -195,7 +195,7 @@ def test_a_third_keeps_real_rows_only(name):
 def test_snapkv_keeps_the_window_and_the_most_salient(case):
     observation, total = case
     compressor = made_for("snapkv", observation)
-    plan = compressor.plan(observation, total, retrieval=False)
+    plan = compressor.plan(observation, total, may_retrieve=False)
     assert int(plan.num_head_pages.max() - plan.num_head_pages.min()) <= 1
     kept, window = kept_rows(compressor, observation, plan), compressor.config.recent_window
     assert kept[..., -window:].all()
@@ -219,13 +219,13 @@ def test_snapkv_scores_are_the_kernel_s_salience():
 @given(observed(), st.floats(1.0, 50.0))
 def test_pyramidkv_never_gives_a_higher_layer_more(case, beta):
     observation, total = case
-    pages = made_for("pyramidkv", observation, beta=beta).plan(observation, total, retrieval=False).num_head_pages
+    pages = made_for("pyramidkv", observation, beta=beta).plan(observation, total, may_retrieve=False).num_head_pages
     assert (pages.diff(dim=0) <= 0).all()
 
 
 def test_pyramidkv_is_a_pyramid():
     observation = PromptObservation(torch.zeros(4, 2), torch.rand(4, 2, 1600), torch.ones(1600).bool(), 100)
-    pages = made_for("pyramidkv", observation, beta=20.0).plan(observation, 160, retrieval=False).num_head_pages
+    pages = made_for("pyramidkv", observation, beta=20.0).plan(observation, 160, may_retrieve=False).num_head_pages
     assert (pages.sum(1).diff() < -5).all()
 
 
@@ -233,7 +233,7 @@ def test_pyramidkv_is_a_pyramid():
 @given(observed(), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_adakv_leaves_every_head_the_safeguard(case, alpha):
     observation, total = case
-    pages = made_for("adakv", observation, safeguard=alpha).plan(observation, total, retrieval=False).num_head_pages
+    pages = made_for("adakv", observation, safeguard=alpha).plan(observation, total, may_retrieve=False).num_head_pages
     mean = total / pages.numel()
     assert int(pages.min()) >= int(alpha * mean)
     assert alpha < 1.0 or int(pages.max() - pages.min()) <= 1
@@ -243,7 +243,7 @@ def test_adakv_gives_the_head_with_more_of_the_best_tokens_more():
     salience = torch.rand(1, 2, 640, generator=fresh_generator())
     salience[0, 0] *= 0.1
     observation = PromptObservation(torch.zeros(1, 2), salience, torch.ones(640).bool(), 40)
-    pages = made_for("adakv", observation).plan(observation, 16, retrieval=False).num_head_pages[0]
+    pages = made_for("adakv", observation).plan(observation, 16, may_retrieve=False).num_head_pages[0]
     assert pages.tolist() == [3, 13], "window 2 + 0.2 * 6 pages, and the rest"
 
 
@@ -253,7 +253,7 @@ def test_sparsemm_follows_the_visual_head_scores(case, seed):
     observation, total = case
     scores = torch.rand(observation.statistic.shape, generator=torch.Generator().manual_seed(seed)) + 0.01
     compressor = made_for("sparsemm", observation, scores=scores.tolist())
-    pages = compressor.plan(observation, total, retrieval=False).num_head_pages.flatten()
+    pages = compressor.plan(observation, total, may_retrieve=False).num_head_pages.flatten()
     by_score = pages[scores.flatten().argsort()]
     assert (by_score.diff() >= 0).all()
 
@@ -266,7 +266,7 @@ def test_sparsemm_follows_the_visual_head_scores(case, seed):
 def test_text_first_methods_drop_no_text_while_they_keep_an_image(case, name):
     observation, total = case
     compressor = made_for(name, observation)
-    plan = compressor.plan(observation, total, retrieval=False)
+    plan = compressor.plan(observation, total, may_retrieve=False)
     kept, is_text, config = kept_rows(compressor, observation, plan), observation.is_text, compressor.config
     num_tokens = len(is_text)
     for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
@@ -282,7 +282,7 @@ def test_text_first_methods_drop_no_text_while_they_keep_an_image(case, name):
 def test_look_m_keeps_its_recent_share(case, share):
     observation, total = case
     compressor = made_for("look-m", observation, recent_share=share)
-    plan = compressor.plan(observation, total, retrieval=False)
+    plan = compressor.plan(observation, total, may_retrieve=False)
     kept = kept_rows(compressor, observation, plan)
     for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
         recent = int(share * int(plan.num_head_pages[layer, head]) * P)
@@ -362,7 +362,7 @@ def test_madakv_splits_by_preference(case):
     observation, total = case
     compressor = made_for("madakv", observation, num_sink_tokens=0, recent_window=0)
     assert isinstance(compressor, MadaKV)
-    plan = compressor.plan(observation, total, retrieval=False)
+    plan = compressor.plan(observation, total, may_retrieve=False)
     kept, is_text = kept_rows(compressor, observation, plan), observation.is_text
     for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
         rows, salience = int(plan.num_head_pages[layer, head]) * P, observation.salience[layer, head].double()
@@ -376,7 +376,7 @@ def test_madakv_gives_layers_that_need_more_tokens_more():
     salience[0, :, 30:50] = 0.05  # ten tokens of text and ten of an image hold all
     salience[1] = 1 / 320
     observation = PromptObservation(torch.zeros(2, 2), salience, torch.arange(320) < 40, 20)
-    pages = made_for("madakv", observation).plan(observation, 30, retrieval=False).num_head_pages
+    pages = made_for("madakv", observation).plan(observation, 30, may_retrieve=False).num_head_pages
     assert pages[0].tolist() == [2, 2]
     assert pages[1].tolist() == [13, 13]
 
@@ -417,8 +417,8 @@ def test_quest_retrieves_with_every_head_and_prunes_where_it_cannot():
     observation = PromptObservation(torch.rand(2, 3), torch.rand(2, 3, 160), torch.ones(160).bool(), 10)
     compressor = made_for("quest", observation)
     assert compressor.config.chunk_score == "quest"
-    assert compressor.plan(observation, 30, retrieval=True).is_dynamic.all()
-    assert not compressor.plan(observation, 30, retrieval=False).is_dynamic.any()
+    assert compressor.plan(observation, 30, may_retrieve=True).is_dynamic.all()
+    assert not compressor.plan(observation, 30, may_retrieve=False).is_dynamic.any()
 
 
 def test_random_agrees_with_itself_and_not_with_another_seed():
@@ -441,6 +441,6 @@ def test_what_a_method_leaves_alone_is_snapkv():
 
     observation = PromptObservation(torch.zeros(1, 2), torch.rand(1, 2, 96), torch.ones(96).bool(), 6)
     plain = Plain(get_compressor("snapkv").config_class())
-    plan = plain.plan(observation, 6, retrieval=True)
+    plan = plain.plan(observation, 6, may_retrieve=True)
     snapkv = made_for("snapkv", observation)
     assert torch.equal(kept_rows(plain, observation, plan), kept_rows(snapkv, observation, plan))

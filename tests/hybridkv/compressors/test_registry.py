@@ -69,7 +69,7 @@ def test_the_documented_example_registers_and_obeys_the_laws(install):
     compressor_class = get_compressor("key-norm")
     config = parse_config({"late_layers": 2, "page_size": 8, "min_prompt_tokens": 1}, compressor_class.config_class)
     compressor = compressor_class(config)
-    assert not compressor.retrieves
+    assert not compressor.may_retrieve
 
     generator = fresh_generator()
     keys, slots = torch.randn(50, 2, 32, generator=generator), torch.randperm(50, generator=generator)[:40]
@@ -78,7 +78,7 @@ def test_the_documented_example_registers_and_obeys_the_laws(install):
     layers = [compressor.score_layer(layer) for _ in range(4)]
     statistic, salience = (torch.stack(parts) for parts in zip(*layers, strict=True))
     observation = PromptObservation(statistic, salience, is_text, 5)
-    plan = compressor.plan(observation, 24, retrieval=True)
+    plan = compressor.plan(observation, 24, may_retrieve=True)
     assert int(plan.num_head_pages.sum()) == 24
     assert int(plan.num_head_pages.min()) >= config.min_head_pages
     assert (plan.num_head_pages.diff(dim=0) >= 0).all(), "later layers keep more"

@@ -65,7 +65,7 @@ def test_saves_nothing_exactly_when_as_many_pages_remain(prompt_len, budget, chu
     config = HybridKVConfig(budget=budget, min_prompt_tokens=16, min_head_pages=1, chunk_score=chunk_score)
     decided = decide(prompt_len, 8, config, POOL)
     if isinstance(decided, PromptGeometry):
-        assert budget == 1.0 or decided.num_pages < decided.num_chunks
+        assert budget == 1.0 or decided.num_pages < decided.num_prompt_pages
     elif decided is DenseReason.SAVES_NOTHING:
         chunks = prompt_len // 16
         summaries = -(-config.summary_vectors(chunks * 16) // 32)
@@ -113,7 +113,7 @@ def test_what_is_compressed_fits_and_is_within_its_budget(prompt_len, left, budg
     decided = decide(prompt_len, left, HybridKVConfig(budget=budget), PoolShape(16, 8, num_tokens))
     if isinstance(decided, PromptGeometry):
         assert prompt_len + decided.num_pages * 16 < num_tokens
-        assert decided.total_head_pages <= budget * decided.num_chunks * 8 + 1e-9
+        assert decided.total_head_pages <= budget * decided.num_prompt_pages * 8 + 1e-9
         assert decided.total_head_pages >= 2 * 8
 
 

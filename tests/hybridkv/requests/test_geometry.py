@@ -30,10 +30,10 @@ def geometry_of(prompt_len, budget, page_size=16, heads=112, vectors_per_chunk=1
 @given(lengths, budgets, page_sizes, head_counts, vectors)
 def test_budget_in_head_pages_is_the_exact_share_rounded_down(prompt_len, budget, page_size, heads, vectors_per_chunk):
     geometry = geometry_of(prompt_len, budget, page_size, heads, vectors_per_chunk)
-    assert geometry.num_chunks == prompt_len // page_size
-    assert geometry.covered == geometry.num_chunks * page_size == covered_tokens(prompt_len, page_size)
-    assert geometry.total_head_pages == math.floor(Fraction(str(budget)) * geometry.num_chunks * heads)
-    assert geometry.total_head_pages <= geometry.num_chunks * heads
+    assert geometry.num_prompt_pages == prompt_len // page_size
+    assert geometry.covered == geometry.num_prompt_pages * page_size == covered_tokens(prompt_len, page_size)
+    assert geometry.total_head_pages == math.floor(Fraction(str(budget)) * geometry.num_prompt_pages * heads)
+    assert geometry.total_head_pages <= geometry.num_prompt_pages * heads
 
 
 def test_budget_means_what_the_user_wrote():
@@ -49,14 +49,14 @@ def test_reserved_pages_hold_the_budget_and_summaries_of_any_number_of_dynamic_h
 ):
     geometry = geometry_of(prompt_len, budget, page_size, heads, vectors_per_chunk)
     num_dynamic = data.draw(st.integers(0, heads))
-    summaries = math.ceil(geometry.num_chunks * vectors_per_chunk / (2 * page_size))
+    summaries = math.ceil(geometry.num_prompt_pages * vectors_per_chunk / (2 * page_size))
     assert geometry.summary_pages_per_head == summaries
     needed = geometry.total_head_pages + num_dynamic * summaries
     used = geometry.pages_used(num_dynamic, heads)
     assert (used - 1) * heads < needed <= used * heads or needed == used == 0
     assert used <= geometry.num_pages
     host_used = geometry.host_pages_used(num_dynamic, heads)
-    assert (host_used - 1) * heads < num_dynamic * geometry.num_chunks <= host_used * heads or host_used == 0
+    assert (host_used - 1) * heads < num_dynamic * geometry.num_prompt_pages <= host_used * heads or host_used == 0
     assert host_used <= geometry.num_host_pages
 
 
@@ -87,7 +87,7 @@ def test_monotone_in_the_budget(prompt_len, one, other, page_size, heads):
 @given(lengths, page_sizes, head_counts)
 def test_budget_one_keeps_every_row(prompt_len, page_size, heads):
     geometry = geometry_of(prompt_len, 1.0, page_size, heads)
-    assert geometry.total_head_pages == geometry.num_chunks * heads
+    assert geometry.total_head_pages == geometry.num_prompt_pages * heads
 
 
 @LAWS
@@ -100,13 +100,13 @@ def test_resident_bound_at_a_tenth():
     """4k to 16k tokens, every page count between: budget, summaries and rounding stay at 0.14 of the prompt."""
     for chunks in range(4096 // 16, 16384 // 16 + 1):
         geometry = geometry_of(chunks * 16, 0.1)
-        assert geometry.num_pages / geometry.num_chunks <= 0.14, chunks
+        assert geometry.num_pages / geometry.num_prompt_pages <= 0.14, chunks
 
 
 @pytest.mark.parametrize("prompt_len", [0, 1, 15])
 def test_less_than_a_page_is_nothing(prompt_len):
     geometry = geometry_of(prompt_len, 1.0)
-    assert (geometry.covered, geometry.num_chunks, geometry.num_pages, geometry.num_host_pages) == (0, 0, 0, 0)
+    assert (geometry.covered, geometry.num_prompt_pages, geometry.num_pages, geometry.num_host_pages) == (0, 0, 0, 0)
 
 
 @LAWS

@@ -11,14 +11,14 @@ from tests.builders import LAWS, make_reservation
 PAGE, HEADS = 16, 8
 
 
-def geometry_of(num_chunks, budget):
+def geometry_of(num_prompt_pages, budget):
     return prompt_geometry(
-        num_chunks * PAGE, budget, page_size=PAGE, head_pages_per_page=HEADS, summary_vectors=num_chunks
+        num_prompt_pages * PAGE, budget, page_size=PAGE, head_pages_per_page=HEADS, summary_vectors=num_prompt_pages
     )
 
 
-def reservation_of(pages, host_pages=(), *, num_chunks=10, budget=0.3):
-    return make_reservation(geometry_of(num_chunks, budget), pages, host_pages)
+def reservation_of(pages, host_pages=(), *, num_prompt_pages=10, budget=0.3):
+    return make_reservation(geometry_of(num_prompt_pages, budget), pages, host_pages)
 
 
 class LedgerAgainstModel(RuleBasedStateMachine):
@@ -35,10 +35,10 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         self.model = {}
 
     @precondition(lambda self: len(self.model) < 6)
-    @rule(data=st.data(), num_chunks=st.integers(1, 12))
-    def open(self, data, num_chunks):
+    @rule(data=st.data(), num_prompt_pages=st.integers(1, 12))
+    def open(self, data, num_prompt_pages):
         row = data.draw(st.sampled_from([row for row in range(1, 7) if row not in self.model]))
-        geometry = geometry_of(num_chunks, self.budget)
+        geometry = geometry_of(num_prompt_pages, self.budget)
         if geometry.num_pages > len(self.free):
             return
         host_pages = self.store.alloc(geometry.num_host_pages)
@@ -62,7 +62,7 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         assert (reservation.pages.tolist(), reservation.host_pages.tolist()) == (all_pages[:used], all_host[:host_used])
         self.free += unused.tolist()
         self.store.free(unused_host)
-        in_row = min(used, reservation.geometry.num_chunks)
+        in_row = min(used, reservation.geometry.num_prompt_pages)
         self.model[row] = [set(all_pages[in_row:used]), set(all_pages[:in_row]), set(all_host[:host_used])]
         assert self.ledger.freed_memory
 
@@ -128,7 +128,7 @@ def test_before_the_commit_no_page_is_in_the_row(ledger):
 
 def test_pages_beyond_the_covered_prompt_stay_with_the_ledger(ledger):
     """At budget 1.0 the summaries take more pages than the row has places for."""
-    geometry = geometry_of(num_chunks=10, budget=1.0)
+    geometry = geometry_of(num_prompt_pages=10, budget=1.0)
     assert geometry.num_pages == 11
     ledger.open(3, make_reservation(geometry, range(1, 12), range(10)))
     ledger.commit(3, 11, 10)

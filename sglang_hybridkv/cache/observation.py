@@ -6,16 +6,16 @@ import dataclasses
 
 import torch
 
-from sglang_hybridkv.compressors import Compressor, PromptLayer
-from sglang_hybridkv.requests.ledger import Reservation
-from sglang_hybridkv.requests.spans import text_mask
+from sglang_hybridkv.cache.compress import ObservedPrompt
+from sglang_hybridkv.compressors.base import Compressor, PromptLayer
+from sglang_hybridkv.requests.spans import VisualSpan, text_mask
 
 
 @dataclasses.dataclass
 class _Prompt:
     """Scores of the layers that have run on a prompt's final chunk."""
 
-    reservation: Reservation
+    spans: tuple[VisualSpan, ...]
     is_text: torch.Tensor
     statistic: list[torch.Tensor] = dataclasses.field(default_factory=list)
     salience: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -44,14 +44,12 @@ class PromptObserver:
         """Keep the queries of positions `window` of the chunk that is launched next for `row`; before each chunk."""
         self._windows[row] = window
 
-    def begin(self, row: int, reservation: Reservation) -> None:
-        """The chunk that is launched next for `row`, which is watched, is its final one."""
-        self._prompts[row] = _Prompt(reservation, text_mask(reservation.spans, self.prompt_len(row)))
+    def begin(self, row: int, spans: tuple[VisualSpan, ...]) -> None:
+        """The chunk that is launched next for `row`, which is watched, is its final one; `spans` are the prompt's."""
+        self._prompts[row] = _Prompt(spans, text_mask(spans, self.prompt_len(row)))
 
-    def drop(self, row: int | None) -> None:
-        """Forget `row`; None, a request without a row, is legal."""
-        if row is None:
-            return
+    def drop(self, row: int) -> None:
+        """Forget `row`."""
         self._windows.pop(row, None)
         self._prompts.pop(row, None)
         for layer_idx in range(self.num_layers):
@@ -115,8 +113,8 @@ class PromptObserver:
         prompt.salience.append(salience)
         return len(prompt.statistic) == self.num_layers
 
-    def finish(self, row: int) -> tuple[Reservation, torch.Tensor, torch.Tensor]:
-        """Reservation, statistic [L, H] or [L, H, S] and salience [L, H, N] of a prompt whose layers have all run."""
+    def finish(self, row: int) -> ObservedPrompt:
+        """What was seen of a prompt whose layers have all run; the row is forgotten."""
         prompt = self._prompts.pop(row)
         del self._windows[row]
-        return prompt.reservation, torch.stack(prompt.statistic), torch.stack(prompt.salience)
+        return ObservedPrompt(prompt.spans, torch.stack(prompt.statistic), torch.stack(prompt.salience))

@@ -6,14 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.score_heads import score_heads
-
-pytest.importorskip("sglang")
-
+from sglang_hybridkv.cache.observation import PromptObserver
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.requests.geometry import prompt_geometry
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
-from sglang_hybridkv.srt.observation import PromptObserver
-from tests.builders import LAWS, fresh_generator, make_compressor, make_reservation
+from tests.builders import LAWS, fresh_generator, make_compressor
 
 LAYERS, W = 2, 8
 
@@ -22,16 +18,11 @@ def make_observer():
     return PromptObserver(HybridKV(HybridKVConfig(preset="paper", observation_rows=W)), LAYERS)
 
 
-def reservation(prompt_len=64, spans=()):
-    geometry = prompt_geometry(prompt_len, 0.5, page_size=16, head_pages_per_page=4, summary_vectors=prompt_len // 16)
-    return make_reservation(geometry, range(1, 1 + geometry.num_pages), range(geometry.num_host_pages), spans=spans)
-
-
 def run_chunk(observer, row, queries, start, *, length, final=False, window):
     """One chunk of `queries` [LAYERS, N, ...] as the engine shows it: the observed rows of each layer."""
     observer.watch(row, window)
     if final:
-        observer.begin(row, reservation(window.stop))
+        observer.begin(row, ())
     assert observer.is_interested(row)
     assert observer.is_final(row) == final
     return [observer.gather(row, layer, queries[layer, start : start + length], start) for layer in range(len(queries))]
@@ -93,7 +84,6 @@ def test_what_is_dropped_leaves_nothing_to_the_row_s_next_request(forget):
     assert torch.equal(torch.stack(rows), q)
     forget(observer)
     assert not observer.is_final(1)
-    observer.drop(None)
 
 
 def test_a_window_with_a_gap_is_an_error():
@@ -105,12 +95,12 @@ def test_a_window_with_a_gap_is_an_error():
         observer.score(1, rows[0], keys, keys, torch.arange(64), 0.25)
 
 
-def begin(observer, reservation):
+def begin(observer, spans):
     """A prompt of 64 tokens in row 4, all of it in one chunk."""
     compressor = observer.compressor
     wanted = compressor.config.observation_rows
-    observer.watch(4, observed_window(compressor.observed_rows, reservation.spans, 64, wanted))
-    observer.begin(4, reservation)
+    observer.watch(4, observed_window(compressor.observed_rows, spans, 64, wanted))
+    observer.begin(4, spans)
 
 
 @pytest.mark.parametrize(
@@ -125,16 +115,16 @@ def begin(observer, reservation):
 def test_scores_are_those_of_the_text_after_the_last_image(spans, rows):
     observer, generator = make_observer(), fresh_generator()
     q, keys = torch.randn(LAYERS, 64, 4, 16, generator=generator), torch.randn(LAYERS, 64, 2, 16, generator=generator)
-    mine = reservation(spans=spans)
-    begin(observer, mine)
+    begin(observer, spans)
     last, slots = [], torch.randperm(100, generator=generator)[:64]
     for layer in range(LAYERS):
         observed, k_rows = observer.gather(4, layer, q[layer], 0), torch.full((100, 2, 16), float("nan"))
         k_rows[slots] = keys[layer]
         last.append(observer.score(4, observed, k_rows, k_rows, slots, 0.25))
     assert last == [False, True]
-    got, statistic, salience = observer.finish(4)
-    assert got is mine
+    observed = observer.finish(4)
+    statistic, salience = observed.statistic, observed.salience
+    assert observed.spans == spans
     assert statistic.shape == (LAYERS, 2)
     assert salience.shape == (LAYERS, 2, 64)
     for layer in range(LAYERS):
@@ -148,11 +138,10 @@ def test_methods_of_the_last_window_observe_it_whatever_it_shows():
     observer = PromptObserver(make_compressor("snapkv", LAYERS, 2, observation_rows=W), LAYERS)
     generator = fresh_generator()
     q, keys = torch.randn(64, 4, 16, generator=generator), torch.randn(64, 2, 16, generator=generator)
-    begin(observer, reservation(spans=(VisualSpan(10, 60, "image"),)))
+    begin(observer, (VisualSpan(10, 60, "image"),))
     for _ in range(LAYERS):
         observer.score(4, observer.gather(4, 0, q, 0), keys, keys, torch.arange(64), 0.25)
-    _, _, salience = observer.finish(4)
-    torch.testing.assert_close(salience[0], score_heads(q[-W:], keys, scaling=0.25)[1])
+    torch.testing.assert_close(observer.finish(4).salience[0], score_heads(q[-W:], keys, scaling=0.25)[1])
 
 
 def test_methods_are_told_which_tokens_are_text_and_which_layer_it_is():
@@ -164,7 +153,7 @@ def test_methods_are_told_which_tokens_are_text_and_which_layer_it_is():
             return super().score_layer(layer)
 
     observer, q = PromptObserver(Spy(HybridKVConfig()), LAYERS), torch.randn(64, 4, 16, generator=fresh_generator())
-    begin(observer, reservation(spans=(VisualSpan(10, 59, "image"),)))
+    begin(observer, (VisualSpan(10, 59, "image"),))
     for layer in range(LAYERS):
         observer.score(4, observer.gather(4, layer, q, 0), q[:, :2], q[:, :2], torch.arange(64), 0.25)
     mask = [not 10 <= token < 59 for token in range(64)]

@@ -1,0 +1,185 @@
+"""The forward's one object: what it holds of compressed prompts, and what it does with them."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridkv_kernels.decode_attn import decode_attn
+from sglang_hybridkv.cache.compress import ObservedPrompt, compress_prompt
+from sglang_hybridkv.cache.memory import CacheMemory, make_memory
+from sglang_hybridkv.cache.observation import PromptObserver
+from sglang_hybridkv.cache.prefetch import QueryPrefetch
+from sglang_hybridkv.cache.retrieval import retrieve
+from sglang_hybridkv.compressors.base import Compressor
+from sglang_hybridkv.config import RetrievalConfig
+from sglang_hybridkv.requests.ledger import Reservation
+
+
+class CompressedCache:
+    """Compressed prompts by request row, and the compressor that makes them.
+
+    The scheduler has a prompt's chunks watched, binds its row before the forward that compresses it is launched, and
+    releases the row when the request gives it back. In between the forward compresses once, and retrieves and attends
+    at each step.
+
+    Attributes
+    ----------
+    memory : pool views, table and host store.
+    compressor : bound to the model.
+    bound : reservations by row, from `bind` to `release`.
+    observer : queries and scores of prompts that are being prefilled.
+    counters : [2], int64, on the pool's device. Chunks that queries chose, and those of them that were resident.
+    prefetch : which requests attend to what their previous query retrieved; None when that is off.
+    """
+
+    def __init__(self, memory: CacheMemory, compressor: Compressor):
+        self.memory, self.compressor = memory, compressor
+        self.bound: dict[int, Reservation] = {}
+        self.observer = PromptObserver(compressor, memory.layout.num_layers)
+        keys = memory.views.k_pages
+        self.counters = torch.zeros(2, dtype=torch.int64, device=keys.device)
+        self.prefetch: QueryPrefetch | None = None
+        config = compressor.config
+        if isinstance(config, RetrievalConfig) and config.prefetch != "off":
+            num_rows = len(memory.table.num_pages)
+            self.prefetch = QueryPrefetch(
+                config.prefetch_similarity, num_rows, memory.layout, keys.shape[2], keys.dtype, keys.device
+            )
+
+    @classmethod
+    def create(
+        cls,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        compressor: Compressor,
+        *,
+        num_rows: int,
+        max_prompt_tokens: int,
+        num_host_pages: int,
+    ) -> CompressedCache:
+        """A cache over the pool `keys`, `values` [L, slots, H, D], which stay the caller's.
+
+        Parameters
+        ----------
+        compressor : that has met the model (`Compressor.bind`).
+        num_rows, max_prompt_tokens, num_host_pages : as `make_memory` takes them.
+        """
+        memory = make_memory(
+            keys,
+            values,
+            compressor.config,
+            num_rows=num_rows,
+            max_prompt_tokens=max_prompt_tokens,
+            num_host_pages=num_host_pages,
+        )
+        return cls(memory, compressor)
+
+    def bind(self, row: int, reservation: Reservation) -> None:
+        """Give `row` its pages, before the forward that compresses its prompt is launched."""
+        assert row not in self.bound, f"row {row} is bound already"
+        self.bound[row] = reservation
+        self.memory.table.bind(row, reservation.pages, reservation.host_pages, reservation.geometry.covered)
+        self.observer.begin(row, reservation.spans)
+        if self.prefetch is not None:
+            self.prefetch.forget(row)
+
+    def observe(
+        self, row: int, layer_idx: int, q: torch.Tensor, start: int, token_slots: torch.Tensor, scaling: float
+    ) -> None:
+        """Look at one layer of a watched prompt's chunk, right after its attention; after the last one, compress.
+
+        Parameters
+        ----------
+        q : [T, H * G, D]. Queries of the chunk, whose first token is the prompt's `start`-th.
+        token_slots : [>= prompt], integer. Token slots of the request.
+        """
+        observed = self.observer.gather(row, layer_idx, q, start)
+        if not self.observer.is_final(row):
+            return
+        slots = token_slots[: self.observer.prompt_len(row)].long()
+        if self.observer.score(row, observed, *self.memory.views.layer_rows(layer_idx), slots, scaling):
+            self.compress(row, slots, self.observer.finish(row))
+
+    def compress(self, row: int, slots: torch.Tensor, observed: ObservedPrompt) -> None:
+        """Fill the pages of a bound row from its prompt's own `slots` [>= covered], int64; see `compress_prompt`."""
+        compress_prompt(self.memory, self.compressor, self.bound[row], row, slots, observed)
+
+    def retrieve(self, layer_idx: int, q: torch.Tensor, req_rows: torch.Tensor) -> None:
+        """Bring the dynamic heads of one layer up to date with new queries.
+
+        Parameters
+        ----------
+        q : [B, H * G, D], contiguous.
+        req_rows : [B], integer. Rows of these requests; a dense row is left alone.
+
+        Notes
+        -----
+        No host sync, fixed shapes: capturable.
+        """
+        config = self.compressor.config
+        if not isinstance(config, RetrievalConfig):
+            return
+        memory = self.memory
+        retrieve(q, memory.views, memory.table, memory.store, self.counters, layer_idx, req_rows, config)
+
+    def retrieve_first(self, layer_idx: int, q: torch.Tensor, req_rows: torch.Tensor) -> torch.Tensor | None:
+        """`retrieve` before a layer attends: all rows, or with prefetch those that it has to correct.
+
+        Returns
+        -------
+        The other rows, for `retrieve_ahead`; None without prefetch.
+        """
+        later = None
+        if self.prefetch is not None:
+            req_rows, later = self.prefetch.split(q, self.memory.table, layer_idx, req_rows)
+        self.retrieve(layer_idx, q, req_rows)
+        return later
+
+    def retrieve_ahead(self, layer_idx: int, q: torch.Tensor, later: torch.Tensor | None) -> None:
+        """After a layer has attended: the rows that `retrieve_first` left, for the next step."""
+        if later is None:
+            return
+        assert self.prefetch is not None
+        is_last = layer_idx == self.memory.layout.num_layers - 1
+        self.prefetch.beside(lambda: self.retrieve(layer_idx, q, later), q, later, is_last=is_last)
+
+    def attend(
+        self,
+        layer_idx: int,
+        q: torch.Tensor,
+        req_rows: torch.Tensor,
+        req_to_token: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """[B, H * G, D]: one softmax over head pages and dense tail; arguments as those of `decode_attn`."""
+        return decode_attn(
+            q,
+            self.memory.views,
+            self.memory.table,
+            layer_idx,
+            req_rows,
+            req_to_token,
+            seq_lens,
+            scaling=scaling,
+            estimate=self.compressor.estimate,
+        )
+
+    def release(self, row: int) -> None:
+        """Make `row` dense again; its pages are the caller's to free."""
+        self.observer.drop(row)
+        if self.bound.pop(row, None) is not None:
+            self.memory.table.clear(row)
+
+    def clear(self) -> None:
+        """Make every row dense, and every host page free."""
+        self.bound.clear()
+        self.observer.clear()
+        self.memory.table.clear_all()
+        self.memory.store.clear()
+
+    def check_integrity(self) -> None:
+        """AssertionError unless table and host store hold exactly what the bound rows reserved."""
+        self.memory.store.check_integrity([reservation.host_pages for reservation in self.bound.values()])
+        rows = set(self.memory.table.num_pages.nonzero().flatten().tolist())
+        assert rows == set(self.bound), f"the table binds rows {rows}, the cache {set(self.bound)}"

@@ -1,0 +1,73 @@
+"""The memory that compressed prompts live in: the pool's head pages, the table that says whose they are, host pages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
+from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.config import CompressorConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheMemory:
+    """Three parts of one shape.
+
+    Attributes
+    ----------
+    views : of the pool's keys and values, and the residency map of the chunks that dynamic heads hold.
+    table : by request row.
+    store : rows of dynamic heads.
+    """
+
+    views: HeadPageViews
+    table: HeadPageTable
+    store: HostStore
+
+    @property
+    def layout(self) -> HeadPageLayout:
+        """Shape of the pool."""
+        return self.views.layout
+
+
+def layout_of(keys: torch.Tensor, page_size: int) -> HeadPageLayout:
+    """Layout of a pool of keys (or values) [L, slots, H, D] in pages of `page_size` slots."""
+    num_layers, num_slots, num_kv_heads, _ = keys.shape
+    return HeadPageLayout(num_layers, num_kv_heads, num_slots // page_size, page_size)
+
+
+def make_memory(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    config: CompressorConfig,
+    *,
+    num_rows: int,
+    max_prompt_tokens: int,
+    num_host_pages: int,
+) -> CacheMemory:
+    """Table and host store for the pool `keys`, `values` [L, slots, H, D], which stay the caller's.
+
+    Parameters
+    ----------
+    config : of the compressor; says page size, chunk size and summaries.
+    num_rows : request rows, row 0, which is padding, included.
+    max_prompt_tokens : of the longest prompt that is compressed.
+    num_host_pages : size of the host store; it is page-locked beside a CUDA pool.
+    """
+    layout, page_size, device = layout_of(keys, config.page_size), config.page_size, keys.device
+    prompt_pages = -(-max_prompt_tokens // page_size)
+    summary_pages = -(-config.summary_vectors(prompt_pages * page_size) // (2 * page_size))
+    return CacheMemory(
+        views=HeadPageViews.over(layout, keys, values, config.tokens_per_chunk),
+        table=HeadPageTable(num_rows, prompt_pages + summary_pages, prompt_pages, layout, device),
+        store=HostStore(
+            num_pages=num_host_pages,
+            head_pages_per_page=layout.head_pages_per_page,
+            page_size=page_size,
+            head_dim=keys.shape[-1],
+            dtype=keys.dtype,
+            pin=device.type == "cuda",
+        ),
+    )
