@@ -30,70 +30,88 @@ _KINDS = {
 
 Budget = Annotated[
     float,
-    Field(gt=0.0, le=1.0, description="share of a prompt's KV rows that stays on the device; 1 keeps every row"),
+    Field(gt=0.0, le=1.0, description="share of a prompt's KV rows that stays in device memory; 1 keeps every row"),
 ]
 PageSize = Annotated[
-    Literal[8, 16, 32, 64], Field(description="tokens per page of memory, the unit in which heads get their budgets")
+    Literal[8, 16, 32, 64], Field(description="tokens in a page of memory; heads get their budgets in whole pages")
 ]
 MinHeadPages = Annotated[
     int,
-    Field(ge=1, le=64, description="pages that every head keeps at least; a budget below it serves a request dense"),
+    Field(ge=1, le=64, description="pages that every head keeps at least; a smaller budget serves the request dense"),
 ]
 NumSinkTokens = Annotated[
-    int, Field(ge=0, le=256, description="first tokens of the prompt that every head keeps, ahead of all others")
+    int, Field(ge=0, le=256, description="first tokens of the prompt; every head keeps them before all others")
 ]
 RecentWindow = Annotated[
-    int, Field(ge=0, le=1024, description="last tokens of the page-aligned prompt that every head keeps")
+    int, Field(ge=0, le=1024, description="last tokens of the page-aligned prompt; every head keeps them")
 ]
 PoolKernel = Annotated[
-    Literal[1, 3, 5, 7, 9], Field(description="width in tokens of the pooling over the salience of prompt tokens")
+    Literal[1, 3, 5, 7, 9],
+    Field(description="tokens over which the salience of each prompt token is pooled; 1 does not pool"),
 ]
-PoolMode = Annotated[Literal["average", "max"], Field(description="what the pooling takes of its neighbours")]
-ObservationRows = Annotated[int, Field(ge=1, le=256, description="W: last queries of the prompt that are observed")]
+PoolMode = Annotated[
+    Literal["average", "max"], Field(description="whether pooling takes the average or the maximum of the neighbours")
+]
+ObservationRows = Annotated[
+    int,
+    Field(
+        ge=1, le=256, description="last queries of the prompt that are observed; a prefix hit leaves them to compute"
+    ),
+]
 MinPromptTokens = Annotated[int, Field(ge=1, description="prompts with fewer tokens are served dense")]
 ChunkScore = Annotated[
     Literal["mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread", "key_codes"],
     Field(
-        description="score of a chunk for a query group: max or mean over the group of q . mean key, Quest's min/max "
-        "bound, ArkVale's centre plus half the extent, the best of 2 or 4 mean keys a chunk, q . mean key plus half "
-        "the spread of the chunk's keys, or the best q . key by keys of 2 bits an element, each of them on the device"
+        description="how the queries of a KV head score a chunk. 'mean_max' and 'mean_mean' multiply each query with "
+        "the mean key of the chunk and take the maximum or the mean over the queries. 'mean2_max' and 'mean4_max' have "
+        "two or four mean keys a chunk. 'mean_spread' adds half the spread of the chunk's keys. 'quest' takes Quest's "
+        "bound by the smallest and largest key elements, 'arkvale' the centre of the keys plus half their extent. "
+        "'key_codes' multiplies with every key of the chunk, each stored with two bits an element"
     ),
 ]
 ChunkSize = Annotated[
     Literal[1, 2, 4, 8, 16, 32, 64] | None,
     Field(
-        description="tokens that dynamic heads retrieve together, a divisor of page_size; null: 1 with chunk_score "
-        "'key_codes', otherwise a page"
+        description="tokens that a dynamic head retrieves together; they divide page_size. null means 1 with "
+        "chunk_score 'key_codes', and a page otherwise"
     ),
 ]
 Unretrieved = Annotated[
     Literal["drop", "estimate"],
     Field(
-        description="chunks that a query does not retrieve: leave them out, or let their mean key and mean value stand "
-        "for them, which doubles the summaries and needs a chunk_score of means (RetroInfer, arXiv 2505.02922)"
+        description="what becomes of chunks that a query does not retrieve. 'drop' leaves them out. 'estimate' lets "
+        "their mean key and mean value stand for them (RetroInfer, arXiv 2505.02922); it doubles the summaries and "
+        "needs a chunk_score of means, such as 'mean_max'"
     ),
 ]
 Prefetch = Annotated[
     Literal["off", "previous_query"],
     Field(
-        description="when chunks are retrieved: before each attention, or after it for the next step, beside the "
-        "layers that follow (FreeKV, arXiv 2505.13109)"
+        description="when chunks are retrieved. 'off' retrieves before each attention, 'previous_query' after it, for "
+        "the next step, while the following layers run (FreeKV, arXiv 2505.13109)"
     ),
 ]
 PrefetchSimilarity = Annotated[
     float,
-    Field(gt=0.0, le=1.0, description="cosine of consecutive queries below which a request does not rely on prefetch"),
+    Field(
+        gt=0.0,
+        le=1.0,
+        description="a request whose consecutive queries have a lower cosine than this retrieves before it attends",
+    ),
 ]
 HostStoreBytes = Annotated[
     Annotated[int, Field(ge=0)] | None,
     Field(
-        description="bytes of host memory for dynamic heads; null: 8x their share of the device pool, at most half of "
-        "what is free"
+        description="bytes of host memory for the rows of dynamic heads. null means eight times their share of the "
+        "device pool, and at most half of the memory that is free"
     ),
 ]
 OnHostStoreFull = Annotated[
     Literal["dense", "static"],
-    Field(description="a request whose rows do not fit the host store: serve it dense, or all heads static"),
+    Field(
+        description="what becomes of a request whose rows do not fit the host store: it is served dense, or all "
+        "its heads are static"
+    ),
 ]
 
 

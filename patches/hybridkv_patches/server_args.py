@@ -15,6 +15,9 @@ from sglang_hybridkv.srt import settings as settings_module
 from sglang_hybridkv.srt.settings import Settings
 
 FLAG = "--kv-compressor"
+# Refusals that docs/refusals.md lists; names in braces stand for what the user gave.
+NO_COMPRESSOR = "{flags} would change nothing without {flag} {names}; add it"
+OTHER_PAGE_SIZE = "--page-size {page_size} differs from page_size {expected} of {flag}; make them equal"
 # Rides on ServerArgs next to the settings: how its owner wants to hear about a refusal.
 _FROM_CLI = "_hybridkv_from_cli"
 
@@ -127,7 +130,7 @@ def make_settings(name: Any, budget: Any, config: Any) -> Settings | None:
         given = [flag for flag, value in ((BUDGET_FLAG, budget), (CONFIG_FLAG, config)) if value is not None]
         if given:
             names = "|".join(compressor_names())
-            raise ValueError(f"{' and '.join(given)} would change nothing without {FLAG} {names}; add it")
+            raise ValueError(NO_COMPRESSOR.format(flags=" and ".join(given), flag=FLAG, names=names))
         return None
     config_class = get_compressor(name).config_class
     settings = Settings(name, parse_config(config, config_class, budget=_number(budget)))
@@ -142,9 +145,7 @@ def make_settings(name: Any, budget: Any, config: Any) -> Settings | None:
 def claim_page_size(page_size: int | None, config: CompressorConfig) -> int:
     """The page size that the server must have; ValueError when the user asked for another one."""
     if page_size is not None and page_size != config.page_size:
-        raise ValueError(
-            f"--page-size {page_size} differs from page_size {config.page_size} of {CONFIG_FLAG}; make them equal"
-        )
+        raise ValueError(OTHER_PAGE_SIZE.format(page_size=page_size, expected=config.page_size, flag=CONFIG_FLAG))
     return config.page_size
 
 

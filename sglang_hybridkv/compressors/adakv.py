@@ -18,7 +18,7 @@ class AdaKVConfig(WindowConfig):
     pool_kernel: PoolKernel = 7
     pool_mode: PoolMode = "max"
     safeguard: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.2, description="alpha: share of the mean budget that no head falls below"
+        0.2, description="share of the mean budget that every head gets at least; alpha in the paper"
     )
 
 

@@ -45,20 +45,24 @@ class HybridKVConfig(RetrievalConfig):
     recent_window: RecentWindow = 8
     pool_kernel: PoolKernel = 1
     preset: Literal["tuned", "paper"] = Field(
-        "tuned", description="set of defaults: chosen by measured quality, or as the paper has them"
+        "tuned", description="set of defaults: 'tuned' by measured quality, or 'paper', the method as published"
     )
     statistic: Literal[
         "sparsity", "top_mass", "hit_cv", "stability", "capture", "worst_capture", "worst_capture+hit_cv"
     ] = Field(
         "worst_capture+hit_cv",
-        description="statistic S in [0, 1] of a head; static when S >= theta (inferred). Of two, dynamic heads are the "
-        "lowest in either",
+        description="statistic S of a head, from 0 to 1; a head is static when S >= theta (inferred). Of two "
+        "statistics joined by +, the heads that are among the lowest in either are dynamic",
     )
     theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(
-        1.01, description="threshold of the statistic; 0 makes every head static, above 1 as many dynamic as may be"
+        1.01,
+        description="threshold of the statistic. 0 makes every head static; a value above 1 makes as many heads "
+        "dynamic as max_dynamic_heads allows",
     )
     max_dynamic_heads: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.34, description="largest share of the heads, rounded, that are dynamic: those with the lowest statistic"
+        0.34,
+        description="largest share of the heads that are dynamic: those with the lowest statistic. The number of heads "
+        "is rounded; pages and host memory are reserved for no more",
     )
     sparsity_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="'sparsity' counts keys below this fraction of a row's largest probability (inferred)"
@@ -67,20 +71,26 @@ class HybridKVConfig(RetrievalConfig):
         0.9, description="'top_mass' counts the keys that hold this share of the probability (inferred)"
     )
     capture_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="'capture' and 'worst_capture' keep this share of the keys: sinks, recent, most salient"
+        0.1,
+        description="'capture' and 'worst_capture' keep this share of the keys: first, last and most salient ones",
     )
     dynamic_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
-        None, description="r: share of the budget that goes to the dynamic heads; null: dynamic_ratio decides"
+        None, description="share of the budget that all dynamic heads get together; null lets dynamic_ratio decide"
     )
     dynamic_ratio: Annotated[float, Field(gt=0.0, le=64.0)] = Field(
-        2.0, description="rows of a dynamic head per row of a static one, on average; budgets follow how many there are"
+        2.0,
+        description="rows that a dynamic head gets for each row of a static head, on average; the budget of each type "
+        "follows the number of its heads",
     )
     static_weight: Literal["sparsity", "density", "uniform"] = Field(
-        "density", description="weight of a static head within their share: S, 1 - S, or 1 (inferred)"
+        "density",
+        description="weight of a static head when they share their rows: 'sparsity' is S, 'density' 1 - S, 'uniform' 1 "
+        "(inferred)",
     )
     text_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         1.0,
-        description="largest share of a static head's rows, rounded up, that text takes first (inferred)",
+        description="largest share of a static head's rows, rounded up, that text takes ahead of visual tokens"
+        " (inferred)",
     )
 
     @model_validator(mode="before")

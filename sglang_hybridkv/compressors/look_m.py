@@ -19,10 +19,10 @@ class LookMConfig(CompressorConfig):
     num_sink_tokens: NumSinkTokens = 0
     pool_kernel: PoolKernel = 1
     recent_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.5, description="share of a head's rows for the last tokens, recent_window at least"
+        0.5, description="share of a head's rows that the last tokens get; recent_window tokens at least"
     )
     merging: Literal["averaged", "pivotal", "weighted", "none"] = Field(
-        "pivotal", description="how evicted visual rows enter the kept row of the most similar key"
+        "pivotal", description="how evicted visual rows are merged into the kept row with the most similar key"
     )
 
 

@@ -16,7 +16,8 @@ class MadaKVConfig(CompressorConfig):
 
     pool_kernel: PoolKernel = 1
     need_mass: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.9, description="theta: share of each modality's attention that a head needs covered (inferred)"
+        0.9,
+        description="share of each modality's attention that a head's rows should hold; theta in the paper (inferred)",
     )
 
 

@@ -15,7 +15,8 @@ class PyramidKVConfig(WindowConfig):
     """SnapKV's settings and the slope."""
 
     beta: Annotated[float, Field(ge=1.0, le=1000.0)] = Field(
-        20.0, description="the last layer keeps 1/beta of the mean beyond the window, the first what that leaves"
+        20.0,
+        description="beyond the window, the last layer keeps 1/beta of the mean and the first layer what that leaves",
     )
 
 

@@ -17,7 +17,9 @@ from sglang_hybridkv.config import CompressorConfig
 class RandomConfig(CompressorConfig):
     """The engine's settings and a seed."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**31, description="another seed keeps other tokens")] = 0
+    seed: Annotated[
+        int, Field(ge=0, lt=2**31, description="seed of the random choice; another seed keeps other tokens")
+    ] = 0
 
 
 class Random(Full):

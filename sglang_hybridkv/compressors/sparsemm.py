@@ -20,7 +20,7 @@ class SparseMMConfig(WindowConfig):
     pool_mode: PoolMode = "max"
     calibration: str = Field(description="path of the model's visual-head scores, which `hybridkv calibrate` writes")
     uniform_share: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.1, description="rho: share of the budget beyond the window that all heads get alike"
+        0.1, description="share of the budget beyond the window that all heads get alike; rho in the paper"
     )
 
 

@@ -28,7 +28,7 @@ EXPLANATIONS = {
     DenseReason.BUDGET_BELOW_FLOOR: "the budget is below min_head_pages pages for every head",
     DenseReason.SAVES_NOTHING: "budget and chunk summaries together take as many pages as the prompt",
     DenseReason.POOL_TOO_SMALL: "its compressed pages never fit the pool beside its prompt or its answer",
-    DenseReason.NO_FREE_PAGES: "no free pages beside the prompt, even after eviction",
+    DenseReason.NO_FREE_PAGES: "the pool has no free pages beside the prompt, even after eviction",
     DenseReason.HOST_STORE_FULL: "the host store has no room for its rows; raise host_store_bytes",
     DenseReason.NOT_PREFILLED: "the request ended before its prompt was processed",
 }

@@ -1,6 +1,6 @@
-"""What a compressing server refuses to start with: one table, one sentence each.
+"""What a compressing server refuses to start with: two tables, one sentence a row.
 
-A row goes when a test proves the combination.
+A row goes when a test proves the combination. docs/refusals.md is generated from both tables.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLASHINFER = "flashinfer"
 # tokens, or were not read.
 ATTENTION_BACKENDS = {"cpu": (CPU_BACKEND,), "cuda": ("triton", FLASHINFER, "fa3", CPU_BACKEND)}
 DEVICES = tuple(ATTENTION_BACKENDS)
-DECODE_GRAPHS = ("full", "disabled")
+DECODE_GRAPHS_ALLOWED = ("full", "disabled")
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16")
 # Read in sglang/srt/models: these hand K after RoPE to RadixAttention, which writes it through the attention backend.
 # A model that writes the cache inside its RoPE kernel would bypass the observation, see models/utils.py.
@@ -51,6 +51,25 @@ class Refusal:
     flag: str
     applies: Callable[[Any], bool]
     recipe: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A refusal that depends on more than the value of one server argument.
+
+    Attributes
+    ----------
+    flag, recipe : as in `Refusal`; names in braces stand for what the user gave.
+    when : the condition in words, for docs/refusals.md.
+    """
+
+    flag: str
+    recipe: str
+    when: str
+
+    def filled(self, **values: Any) -> Condition:
+        """The same with `values` in place of the names in braces."""
+        return dataclasses.replace(self, flag=self.flag.format(**values), recipe=self.recipe.format(**values))
 
 
 def _is_set(value: Any) -> bool:
@@ -134,6 +153,73 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+_CUDA_DECODE = " or ".join(name for name in ATTENTION_BACKENDS["cuda"] if name not in (FLASHINFER, CPU_BACKEND))
+
+OTHER_BACKEND = Condition(
+    "--{phase}attention-backend {backend}",
+    "use --attention-backend {legal}",
+    "compression does not serve this attention backend on this device; the flags of each phase are checked, too",
+)
+OTHER_DEVICE = Condition(
+    "--device {device}", f"use one of {', '.join(DEVICES)}", "compression has no kernels for this device"
+)
+PREFILL_GRAPHS = Condition(
+    "--cuda-graph-backend-prefill {backend} (CUDA graphs)",
+    "use --cuda-graph-backend-prefill disabled",
+    "prefill would run in CUDA graphs, where compression cannot observe it; without the flag, compression switches "
+    "them off itself",
+)
+DECODE_GRAPHS = Condition(
+    "--cuda-graph-backend-decode {backend} (CUDA graphs)",
+    f"use --cuda-graph-backend-decode {' or '.join(DECODE_GRAPHS_ALLOWED)}",
+    "decode would run in CUDA graphs of another kind than SGLang's full ones",
+)
+OTHER_PAGE_SIZE = Condition(
+    "--page-size {page_size}",
+    "the compressor's page_size is {expected}, SGLang must use the same",
+    "SGLang ended up with pages of another size than the compressor's",
+)
+RUST_SERVER = Condition("SGLANG_RUST_SERVER", "unset it", "this environment variable is set")
+GLUE_GRAPH = Condition(
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+    f"unset it or use an --attention-backend other than {FLASHINFER}",
+    f"this environment variable is set and decode runs on {FLASHINFER}",
+)
+FLASHINFER_SHAPE = Condition(
+    f"--attention-backend {FLASHINFER} ({{reason}})",
+    f"use {_CUDA_DECODE}",
+    "FlashInfer has no decode kernel for the model's dtype or head size",
+)
+FLASHINFER_ESTIMATE = Condition(
+    f"unretrieved = 'estimate' on --attention-backend {FLASHINFER}",
+    f"use --attention-backend {_CUDA_DECODE}, or 'drop'",
+    "FlashInfer's kernels cannot let a mean key and a mean value stand for a chunk",
+)
+NAIVE_GRAPHS = Condition(
+    "--cuda-graph-backend-decode {backend} with kernels {kernels}",
+    "these kernels cannot be captured, use --cuda-graph-backend-decode disabled",
+    "decode would be captured in CUDA graphs, but the torch references serve it (troubleshooting.md says why they may)",
+)
+OTHER_MODEL = Condition(
+    "--model-path of a {architecture}",
+    f"supported are {', '.join(ARCHITECTURES)}",
+    "the attention of this architecture was not verified",
+)
+CONDITIONS: tuple[Condition, ...] = (
+    OTHER_MODEL,
+    OTHER_DEVICE,
+    OTHER_BACKEND,
+    PREFILL_GRAPHS,
+    DECODE_GRAPHS,
+    NAIVE_GRAPHS,
+    FLASHINFER_SHAPE,
+    FLASHINFER_ESTIMATE,
+    OTHER_PAGE_SIZE,
+    RUST_SERVER,
+    GLUE_GRAPH,
+)
+
+
 def check_flags(server_args: Any, settings: Settings) -> None:
     """Refuse what the user asked for explicitly, before SGLang resolves it or refuses it in other words.
 
@@ -144,14 +230,14 @@ def check_flags(server_args: Any, settings: Settings) -> None:
     """
     for refusal in REFUSALS:
         if refusal.applies(getattr(server_args, refusal.field)):
-            raise _refused(refusal.flag, settings, refusal.recipe)
+            raise _refused(refusal, settings)
     # Before SGLang has resolved the device, what any of them can do passes.
     legal = ATTENTION_BACKENDS.get(server_args.device, ATTENTION_BACKENDS["cuda"])
-    recipe = f"use --attention-backend {' or '.join(legal)}"
     for phase in ("", "prefill_", "decode_"):
         backend = getattr(server_args, f"{phase}attention_backend")
         if backend is not None and backend not in legal:
-            raise _refused(f"--{phase.replace('_', '-')}attention-backend {backend}", settings, recipe)
+            words = {"phase": phase.replace("_", "-"), "backend": backend, "legal": " or ".join(legal)}
+            raise _refused(OTHER_BACKEND.filled(**words), settings)
 
 
 def check_server_args(view: Any, settings: Settings) -> None:
@@ -169,12 +255,12 @@ def check_server_args(view: Any, settings: Settings) -> None:
     """
     check_flags(view, settings)
     if view.device not in DEVICES:
-        raise _refused(f"--device {view.device}", settings, f"use one of {', '.join(DEVICES)}")
+        raise _refused(OTHER_DEVICE.filled(device=view.device), settings)
     if view.device == "cuda":
         _check_cuda_graphs(view, settings)
     if view.page_size != settings.config.page_size:
-        recipe = f"the compressor's page_size is {settings.config.page_size}, SGLang must use the same"
-        raise _refused(f"--page-size {view.page_size}", settings, recipe)
+        sizes = {"page_size": view.page_size, "expected": settings.config.page_size}
+        raise _refused(OTHER_PAGE_SIZE.filled(**sizes), settings)
     _check_environment(view, settings)
 
 
@@ -195,26 +281,23 @@ def check_kernels(view: Any, model_config: Any, settings: Settings) -> None:
         return
     dtype, head_dim = model_config.dtype, model_config.head_dim
     group_size = model_config.num_attention_heads // model_config.get_total_num_kv_heads()
-    others = " or ".join(name for name in ATTENTION_BACKENDS["cuda"] if name not in (FLASHINFER, CPU_BACKEND))
     if _decode_backend(view) == FLASHINFER:
         reason = flashinfer.shape_obstacle(dtype, head_dim)
         if reason is not None:
-            raise _refused(f"--attention-backend {FLASHINFER} ({reason})", settings, f"use {others}")
+            raise _refused(FLASHINFER_SHAPE.filled(reason=reason), settings)
         if isinstance(settings.config, RetrievalConfig) and settings.config.estimates:
-            recipe = f"use --attention-backend {others}, or 'drop'"
-            raise _refused(f"unretrieved = 'estimate' on --attention-backend {FLASHINFER}", settings, recipe)
+            raise _refused(FLASHINFER_ESTIMATE, settings)
     graphs = view.cuda_graph_config.decode.backend
     if graphs != "disabled" and dispatch.choose(view.device, dtype, head_dim, group_size) == "naive":
-        reason = dispatch.describe(view.device, dtype, head_dim, group_size)
-        recipe = "these kernels cannot be captured, use --cuda-graph-backend-decode disabled"
-        raise _refused(f"--cuda-graph-backend-decode {graphs} with kernels {reason}", settings, recipe)
+        kernels = dispatch.describe(view.device, dtype, head_dim, group_size)
+        raise _refused(NAIVE_GRAPHS.filled(backend=graphs, kernels=kernels), settings)
 
 
 def check_model(model_config: Any, settings: Settings) -> None:
     """Refuse a model whose attention was not verified or that the compressor does not fit; ValueError, one sentence."""
     architecture = model_config.hf_config.architectures[0]
     if architecture not in ARCHITECTURES:
-        raise _refused(f"--model-path of a {architecture}", settings, f"supported are {', '.join(ARCHITECTURES)}")
+        raise _refused(OTHER_MODEL.filled(architecture=architecture), settings)
     compressor = get_compressor(settings.name)(settings.config)
     config = Path(model_config.model_path) / "config.json"
     fingerprint = hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None
@@ -225,11 +308,9 @@ def _check_cuda_graphs(view: Any, settings: Settings) -> None:
     graphs = view.cuda_graph_config
     if graphs.prefill.backend != "disabled":
         # The observation runs in Python between the layers of a prefill, and sees every chunk's own lengths.
-        flag = f"--cuda-graph-backend-prefill {graphs.prefill.backend} (CUDA graphs)"
-        raise _refused(flag, settings, "use --cuda-graph-backend-prefill disabled")
-    if graphs.decode.backend not in DECODE_GRAPHS:
-        flag = f"--cuda-graph-backend-decode {graphs.decode.backend} (CUDA graphs)"
-        raise _refused(flag, settings, f"use --cuda-graph-backend-decode {' or '.join(DECODE_GRAPHS)}")
+        raise _refused(PREFILL_GRAPHS.filled(backend=graphs.prefill.backend), settings)
+    if graphs.decode.backend not in DECODE_GRAPHS_ALLOWED:
+        raise _refused(DECODE_GRAPHS.filled(backend=graphs.decode.backend), settings)
 
 
 def _decode_backend(view: Any) -> str:
@@ -240,12 +321,11 @@ def _check_environment(view: Any, settings: Settings) -> None:
     from sglang.srt.environ import envs
 
     if envs.SGLANG_RUST_SERVER.get():
-        raise _refused("SGLANG_RUST_SERVER", settings, "unset it")
+        raise _refused(RUST_SERVER, settings)
     if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get() and _decode_backend(view) == FLASHINFER:
         # It replays the first steps' host work, and FlashInfer's plans are host work that changes.
-        recipe = f"unset it or use an --attention-backend other than {FLASHINFER}"
-        raise _refused("SGLANG_ENABLE_METADATA_GLUE_GRAPH", settings, recipe)
+        raise _refused(GLUE_GRAPH, settings)
 
 
-def _refused(flag: str, settings: Settings, recipe: str) -> ValueError:
-    return ValueError(f"{flag} cannot be combined with --kv-compressor {settings.name}; {recipe}")
+def _refused(row: Refusal | Condition, settings: Settings) -> ValueError:
+    return ValueError(f"{row.flag} cannot be combined with --kv-compressor {settings.name}; {row.recipe}")

@@ -1,0 +1,208 @@
+"""Write docs/settings.md and docs/refusals.md from the code: ``python -m benchmarks.docs``.
+
+``tests/test_docs.py`` says whether the committed files are current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hybridkv_patches import SUPPORTED_SGLANG, server_args
+from sglang_hybridkv.admission import EXPLANATIONS
+from sglang_hybridkv.compressors import BUILT_IN
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, RetrievalConfig, legal_values
+from sglang_hybridkv.srt import refusals
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+GENERATED = "<!-- Written from the code by `python -m benchmarks.docs`; do not edit. -->"
+
+SETTINGS = """# Settings
+
+{generated}
+
+Settings are given to a server in one of these ways:
+
+```
+python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-budget 0.2
+python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-config '{{"theta": 0.8}}'
+python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-config @settings.json
+```
+
+{budget_flag} is a short form of the field `budget`. {config_flag} takes a JSON object, or `@` and the path of a file
+that holds one. In Python, `sglang.Engine` takes `kv_compressor`, `kv_compressor_budget` and `kv_compressor_config`; the
+last may be a dict. A field that the chosen compressor does not have ends the server with one sentence, and so does a
+value outside the legal ones.
+
+Words such as page, chunk, static and dynamic head are explained in [architecture.md](architecture.md#vocabulary). Where
+each compressor comes from stands in [compressors.md](compressors.md).
+
+## hybridkv
+
+The column `paper` has the value that `{{"preset": "paper"}}` sets; a field that you give yourself wins. *Inferred*
+marks a choice that the published text of the method leaves open. The values that the preset `paper` has for
+`num_sink_tokens`, `recent_window`, `pool_kernel`, `observation_rows`, `min_head_pages` and `text_share` are inferred,
+too, and its `dynamic_share` is inferred from the paper's latency table.
+
+{hybridkv}
+
+Budgets follow one law. Whole head pages go one by one to the head with the largest weight per page that it already
+holds (Webster's method), over all layers and heads. So the budget is never exceeded, every head gets `min_head_pages`,
+a larger budget takes a page from no head, and budget 1 keeps every row.
+
+## Fields of every compressor
+
+{engine}
+
+## Fields of compressors with dynamic heads
+
+These are `hybridkv` and `quest`. Their defaults are those below unless the compressor's own table says otherwise.
+
+{retrieval}
+
+## The other compressors
+
+Each table has the fields that only this compressor has, and those whose default differs from the two tables above.
+
+{others}"""
+
+REFUSALS = """# What is refused, and what is served without compression
+
+{generated}
+
+A server that cannot compress does not start: it ends with exit status 2 and one sentence that names the flag and what
+to do instead. A request that cannot be compressed is [served dense](#requests-served-dense), and its answer says why.
+[troubleshooting.md](troubleshooting.md) explains how to read both.
+
+## Versions and places
+
+SGLang {sglang} is supported; any other version is refused. Values of the flags themselves are checked
+against [settings.md](settings.md). After start-up the server also checks that every hook is in place, that pool,
+allocator, radix tree and attention backend are those of this plugin, and that the cache is not quantized.
+
+Served are the architectures {architectures}, on `--device` {devices}.
+
+## Server arguments
+
+Each of these ends the server with "*argument* cannot be combined with --kv-compressor *name*; *what to do instead*".
+
+{arguments}
+
+## Refusals that depend on more than one argument
+
+A word in braces stands for what you gave.
+
+{conditions}
+
+`sparsemm` also refuses a file of visual-head scores that is missing, damaged or was made for another model.
+
+## Requests served dense
+
+The reason is in the answer, under `meta_info.kv_compressor.reason`. `/server_info` counts requests by reason, and the
+log names a reason at most once a minute. Budget 1 is the proof mode: it is never served dense because it saves nothing.
+With `{{"on_host_store_full": "static"}}` a request that finds the host store full is compressed with static heads only.
+
+{reasons}"""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _fields(
+    config_class: type[CompressorConfig], names: Iterable[str], *, paper: bool = False, known: Iterable[str] = ()
+) -> str:
+    """Table of fields: legal values, default, and meaning where it is not `known`."""
+    defaults = config_class.defaults()
+    published = HybridKVConfig(preset="paper").model_dump() if paper else {}
+    rows = []
+    for name in names:
+        default = f"`{json.dumps(defaults[name])}`" if name in defaults else "required"
+        cells = [f"`{name}`", legal_values(name, config_class), default]
+        cells += [f"`{json.dumps(published[name])}`"] if paper else []
+        rows.append([*cells, "see above" if name in known else config_class.model_fields[name].description or ""])
+    return _table(["field", "legal values", "default", *(["paper"] if paper else []), "what it does"], rows)
+
+
+def _own_fields(config_class: type[CompressorConfig]) -> list[str]:
+    """Fields that a class adds, or gives another default or other legal values, beside the engine's."""
+    engine = RetrievalConfig if issubclass(config_class, RetrievalConfig) else CompressorConfig
+    known, defaults = engine.defaults(), config_class.defaults()
+    return [
+        name
+        for name in config_class.model_fields
+        if name not in known
+        or known[name] != defaults.get(name)
+        or legal_values(name, engine) != legal_values(name, config_class)
+    ]
+
+
+def settings_page() -> str:
+    """Return docs/settings.md."""
+    retrieval = [name for name in RetrievalConfig.model_fields if name not in CompressorConfig.model_fields]
+    others = []
+    for name, compressor in BUILT_IN.items():
+        own = _own_fields(compressor.config_class)
+        if compressor.config_class is not HybridKVConfig:
+            table = (
+                _fields(compressor.config_class, own, known=RetrievalConfig.model_fields)
+                if own
+                else "It has the fields and defaults of the tables above."
+            )
+            others.append(f"### {name}\n\n{table}\n")
+    return SETTINGS.format(
+        generated=GENERATED,
+        budget_flag=f"`{BUDGET_FLAG}`",
+        config_flag=f"`{CONFIG_FLAG}`",
+        hybridkv=_fields(HybridKVConfig, HybridKVConfig.model_fields, paper=True),
+        engine=_fields(CompressorConfig, CompressorConfig.model_fields),
+        retrieval=_fields(RetrievalConfig, retrieval),
+        others="\n".join(others),
+    )
+
+
+def refusals_page() -> str:
+    """Return docs/refusals.md."""
+    given = [(f"`{row.flag}`", row.recipe) for row in refusals.REFUSALS]
+    several = [(f"`{row.flag}`", row.when, row.recipe) for row in refusals.CONDITIONS]
+    sentences = (
+        (server_args.NO_COMPRESSOR, "a setting is given, but no compressor"),
+        (server_args.OTHER_PAGE_SIZE, "you asked for pages of another size than the compressor's"),
+    )
+    for text, when in sentences:
+        flag, recipe = text.split("; ")
+        several.append((f"`{flag}`", when, recipe))
+    return REFUSALS.format(
+        generated=GENERATED,
+        sglang=f"`{SUPPORTED_SGLANG}`",
+        architectures=", ".join(f"`{name}`" for name in refusals.ARCHITECTURES),
+        devices=", ".join(
+            f"`{device}` with `--attention-backend` {' or '.join(f'`{name}`' for name in names)}"
+            for device, names in refusals.ATTENTION_BACKENDS.items()
+        ),
+        arguments=_table(["argument", "what to do instead"], given),
+        conditions=_table(["argument", "refused when", "what to do instead"], several),
+        reasons=_table(["reason", "meaning"], [(f"`{reason}`", words) for reason, words in EXPLANATIONS.items()]),
+    )
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of every generated file."""
+    texts = {"settings.md": settings_page(), "refusals.md": refusals_page()}
+    return {DOCS / name: text.rstrip() + "\n" for name, text in texts.items()}
+
+
+def main() -> None:
+    """Write all files."""
+    argparse.ArgumentParser(prog="python -m benchmarks.docs", description=__doc__).parse_args()
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(DOCS.parent))
+
+
+if __name__ == "__main__":
+    main()
