@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybridkv_patches import SUPPORTED_SGLANG, server_args
-from sglang_hybridkv.admission import EXPLANATIONS
 from sglang_hybridkv.compressors import BUILT_IN
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, RetrievalConfig, legal_values
+from sglang_hybridkv.requests.admission import EXPLANATIONS
 from sglang_hybridkv.srt import refusals
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

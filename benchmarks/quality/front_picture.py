@@ -15,11 +15,11 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.quality.intervals import wilson
 from benchmarks.quality.plots import MARKERS, common_tasks, new_figure
 from benchmarks.quality.report import name_of, title
 from benchmarks.quality.rows import Row
 from benchmarks.quality.servers import HYBRIDKV, STOCK
-from benchmarks.quality.statistics import wilson
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "bench_quality_in_process.jsonl"
