@@ -1,0 +1,64 @@
+"""Every example runs and was compressed: two on the shared server, the offline engine with the own compressor."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import Server, engine_flags
+
+pytestmark = pytest.mark.server
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+OWN = EXAMPLES / "own_compressor"
+
+
+def run(script: str, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """What an example prints."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_openai_client_with_images(tenth: Server) -> None:
+    answer, record = run("openai_images.py", "--url", tenth.url).splitlines()[-2:]
+    assert answer
+    assert '"compressed": true' in record
+
+
+def test_frontend_language_with_fork(tenth: Server) -> None:
+    # The tiny model has a token for each byte.
+    printed = run("frontend_fork.py", str(ROOT / "LICENSE"), "--characters", "1200", "--url", tenth.url)
+    assert printed.count("compressed: True") == 3
+    assert " 0 of them cached" not in printed, "the branches share the document"
+
+
+def test_offline_engine_with_an_own_compressor(tmp_path: Path, vl_model: Path) -> None:
+    # As pip would install it, without a package index.
+    project = tomllib.loads((OWN / "pyproject.toml").read_text())["project"]
+    folder = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    points = [
+        f"[{group}]\n{name} = {value}\n" for group, of in project["entry-points"].items() for name, value in of.items()
+    ]
+    (folder / "entry_points.txt").write_text("".join(points))
+    path = os.pathsep.join([str(tmp_path), str(OWN), *filter(None, [os.environ.get("PYTHONPATH")])])
+    printed = run(
+        "offline_engine.py",
+        *("--model-path", str(vl_model), "--compressor", "key-norm", "--characters", "1200", str(ROOT / "LICENSE")),
+        env={**engine_flags("cpu").env, "PYTHONPATH": path},
+    )
+    assert "'compressed': True" in printed
