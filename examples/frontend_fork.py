@@ -1,7 +1,7 @@
 """Ask several questions about one document at once, with SGLang's frontend language.
 
-The summary computes the document, whose exact keys and values stay in the radix tree. Each branch of the fork finds them
-there and is compressed anew, for its own question.
+The summary computes the document, whose exact keys and values stay in the radix tree. Each branch of the fork finds
+them there and is compressed anew, for its own question.
 
     make serve MODEL=.models/smollm2
     python examples/frontend_fork.py LICENSE

@@ -60,6 +60,12 @@ def test_no_field_has_two_rows():
     assert len(set(fields)) == len(fields)
 
 
+def test_every_condition_is_in_the_table_and_explained():
+    conditions = [value for value in vars(refusals).values() if isinstance(value, refusals.Condition)]
+    assert sorted(conditions, key=id) == sorted(refusals.CONDITIONS, key=id)
+    assert all(condition.when for condition in conditions)
+
+
 @pytest.mark.parametrize("dtype", refusals.KV_CACHE_DTYPES)
 def test_unquantized_caches_are_accepted(dtype):
     refusals.check_server_args(resolved(kv_cache_dtype=dtype), SETTINGS)
