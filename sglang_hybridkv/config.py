@@ -72,7 +72,7 @@ ChunkScore = Annotated[
 ChunkSize = Annotated[
     Literal[1, 2, 4, 8, 16, 32, 64] | None,
     Field(
-        description="tokens that a dynamic head retrieves together; they divide page_size. null means 1 with "
+        description="tokens that a dynamic head retrieves together, a divisor of page_size. null means 1 with "
         "chunk_score 'key_codes', and a page otherwise"
     ),
 ]
