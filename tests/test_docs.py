@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import shlex
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -115,8 +114,8 @@ def test_figures_of_the_readme_are_those_of_the_rows():
 def test_the_documented_compressor_is_the_example():
     (source,) = re.findall(r"```python\n(.*?)```", read(ROOT / "docs/compressors.md"), flags=re.DOTALL)
     assert source == read(ROOT / "examples/own_compressor/key_norm.py")
-    project = tomllib.loads(read(ROOT / "examples/own_compressor/pyproject.toml"))
-    assert project["project"]["entry-points"] == {"sglang_hybridkv.compressors": {"key-norm": "key_norm:KeyNorm"}}
+    (tables,) = re.findall(r"```toml\n(.*?)```", read(ROOT / "docs/compressors.md"), flags=re.DOTALL)
+    assert tables in read(ROOT / "examples/own_compressor/pyproject.toml")
 
 
 def commands() -> list[str]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
 from benchmarks.quality.intervals import wilson
-from benchmarks.quality.plots import MARKERS, common_tasks, new_figure
+from benchmarks.quality.plots import MARKERS, common_tasks
 from benchmarks.quality.report import name_of, title
 from benchmarks.quality.rows import Row
 from benchmarks.quality.servers import HYBRIDKV, STOCK
@@ -79,7 +80,8 @@ def draw_front(rows: Sequence[Row], path: Path) -> Path:
     """Draw kept answers over resident memory, by budget: a column a model, a bar a method."""
     colours = matplotlib.colormaps["tab10"]
     models = [model for model in MODELS if any(row["model"] == model for row in rows)]
-    figure, axes = new_figure(len(models), (4.2, 2.6), rows=2)
+    figure = Figure(figsize=(4.2 * len(models), 5.2), layout="constrained")
+    axes = figure.subplots(2, len(models), squeeze=False)
     for (above, below), model in zip(axes.T, models, strict=True):
         of_model = [row for row in rows if row["model"] == model and row["compressor"] in (*FRONT_METHODS, STOCK)]
         servers = _servers(common_tasks([row for row in of_model if not row["variant"]]))
@@ -115,7 +117,8 @@ def draw_front(rows: Sequence[Row], path: Path) -> Path:
 def draw_model(rows: Sequence[Row], path: Path) -> Path:
     """Draw kept answers against resident memory for one model: a panel a scene, a curve a method, Wilson intervals."""
     scenes = sorted({row["scene"] for row in rows})
-    figure, axes = new_figure(len(scenes), (5.0, 4.0))
+    figure = Figure(figsize=(5.0 * len(scenes), 4.0), layout="constrained")
+    axes = figure.subplots(1, len(scenes), squeeze=False)[0]
     # One look for a method in all panels.
     looks = {name: i for i, name in enumerate(_servers(rows))}
     for axis, scene in zip(axes, scenes, strict=True):

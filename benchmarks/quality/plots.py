@@ -20,16 +20,14 @@ BASELINES = (STOCK, FULL)
 MARKERS = "osD^v<>Pp*XhHd"
 
 
-def new_figure(columns: int = 1, size: tuple[float, float] = (7.0, 4.5), rows: int = 1) -> Any:
-    """Return a figure and its axes: a sequence over the columns, over rows and columns where there are several rows."""
+def _figure(columns: int = 1, size: tuple[float, float] = (7.0, 4.5)) -> Any:
     # The module's own state stays untouched: no window system is asked for, no figure is kept.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes if rows > 1 else axes[0]
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[str, list[tuple[float, float]]]:
@@ -53,7 +51,7 @@ def _mean_match(rows: Sequence[Row]) -> float:
 
 
 def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], label: str, path: Path) -> Path:
-    figure, (axes,) = new_figure()
+    figure, (axes,) = _figure()
     axes.set_title(title(rows[0]))
     measure = "score" if "score" in rows[0] else "exact match"
     rows = common_tasks(rows)
@@ -113,7 +111,7 @@ def head_maps(heads: Sequence[dict[str, Any]], path: Path) -> Path:
         maps["dynamic"][where] += head["is_dynamic"]
         for name in names:
             maps[name][where] += head["statistics"][name]
-    figure, axes = new_figure(len(maps), (2.6, 3.2))
+    figure, axes = _figure(len(maps), (2.6, 3.2))
     for axis, (name, total) in zip(axes, maps.items(), strict=True):
         values = np.divide(total, counts, out=np.full(shape, np.nan), where=counts > 0)
         image = axis.imshow(values, vmin=0, vmax=1, cmap=matplotlib.colormaps["viridis"], aspect="auto")

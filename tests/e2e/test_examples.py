@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,9 +46,10 @@ def test_frontend_language_with_fork(tenth: Server) -> None:
 
 def test_offline_engine_with_an_own_compressor(tmp_path: Path, vl_model: Path) -> None:
     # As pip would install it, without a package index.
-    project = tomllib.loads((OWN / "pyproject.toml").read_text())["project"]
-    folder = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    folder = tmp_path / "key_norm-0.1.0.dist-info"
     folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: key-norm\nVersion: 0.1.0\n")
+    (folder / "entry_points.txt").write_text("[sglang_hybridkv.compressors]\nkey-norm = key_norm:KeyNorm\n")
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
     points = [
         f"[{group}]\n{name} = {value}\n" for group, of in project["entry-points"].items() for name, value in of.items()
