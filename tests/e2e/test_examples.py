@@ -50,11 +50,6 @@ def test_offline_engine_with_an_own_compressor(tmp_path: Path, vl_model: Path) -
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: key-norm\nVersion: 0.1.0\n")
     (folder / "entry_points.txt").write_text("[sglang_hybridkv.compressors]\nkey-norm = key_norm:KeyNorm\n")
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    points = [
-        f"[{group}]\n{name} = {value}\n" for group, of in project["entry-points"].items() for name, value in of.items()
-    ]
-    (folder / "entry_points.txt").write_text("".join(points))
     path = os.pathsep.join([str(tmp_path), str(OWN), *filter(None, [os.environ.get("PYTHONPATH")])])
     printed = run(
         "offline_engine.py",
