@@ -27,14 +27,13 @@ PATCHES = ROOT / "docs/patches.md"
 # Pages whose commands are checked one by one.
 TOLD = [*PAGES, *EXAMPLES]
 EXAMPLE_TESTS = (ROOT / "tests/e2e/test_examples.py").read_text(encoding="utf-8")
-# Commands that no test runs or parses, and why.
+# Commands that no test runs or parses, as patterns, and why.
 NOT_RUN = {
-    "pip install sglang==0.5.21": "needs a GPU: it installs SGLang for CUDA; on a CPU make setup does the same",
-    "pip install .": "make setup, which continuous integration runs, installs the project",
-    "pip install ./examples/own_compressor": "tests/e2e/test_examples.py puts it on the path instead",
-    'pip install "sglang-hybridkv[quality]"': "the libraries of the metrics are in the set-up's lock files",
-    "pip download sglang==0.5.21 httpx psutil rich -d wheels && pip wheel . --no-deps -w wheels": "needs a GPU host",
-    "pip install --no-index --find-links wheels sglang sglang-hybridkv httpx psutil rich": "needs a GPU host",
+    r"pip install sglang==[\d.]+": "needs a GPU: it installs SGLang for CUDA; on a CPU make setup does the same",
+    r"pip install \.": "make setup, which continuous integration runs, installs the project",
+    r"pip install \./examples/own_compressor": "tests/e2e/test_examples.py puts it on the path instead",
+    r'pip install "sglang-hybridkv\[quality\]"': "the libraries of the metrics are in the set-up's lock files",
+    r"pip (download|install --no-index) .*": "needs a GPU host",
 }
 
 
@@ -170,7 +169,7 @@ def check_module(name: str, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_is_run_or_parsed_or_excused(command, server_flags):
-    if command in NOT_RUN:
+    if any(re.fullmatch(pattern, command) for pattern in NOT_RUN):
         return
     program, *arguments = shlex.split(command)
     if program == "make":
