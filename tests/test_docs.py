@@ -80,6 +80,15 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(read(target)), f"{page.name} links to {link}, which has no such heading"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page):
+    """Paths in backticks, from the root, from sglang_hybridkv or from the page; NAME in capitals is the reader's."""
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_.]+\.(?:py|jsonl|md))`", read(page)):
+        assert any((base / name).exists() for base in (ROOT, ROOT / "sglang_hybridkv", page.parent)), (
+            f"{page.name} names {name}"
+        )
+
+
 def test_the_index_has_every_page():
     index = read(ROOT / "docs/README.md")
     missing = [
