@@ -1,17 +1,15 @@
-"""``sglang.Engine(kv_compressor=...)``, and the launcher's side of the handshake with the scheduler process."""
+"""``sglang.Engine(kv_compressor=...)``."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
-from hybridkv_patches.hook import Hook
-from hybridkv_patches.server_args import adopt, claim_page_size, end_at_once, make_settings
-from sglang_hybridkv.srt import settings as settings_module
+from hybridkv_patches.entry import ProcessEntry
+from hybridkv_patches.server_args import adopt, claim_page_size, make_settings
 
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
-# Key under which a scheduler that compresses says so in what it sends to its launcher when it is ready.
-REPORT_KEY = "kv_compressor"
 
 
 class EngineServerArgs:
@@ -40,57 +38,34 @@ class EngineServerArgs:
         return getattr(self.stock, name)
 
 
-def accept_arguments() -> None:
-    """Let Engine take the compressor's arguments, where this process uses Engine at all.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineArguments(ProcessEntry):
+    """The class attribute that Engine.__init__ reads right after it has loaded the plugins."""
 
-    Engine.__init__ loads the plugins and then reads this attribute, so that a hook on __init__ would miss the first
-    engine. A process that has not imported the engine is not in __init__, and is spared the import.
-    """
-    module = sys.modules.get(_ENGINE_MODULE)
-    stock = getattr(getattr(module, "Engine", None), "server_args_class", None)
-    if stock is not None and not isinstance(stock, EngineServerArgs):
-        module.Engine.server_args_class = EngineServerArgs(stock)  # type: ignore[union-attr]
+    kind: str = "class attribute"
 
+    def install(self) -> None:
+        engine = _engine()
+        if engine is not None and not self.is_installed():
+            engine.server_args_class = EngineServerArgs(engine.server_args_class)
 
-def require_reports(_result: Any, init_result: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER SchedulerInitResult.__init__: once the schedulers are ready, each must have said that it compresses.
-
-    A plugin that fails to load in the scheduler process only leaves no other trace: SGLang logs it and goes on.
-    """
-    if settings_module.active() is None:
-        return
-    wait_for_ready = init_result.wait_for_ready
-
-    def wait_and_check() -> None:
-        wait_for_ready()
-        check_reports(init_result)
-
-    init_result.wait_for_ready = wait_and_check
+    def is_installed(self) -> bool:
+        return isinstance(getattr(_engine(), "server_args_class", None), EngineServerArgs)
 
 
-def check_reports(init_result: Any) -> None:
-    """Stop the schedulers and refuse to serve unless every one of them reported compression."""
-    from sglang.srt.runtime_context import get_server_args
-    from sglang.srt.utils import kill_process_tree
-
-    reports = [info.get(REPORT_KEY) for info in init_result.scheduler_infos]
-    if reports and all(reports):
-        return
-    for pid in init_result.all_child_pids:
-        kill_process_tree(pid)
-    sentence = (
-        "--kv-compressor is set but the scheduler process did not report compression; its log says why the plugin "
-        "'hybridkv' was not loaded there"
-    )
-    end_at_once(get_server_args(), RuntimeError(sentence))
+def is_imported() -> bool:
+    """Whether this process has the engine; one that has not is not in Engine.__init__."""
+    return hasattr(_engine(), "server_args_class")
 
 
-HOOKS = (
-    Hook(
-        target=f"{_ENGINE_MODULE}.SchedulerInitResult.__init__",
-        kind="after",
-        function=require_reports,
-        why="a scheduler that lost its plugin would serve uncompressed; every launcher waits through this object",
-        until="SGLang ends a process whose plugin failed to load",
+def _engine() -> Any:
+    return getattr(sys.modules.get(_ENGINE_MODULE), "Engine", None)
+
+
+ENTRIES = (
+    EngineArguments(
+        target=f"{_ENGINE_MODULE}.Engine.server_args_class",
+        why="Engine.__init__ loads the plugins itself, so that a hook on it would miss the first engine",
+        until="plugins can add server arguments",
     ),
 )

@@ -16,7 +16,7 @@ def note_rows(_result, _cls, batch, model_runner, *args, **kwargs):
             backend.note_rows(batch.req_pool_indices_cpu.tolist())
 
 
-HOOKS = (
+ENTRIES = (
     Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         kind="after",

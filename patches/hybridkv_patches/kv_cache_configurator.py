@@ -36,7 +36,7 @@ def build_allocator(original, configurator, **kwargs):
     return ours
 
 
-HOOKS = (
+ENTRIES = (
     Hook(
         target=f"{_CONFIGURATOR}._build_mha_kv_pool",
         kind="around",

@@ -13,7 +13,7 @@ def create_tree(original, ctx, *, cache_class=None):
     return original(ctx, cache_class=cache_class)
 
 
-HOOKS = (
+ENTRIES = (
     Hook(
         target="sglang.srt.mem_cache.registry.create_unified_radix_cache",
         kind="around",

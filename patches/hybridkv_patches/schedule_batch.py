@@ -13,7 +13,7 @@ def reserve(_result, batch, *args, **kwargs):
         compression.prepare(req, batch.tree_cache)
 
 
-HOOKS = (
+ENTRIES = (
     Hook(
         target="sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
         kind="after",

@@ -13,7 +13,7 @@ def consider(adder, req, *args, **kwargs):
         adder.memory_budget.consider(req)
 
 
-HOOKS = tuple(
+ENTRIES = tuple(
     Hook(
         target=f"{_ADDER}.{method}",
         kind="before",

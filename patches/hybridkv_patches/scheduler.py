@@ -1,10 +1,39 @@
-"""The scheduler looks for room again after a commit, and reports that compression ran."""
+"""The scheduler compresses, looks for room again after a commit, and reports it: to its launcher and to users."""
 
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hybridkv_patches import activation, verify
 from hybridkv_patches.hook import Hook
-from hybridkv_patches.verify import describe_kernels
-from sglang_hybridkv.srt import settings
+from hybridkv_patches.scheduler_init_result import REPORT_KEY
+from sglang_hybridkv.srt import settings as settings_module
+
+logger = logging.getLogger(__name__)
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+def check_start(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER Scheduler.__init__: RuntimeError, one sentence, unless hooks, pool, allocator, tree, backend are ours."""
+    settings = settings_module.active()
+    if settings is None:
+        return
+    fault = activation.installation_fault() or verify.parts_fault(scheduler) or verify.kernels_fault(scheduler)
+    if fault is not None:
+        logger.error(fault)
+        raise RuntimeError(fault)
+    logger.info(verify.summary(scheduler, settings))
+
+
+def report_ready(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | None:
+    """AFTER Scheduler.get_init_info: tell the launcher that this scheduler compresses."""
+    settings = settings_module.active()
+    if settings is None:
+        return None
+    config = settings.config
+    return {**result, REPORT_KEY: {"name": settings.name, "budget": config.budget, "page_size": config.page_size}}
 
 
 def readmit(scheduler, running_batch, *args, **kwargs):
@@ -12,7 +41,7 @@ def readmit(scheduler, running_batch, *args, **kwargs):
 
     `batch_is_full` was set by an admission that met the peak; stock clears it only when a request ends.
     """
-    if settings.active() is None:
+    if settings_module.active() is None:
         return
     ledger = scheduler.tree_cache.compression.ledger
     if ledger.freed_memory:
@@ -22,21 +51,35 @@ def readmit(scheduler, running_batch, *args, **kwargs):
 
 def choose_streamer(original, scheduler):
     """Our streamer adds one entry a request."""
-    if settings.active() is None:
+    if settings_module.active() is None:
         return original(scheduler)
     from sglang_hybridkv.srt.output_streamer import HybridOutputStreamer
 
     return HybridOutputStreamer
 
 
-def report(result, scheduler, *args, **kwargs):
+def report_state(result, scheduler, *args, **kwargs):
     """AFTER get_internal_state: the proof in /server_info."""
-    if settings.active() is not None:
+    if settings_module.active() is not None:
         info = scheduler.tree_cache.compression.server_info()
-        result.internal_state["kv_compressor"] = {**info, "kernels": describe_kernels(scheduler)}
+        result.internal_state["kv_compressor"] = {**info, "kernels": verify.describe_kernels(scheduler)}
 
 
-HOOKS = (
+ENTRIES = (
+    Hook(
+        target=f"{_SCHEDULER}.__init__",
+        kind="after",
+        function=check_start,
+        why="SGLang swallows every failure of a hook; a server that lost one would run uncompressed",
+        until="SGLang ends a process whose hook was not applied",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.get_init_info",
+        kind="after",
+        function=report_ready,
+        why="the launcher must see a positive sign from the process that compresses",
+        until="SGLang ends a process whose plugin failed to load",
+    ),
     Hook(
         target=f"{_SCHEDULER}.get_next_batch_to_run",
         kind="before",
@@ -54,7 +97,7 @@ HOOKS = (
     Hook(
         target=f"{_SCHEDULER}.get_internal_state",
         kind="after",
-        function=report,
+        function=report_state,
         why="/server_info has no registry of reporters",
         until="plugins can add to the internal state",
     ),

@@ -7,7 +7,8 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from hybridkv_patches.hook import PLUGIN, Hook
+from hybridkv_patches import activation
+from hybridkv_patches.hook import Hook
 from sglang_hybridkv.compressors import BUILT_IN, NONE, compressor_names, get_compressor
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values, parse_config
 from sglang_hybridkv.srt import refusals
@@ -73,29 +74,6 @@ def adopt(server_args: Any, settings: Settings) -> None:
     settings_module.stash(server_args, settings)
 
 
-def check_published(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    """BEFORE runtime_context.publish, in every process: refuse what cannot work, then install all other hooks.
-
-    SGLang's launchers, engines and schedulers all publish their configuration before they build anything.
-    """
-    settings = settings_module.settings_of(server_args)
-    if settings is None:
-        return
-    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
-
-    from hybridkv_patches import activate
-
-    server_args.resolve_once()
-    try:
-        view, model_config = resolving_view(server_args), model_config_of(server_args)
-        refusals.check_server_args(view, settings)
-        refusals.check_model(model_config, settings)
-        refusals.check_kernels(view, model_config, settings)
-        activate()
-    except (ValueError, RuntimeError) as error:
-        refuse(server_args, error)
-
-
 def refuse(server_args: Any, error: Exception) -> NoReturn:
     """End a server that was started on the command line with one sentence; raise `error` into a Python caller."""
     if getattr(server_args, _FROM_CLI, False):
@@ -134,9 +112,7 @@ def make_settings(name: Any, budget: Any, config: Any) -> Settings | None:
         return None
     config_class = get_compressor(name).config_class
     settings = Settings(name, parse_config(config, config_class, budget=_number(budget)))
-    from hybridkv_patches import startup_fault
-
-    fault = startup_fault()
+    fault = activation.startup_fault()
     if fault is not None:
         raise ValueError(fault)
     return settings
@@ -149,39 +125,6 @@ def claim_page_size(page_size: int | None, config: CompressorConfig) -> int:
     return config.page_size
 
 
-def register_resolution() -> None:
-    """Choose before SGLang does, where the user left it open: a CPU server's attention backend, prefill's graphs."""
-    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
-
-    register_resolution_hook("handle_cpu_backends")(_choose_cpu_backend)
-    register_resolution_hook("handle_cuda_graph_config")(_keep_prefill_eager)
-
-
-def _choose_cpu_backend(server_args: Any, previous: Any) -> None:
-    from sglang.srt.arg_groups.model_override_base import resolving_view
-    from sglang.srt.arg_groups.overrides import declare_resolution
-
-    view = resolving_view(server_args)
-    is_open = view.device == "cpu" and view.attention_backend is None
-    if is_open and settings_module.settings_of(server_args) is not None:
-        declare_resolution(server_args, PLUGIN, attention_backend=refusals.CPU_BACKEND)
-    previous(server_args)
-
-
-def _keep_prefill_eager(server_args: Any, previous: Any) -> None:
-    """Without CUDA graphs for prefill, which compression observes; a choice of the user's own is refused in words."""
-    from sglang.srt.arg_groups.model_override_base import resolving_view
-    from sglang.srt.arg_groups.overrides import declare_resolution
-    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
-
-    previous(server_args)
-    is_open = (Phase.PREFILL, "backend") not in server_args._cuda_graph_config_locked
-    if is_open and settings_module.settings_of(server_args) is not None:
-        graphs = resolving_view(server_args).cuda_graph_config
-        eager = with_phase(graphs, Phase.PREFILL, backend=Backend.DISABLED)
-        declare_resolution(server_args, PLUGIN, cuda_graph_config=eager)
-
-
 def _compressor_name(text: str) -> str:
     """Argparse type: argparse's own answer would be SGLang's usage, hundreds of lines, before the sentence."""
     if text == NONE:
@@ -191,9 +134,7 @@ def _compressor_name(text: str) -> str:
     except ValueError as error:
         _exit(str(error))
     # Checked here as well as in `make_settings`, which nobody would call if from_cli_args is not hooked.
-    from hybridkv_patches import startup_fault
-
-    fault = startup_fault()
+    fault = activation.startup_fault()
     if fault is not None:
         _exit(fault)
     return text
@@ -237,7 +178,7 @@ def _exit(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-FLAG_HOOKS = (
+FLAG_ENTRIES = (
     Hook(
         target="sglang.srt.server_args.ServerArgs.add_cli_args",
         kind="after",
@@ -246,20 +187,13 @@ FLAG_HOOKS = (
         until="plugins can add server arguments",
     ),
 )
-HOOKS = (
-    *FLAG_HOOKS,
+ENTRIES = (
+    *FLAG_ENTRIES,
     Hook(
         target="sglang.srt.server_args.ServerArgs.from_cli_args",
         kind="around",
         function=take_flags,
         why="the parsed flags are dropped unless they are fields of ServerArgs",
         until="plugins can add server arguments",
-    ),
-    Hook(
-        target="sglang.srt.runtime_context.publish",
-        kind="before",
-        function=check_published,
-        why="launcher, sglang.Engine and scheduler process all pass here, and only here, with resolved arguments",
-        until="plugins are told the resolved arguments",
     ),
 )

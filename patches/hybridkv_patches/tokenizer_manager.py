@@ -14,7 +14,7 @@ def add_record(original, manager, meta_info, state, customized_info, index, fini
     return original(manager, meta_info, state, rest, index, finish_reason)
 
 
-HOOKS = (
+ENTRIES = (
     Hook(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
         kind="around",

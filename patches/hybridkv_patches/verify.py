@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
-from hybridkv_patches.engine import REPORT_KEY
-from hybridkv_patches.hook import Hook
-from sglang_hybridkv.srt import settings as settings_module
+from hybridkv_patches import flashinfer_backend, full_component
+from hybridkv_patches.entry import missing_sentence
 from sglang_hybridkv.srt.settings import Settings
 
-logger = logging.getLogger(__name__)
-
 _MIN_DTYPE_BYTES = 2  # of a key's or value's element; smaller ones need scales that compression does not carry
-
-
-def check_scheduler(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER Scheduler.__init__: RuntimeError, one sentence, unless hooks, pool, allocator, tree, backend are ours."""
-    settings = settings_module.active()
-    if settings is None:
-        return
-    from hybridkv_patches import hooks_fault
-
-    fault = hooks_fault() or parts_fault(scheduler) or kernels_fault(scheduler)
-    if fault is not None:
-        logger.error(fault)
-        raise RuntimeError(fault)
-    logger.info(_summary(scheduler, settings))
 
 
 def parts_fault(scheduler: Any) -> str | None:
@@ -48,6 +30,18 @@ def parts_fault(scheduler: Any) -> str | None:
     foreign = [f"{name} ({type(part).__name__})" for name, (part, ours) in parts.items() if not isinstance(part, ours)]
     if foreign:
         return f"--kv-compressor is set but SGLang kept its own {', '.join(foreign)}"
+    untouched = [
+        entry.target
+        for entries, objects in (
+            (flashinfer_backend.ENTRIES, backends.values()),
+            (full_component.ENTRIES, (scheduler.tree_cache,)),
+        )
+        for entry in entries
+        for owner in objects
+        if not entry.is_installed_on(owner)
+    ]
+    if untouched:
+        return missing_sentence(untouched)
     dtype = allocator.get_kvcache().dtype
     if not (dtype.is_floating_point and dtype.itemsize >= _MIN_DTYPE_BYTES):
         # "auto" follows the checkpoint, which the table of refused flags cannot see.
@@ -76,16 +70,8 @@ def kernels_fault(scheduler: Any) -> str | None:
     return None
 
 
-def report(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | None:
-    """AFTER Scheduler.get_init_info: tell the launcher that this scheduler compresses."""
-    settings = settings_module.active()
-    if settings is None:
-        return None
-    config = settings.config
-    return {**result, REPORT_KEY: {"name": settings.name, "budget": config.budget, "page_size": config.page_size}}
-
-
-def _summary(scheduler: Any, settings: Settings) -> str:
+def summary(scheduler: Any, settings: Settings) -> str:
+    """What the log says of a scheduler that passed."""
     from sglang_hybridkv.srt.backends import concrete_backends
 
     config = settings.config
@@ -96,21 +82,3 @@ def _summary(scheduler: Any, settings: Settings) -> str:
         f"attention backend {' and '.join(type(backend).__name__ for backend in backends)}, "
         f"host store {store.num_pages * store.page_bytes} bytes, kernels {describe_kernels(scheduler)}"
     )
-
-
-HOOKS = (
-    Hook(
-        target="sglang.srt.managers.scheduler.Scheduler.__init__",
-        kind="after",
-        function=check_scheduler,
-        why="SGLang swallows every failure of a hook; a server that lost one would run uncompressed",
-        until="SGLang ends a process whose hook was not applied",
-    ),
-    Hook(
-        target="sglang.srt.managers.scheduler.Scheduler.get_init_info",
-        kind="after",
-        function=report,
-        why="the launcher must see a positive sign from the process that compresses",
-        until="SGLang ends a process whose plugin failed to load",
-    ),
-)

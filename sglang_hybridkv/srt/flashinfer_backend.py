@@ -42,6 +42,10 @@ class HybridFlashInferMixin(HybridAttnMixin):
         """Plan the tails where stock plans whole sequences, captured or not."""
         self.indices_updater_decode.update = self._plan_tails
 
+    def plans_tails(self) -> bool:
+        """Whether `take_over` still holds."""
+        return self.indices_updater_decode.update == self._plan_tails
+
     def _begin_decode(self, forward_batch: Batch):
         self._compose(forward_batch, self._launched_rows(), in_graph=False)
         super(HybridAttnMixin, self).init_forward_metadata(forward_batch)

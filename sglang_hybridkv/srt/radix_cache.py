@@ -23,6 +23,10 @@ class HybridRadixCache(UnifiedRadixCache):
         # tree's Rust core refuses a registry of other classes.
         self.components[ComponentType.FULL].prepare_for_caching_req = self._insertable
 
+    def caps_inserts(self) -> bool:
+        """Whether the component still answers as it was told to."""
+        return self.components[ComponentType.FULL].prepare_for_caching_req == self._insertable
+
     @property
     def compression(self):
         """The scheduler's compression state; it hangs on the allocator."""

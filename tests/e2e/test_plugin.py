@@ -20,8 +20,7 @@ import argparse, os
 os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 from sglang.srt.plugins import load_plugins
 load_plugins()
-from hybridkv_patches import server_hooks
-from hybridkv_patches.hook import missing
+from hybridkv_patches.runtime_context import server_entries
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
@@ -29,8 +28,8 @@ for flags in ([], ["--kv-compressor", "none"]):
     flags = ["--model-path", {model!r}, "--device", "cpu", *flags]
     args = ServerArgs.from_cli_args(parser.parse_args(flags))
     assert not hasattr(args, "_hybridkv")
-hooked = {{hook.target for hook in server_hooks()}} - set(missing(server_hooks()))
-assert not hooked, hooked
+installed = [entry.target for entry in server_entries() if entry.is_installed()]
+assert not installed, installed
 """
 
 ENGINE_SCRIPT = """

@@ -239,7 +239,8 @@ def test_a_hook_target_that_does_not_exist_ends_the_server(model_path):
     before = """
 from hybridkv_patches import scheduler
 from hybridkv_patches.hook import Hook
-scheduler.HOOKS += (Hook("sglang.srt.managers.scheduler.Scheduler.gone", "after", print, why="", until=""),)
+target = "sglang.srt.managers.scheduler.Scheduler.gone"
+scheduler.ENTRIES += (Hook(target=target, kind="after", function=print, why="", until=""),)
 """
     done = python(f"{before}\n{RUN_LAUNCHER}", "--model-path", model_path, "--device", "cpu", *ACTIVE)
     assert done.returncode == 2
@@ -305,7 +306,7 @@ def test_a_foreign_radix_cache_ends_the_server(model_path, tmp_path):
         def build_stock(original, ctx, **kwargs):
             return original(ctx, **kwargs)
 
-        registry.HOOKS = tuple(dataclasses.replace(hook, function=build_stock) for hook in registry.HOOKS)
+        registry.ENTRIES = tuple(dataclasses.replace(hook, function=build_stock) for hook in registry.ENTRIES)
     """
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(script))
     done = start_server(["-m", "sglang.launch_server"], model_path, PYTHONPATH=str(tmp_path))

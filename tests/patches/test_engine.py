@@ -1,18 +1,16 @@
+import sys
 import types
 
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-import hybridkv_patches
 from hybridkv_patches import engine
 from hybridkv_patches.engine import EngineServerArgs
-from sglang_hybridkv.srt import settings as settings_module
 from sglang_hybridkv.srt.settings import settings_of
 
 
 @pytest.fixture
-def make(monkeypatch):
-    monkeypatch.setattr(hybridkv_patches, "startup_fault", lambda: None)
+def make():
     return EngineServerArgs(ServerArgs)
 
 
@@ -53,29 +51,17 @@ def test_other_attributes_are_stock(make):
     assert make.from_cli_args == ServerArgs.from_cli_args
 
 
-@pytest.fixture
-def killed(monkeypatch):
-    pids = []
-    monkeypatch.setattr("sglang.srt.utils.kill_process_tree", pids.append)
-    monkeypatch.setattr("sglang.srt.runtime_context.get_server_args", types.SimpleNamespace)
-    return pids
-
-
-@pytest.mark.parametrize("infos", [[], [{}], [{"kv_compressor": {"name": "hybridkv"}}, {"status": "ready"}]])
-def test_a_scheduler_that_does_not_report_compression_is_stopped(killed, infos):
-    with pytest.raises(RuntimeError, match="did not report compression"):
-        engine.check_reports(types.SimpleNamespace(scheduler_infos=infos, all_child_pids=[11, 12]))
-    assert killed == [11, 12]
-
-
-def test_reports_are_checked_when_the_schedulers_are_ready(killed, monkeypatch):
-    result = types.SimpleNamespace(scheduler_infos=[], all_child_pids=[], wait_for_ready=lambda: None)
-    monkeypatch.setattr(settings_module, "active", lambda: None)
-    engine.require_reports(None, result)
-    result.wait_for_ready()
-    monkeypatch.setattr(settings_module, "active", lambda: "hybridkv")
-    engine.require_reports(None, result)
-    with pytest.raises(RuntimeError):
-        result.wait_for_ready()
-    result.scheduler_infos.append({"kv_compressor": {"name": "hybridkv"}})
-    result.wait_for_ready()
+def test_the_engine_of_this_process_takes_our_arguments(monkeypatch):
+    [entry] = engine.ENTRIES
+    monkeypatch.delitem(sys.modules, "sglang.srt.entrypoints.engine", raising=False)
+    assert not engine.is_imported()
+    entry.install()
+    assert not entry.is_installed()
+    stock = type("Engine", (), {"server_args_class": ServerArgs})
+    monkeypatch.setitem(sys.modules, "sglang.srt.entrypoints.engine", types.SimpleNamespace(Engine=stock))
+    assert engine.is_imported()
+    assert not entry.is_installed()
+    for _ in range(2):
+        entry.install()
+        assert entry.is_installed()
+        assert stock.server_args_class.stock is ServerArgs

@@ -2,20 +2,11 @@ import argparse
 import types
 
 import pytest
-from sglang.srt.arg_groups.cuda_graph_hook import parse_cuda_graph_config
-from sglang.srt.arg_groups.model_override_base import resolving_view
 from sglang.srt.server_args import ServerArgs
 
-import hybridkv_patches
-from hybridkv_patches import server_args
+from hybridkv_patches import activation, server_args
 from hybridkv_patches.server_args import BUDGET_FLAG, CONFIG_FLAG, FLAG
 from sglang_hybridkv.srt.settings import settings_of
-
-
-@pytest.fixture(autouse=True)
-def hooked(monkeypatch):
-    """As if SGLang had taken the hooks of the first stage."""
-    monkeypatch.setattr(hybridkv_patches, "startup_fault", lambda: None)
 
 
 def parse(*argv, page_size=None):
@@ -103,7 +94,7 @@ def test_bad_flags_end_with_one_sentence(capsys, argv, parts):
 
 
 def test_compression_is_refused_while_hooks_are_missing(capsys, monkeypatch):
-    monkeypatch.setattr(hybridkv_patches, "startup_fault", lambda: "SGLang did not take the hook on x")
+    monkeypatch.setattr(activation, "startup_fault", lambda: "SGLang did not take the hook on x")
     assert refusal(capsys, FLAG, "hybridkv") == "SGLang did not take the hook on x"
     assert is_stock(parse())
     with pytest.raises(ValueError, match="did not take the hook on x"):
@@ -131,17 +122,3 @@ def test_refusal_raises_into_a_python_caller():
     with pytest.raises(ValueError) as caught:
         server_args.refuse(types.SimpleNamespace(), error)
     assert caught.value is error
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("backend", [None, "breakable"])
-def test_prefill_stays_eager_unless_the_user_wants_graphs(compressed, backend):
-    args, stock = (ServerArgs(model_path="m", cuda_graph_backend_prefill=backend) for _ in range(2))
-    if compressed:
-        server_args.adopt(args, server_args.make_settings("hybridkv", None, None))
-    server_args._keep_prefill_eager(args, parse_cuda_graph_config)
-    parse_cuda_graph_config(stock)
-    graphs, untouched = resolving_view(args).cuda_graph_config, resolving_view(stock).cuda_graph_config
-    assert graphs.decode.backend == untouched.decode.backend == "full"
-    assert untouched.prefill.backend != "disabled"
-    assert graphs.prefill.backend == ("disabled" if compressed and backend is None else untouched.prefill.backend)

@@ -2,16 +2,14 @@ import types
 
 import pytest
 import torch
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
-import hybridkv_patches
 from hybridkv_patches import verify
-from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from sglang_hybridkv.srt import settings as settings_module
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from sglang_hybridkv.srt.radix_cache import HybridRadixCache
-from sglang_hybridkv.srt.settings import Settings
+from tests.srt.serving import Serving
 
 
 def blank(kind):
@@ -24,10 +22,12 @@ def scheduler():
     pool, allocator = blank(HybridTokenToKVPool), blank(HybridAllocator)
     pool.dtype = torch.bfloat16
     allocator.get_kvcache = lambda: pool
+    tree = blank(HybridRadixCache)
+    tree.components = {ComponentType.FULL: types.SimpleNamespace(prepare_for_caching_req=tree._insertable)}
     runner = types.SimpleNamespace(attn_backend=blank(HybridAttnMixin))
     return types.SimpleNamespace(
         token_to_kv_pool_allocator=allocator,
-        tree_cache=blank(HybridRadixCache),
+        tree_cache=tree,
         tp_worker=types.SimpleNamespace(model_runner=runner),
     )
 
@@ -81,26 +81,14 @@ def test_a_quantized_cache_is_refused(scheduler, dtype):
     assert "use --kv-cache-dtype bfloat16" in verify.parts_fault(scheduler)
 
 
-def test_handshake_raises_for_a_missing_hook(scheduler, monkeypatch):
-    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", HybridKVConfig()))
-    monkeypatch.setattr(hybridkv_patches, "hooks_fault", lambda: "SGLang did not take the hook on x")
-    with pytest.raises(RuntimeError, match="did not take the hook on x"):
-        verify.check_scheduler(None, scheduler)
+def test_a_tree_whose_component_is_stock_again_is_named(scheduler):
+    scheduler.tree_cache.components[ComponentType.FULL].prepare_for_caching_req = lambda *args: None
+    assert "FullComponent.prepare_for_caching_req (" in verify.parts_fault(scheduler)
 
 
-def test_handshake_raises_for_a_foreign_part(scheduler, monkeypatch):
-    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", HybridKVConfig()))
-    monkeypatch.setattr(hybridkv_patches, "hooks_fault", lambda: None)
-    scheduler.tree_cache = Foreign()
-    with pytest.raises(RuntimeError, match="kept its own radix cache"):
-        verify.check_scheduler(None, scheduler)
-
-
-def test_report_is_added_only_when_compression_is_on(monkeypatch):
-    monkeypatch.setattr(settings_module, "active", lambda: None)
-    assert verify.report({"status": "ready"}, None) is None
-    monkeypatch.setattr(settings_module, "active", lambda: Settings("hybridkv", HybridKVConfig()))
-    assert verify.report({"status": "ready"}, None) == {
-        "status": "ready",
-        "kv_compressor": {"name": "hybridkv", "budget": 0.1, "page_size": HybridKVConfig().page_size},
-    }
+def test_a_flashinfer_backend_that_plans_whole_sequences_is_named(scheduler, monkeypatch):
+    backend = scheduler.tp_worker.model_runner.attn_backend = Serving("flashinfer", monkeypatch).backend
+    assert verify.parts_fault(scheduler) is None
+    updater = backend.indices_updater_decode
+    updater.update = updater.update_single_wrapper
+    assert "FlashInferIndicesUpdaterDecode.update (" in verify.parts_fault(scheduler)
