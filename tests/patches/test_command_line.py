@@ -309,7 +309,8 @@ def test_a_foreign_radix_cache_ends_the_server(model_path, tmp_path):
         registry.ENTRIES = tuple(dataclasses.replace(hook, function=build_stock) for hook in registry.ENTRIES)
     """
     (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(script))
-    done = start_server(["-m", "sglang.launch_server"], model_path, PYTHONPATH=str(tmp_path))
+    search_path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = start_server(["-m", "sglang.launch_server"], model_path, PYTHONPATH=search_path)
     # Not our exit code: SGLang ends its launcher by a signal when a scheduler raises.
     assert done.returncode != 0
     assert "--kv-compressor is set but SGLang kept its own radix cache (UnifiedRadixCache)" in done.stderr
