@@ -9,8 +9,11 @@ from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
 
 
-class DenseReason(enum.StrEnum):
+class DenseReason(str, enum.Enum):
     """Why a request is served without compression; the values are part of the HTTP answer."""
+
+    # As enum.StrEnum, which Python 3.10 does not have.
+    __str__ = str.__str__
 
     PROMPT_TOO_SHORT = "prompt_too_short"
     NO_DECODE = "no_decode"
