@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -14,18 +15,24 @@ PACKAGES = {"sglang_hybridkv": "", "hybridkv_kernels": "kernels", "hybridkv_patc
 
 
 SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".json"}
-LIBRARY = f"hybridkv_kernels/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+LIBRARY = "hybridkv_kernels/_cpu.so"
+FOLDERS = ("sglang_hybridkv", "kernels", "patches", "benchmarks", "tests", "docs", ".ci")
+NOT_COPIED = ("__pycache__", "*.egg-info", "*.so", "build", ".*")
+
+
+def copy_of_the_checkout(folder):
+    """So that a build leaves nothing in the checkout and uses nothing built there."""
+    copy = folder / "checkout"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
+        shutil.copy(ROOT / name, copy)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    return copy
 
 
 def build_wheel(folder, **environment):
-    """The wheel, built from a copy so that the build leaves nothing in the checkout and uses nothing built there."""
-    copy = folder / "checkout"
-    copy.mkdir()
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "build", ".*")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("sglang_hybridkv", "kernels", "patches", "benchmarks", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+    copy = copy_of_the_checkout(folder)
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheels", "."]
     subprocess.run(command, cwd=copy, check=True, env=os.environ | environment)
     (path,) = (copy / "wheels").glob("*.whl")
@@ -60,7 +67,7 @@ def package_sources():
         str(file.relative_to(ROOT / source_root))
         for package, source_root in PACKAGES.items()
         for file in (ROOT / source_root / package).rglob("*")
-        if file.suffix in SOURCES
+        if file.suffix in SOURCES or file.name == "py.typed"
     }
 
 
@@ -71,10 +78,10 @@ def test_wheel_holds_the_three_packages_whole_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-def test_wheel_is_for_this_python_and_platform(wheel_path):
+def test_wheel_is_for_every_python_3_and_this_platform(wheel_path):
     """Also without a library: the build does not know beforehand whether there is a compiler."""
     python, abi, platform = wheel_path.stem.split("-")[-3:]
-    assert (python, abi) == (f"cp{sys.version_info[0]}{sys.version_info[1]}",) * 2
+    assert (python, abi) == ("py3", "none")
     assert platform == sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
@@ -89,6 +96,34 @@ def test_the_library_in_the_wheel_loads_and_needs_neither_python_nor_torch(wheel
     linked = subprocess.run(["ldd", path], check=True, capture_output=True, text=True).stdout
     assert "python" not in linked
     assert "torch" not in linked
+    assert Path(path).stat().st_size < 4_000_000, "symbols are a multiple of what runs"
+
+
+def test_a_build_that_fails_leaves_no_older_library(tmp_path):
+    copy = copy_of_the_checkout(tmp_path)
+    library = copy / "kernels" / LIBRARY
+    library.write_text("an older build")
+    nothing = {"CC": "/nowhere/no-compiler", "CXX": "/nowhere/no-compiler"}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=copy, check=True, env=os.environ | nothing
+    )
+    assert not library.exists()
+
+
+def test_source_distribution_is_the_checkout(tmp_path):
+    copy = copy_of_the_checkout(tmp_path)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=copy, check=True)
+    (path,) = (copy / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    files = {file for name in FOLDERS for file in (copy / name).rglob("*") if file.is_file()}
+    ours = {str(file.relative_to(copy)) for file in files if "__pycache__" not in file.parts}
+    assert ours - packed == set()
+    assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md"} <= packed
+
+
+def test_every_package_says_that_it_is_typed(plain_wheel):
+    assert {f"{package}/py.typed" for package in PACKAGES} <= files_of(plain_wheel)
 
 
 def test_without_a_compiler_the_wheel_is_whole_but_for_the_library(plain_wheel):

@@ -1,6 +1,6 @@
 """C++ kernels for the CPU, loaded with ctypes: they depend on neither Python's nor torch's binary interface.
 
-The library `_cpu` beside this package is compiled when the project is installed; without a compiler it is missing
+The library `_cpu.so` beside this package is compiled when the project is installed; without a compiler it is missing
 and `obstacle` says so.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sysconfig
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ HEAD_DIMS = (32, 64, 80, 96, 128)
 MAX_GROUP_SIZE = 16
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 
-_LIBRARY = Path(__file__).parent.parent / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+_LIBRARY = Path(__file__).parent.parent / "_cpu.so"
 
 
 def obstacle(device: torch.device | str, dtype: torch.dtype, head_dim: int, group_size: int) -> str | None:
