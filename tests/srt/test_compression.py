@@ -331,25 +331,6 @@ def test_a_retracted_request_has_the_plan_of_its_prompt(num_generated):
     assert compression.request_info(again)["plan"] == compression.request_info(first)["plan"] == "f" * 16
 
 
-@pytest.mark.parametrize("num_generated", [0, 1, P, 3 * P + 5])
-@pytest.mark.parametrize("hit", [0, 4 * P])
-def test_admission_asks_for_the_larger_peak(num_generated, hit):
-    """Compressed pages beside all that is prefilled, or beside the dense tail and the rest of the answer."""
-    compression, left = make_compression(num_pages=200), 40
-    req = make_request(compression, 1, 10 * P + 3 + num_generated, max_new_tokens=num_generated + left)
-    req.origin_input_ids, req.output_ids = req.full_untruncated_fill_ids[: 10 * P + 3], [0] * num_generated
-    tree = SimpleNamespace(evictable_size=lambda: 0, supports_mamba=lambda: False)
-    budget = compression.allocator.create_prefill_budget(tree)
-    budget.consider(req)
-    extend, pages = 10 * P + 3 + num_generated - hit, compression.planned(req).num_pages * P
-    # The hit is locked and not in what remains; after the commit it is evictable.
-    needed = P + pages + max(extend, 3 + num_generated + left - hit)
-    lengths = {"extend_input_len": extend, "total_tokens": 0, "max_new_tokens": left, "input_tokens": extend + hit}
-    for remaining, fits in ((needed, False), (needed + 1, True)):
-        budget.total_offset = compression.allocator.available_size() - remaining
-        assert budget.check_prefill(**lengths, swa_host_hit_length=0, chunk_limit=None)[0] == fits
-
-
 def test_a_commit_before_the_compression_is_an_error():
     compression = make_compression()
     req = prepared(compression)
