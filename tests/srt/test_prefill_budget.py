@@ -42,11 +42,10 @@ class Pool:
     def peak(self, prompt_len, num_generated, left, hit):
         """Most tokens' worth of pages that are neither free nor evictable; pages of the hit become so at the commit."""
         geometry, prefilled = self.budget.geometry, prompt_len + num_generated
-        first = 0 if geometry is None else geometry.covered // P
         reserved = 0 if geometry is None else geometry.num_pages
+        given_back, own_from = (0, hit) if geometry is None else (hit // P, geometry.covered)
         held = [reserved + len({token // P for token in range(hit, prefilled)})]
-        given_back = 0 if geometry is None else hit // P
-        own = {page for page in range(hit // P if geometry is None else first, -(-prefilled // P))}
+        own = {token // P for token in range(own_from, prefilled)}
         for token in range(prefilled, prefilled + left):
             own.add(token // P)
             held.append(reserved + len(own) - given_back)

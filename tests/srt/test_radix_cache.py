@@ -66,6 +66,24 @@ class Tree:
         reservation.outcome.copy_(torch.tensor([NUM_HEADS, 0]))
         reservation.digest = torch.tensor(0)
 
+    def decode(self, req, num_tokens):
+        for token in range(num_tokens):
+            row, length = req.kv.req_pool_idx, req.kv.kv_allocated_len
+            last = self.rows.req_to_token[row, length - 1 : length].long()
+            slot = self.compression.allocator.alloc_decode(*[torch.tensor([length + 1])] * 2, last)
+            self.rows.write((row, slice(length, length + 1)), slot.int())
+            req.output_ids.append(1000 + token)
+            req.kv.kv_allocated_len = req.kv.kv_committed_len = length + 1
+
+    def retract(self, req):
+        """As SGLang's `release_kv_cache` without an insert, and what it does around."""
+        self.cache.free_kv_row(req.kv, [(req.kv.cache_protected_len, req.kv.kv_committed_len)])
+        self.cache.unpin(req)
+        self.cache.on_release(req, inserted=False)
+        self.rows.free(req)
+        req.kv.mark_kv_released()
+        req.reset_for_retract()
+
     def release(self, req):
         """As SGLang's `release_kv_cache`, which asks for a running server."""
         self.cache.insert_req(req, up_to=req.kv.kv_committed_len)
@@ -103,6 +121,32 @@ def test_the_tree_never_owns_what_a_retracted_request_goes_on_to_read(num_genera
     assert len(set(tail)) == num_generated + 3
     assert not free & {slot // P for slot in tail}
     tree.release(req)
+    assert tree.compression.allocator.available_size() == 100 * P
+
+
+@pytest.mark.parametrize("num_tokens", [1, P, 3 * P + 1])
+@pytest.mark.parametrize("is_evicted", [False, True])
+def test_a_retracted_request_gives_all_back_and_returns_to_its_plan(num_tokens, is_evicted):
+    """Twice, with or without its prompt in the tree; what it has generated meanwhile changes nothing."""
+    tree = Tree()
+    req = tree.request("r", PROMPT, max_new_tokens=99)
+    tree.prefill(req)
+    geometry = tree.compression.ledger.get(req.kv.req_pool_idx).geometry
+    for _ in range(2):
+        tree.decode(req, num_tokens)
+        assert tree.is_whole(req)
+        tree.retract(req)
+        assert not tree.compression.ledger.by_row
+        assert tree.compression.allocator.available_size() + tree.cache.evictable_size() == 100 * P
+        assert tree.cache.evictable_size() == geometry.covered
+        if is_evicted:
+            tree.evict_all()
+        hit = tree.prefill(req)
+        assert (hit > 0) == (not is_evicted)
+        assert tree.compression.ledger.get(req.kv.req_pool_idx).geometry == geometry
+        assert tree.is_whole(req)
+    tree.release(req)
+    tree.evict_all()
     assert tree.compression.allocator.available_size() == 100 * P
 
 

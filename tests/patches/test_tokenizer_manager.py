@@ -1,0 +1,39 @@
+from types import SimpleNamespace
+
+import pytest
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.server_args import ServerArgs
+
+from hybridkv_patches import tokenizer_manager
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.requests.stats import META_INFO_KEY
+from sglang_hybridkv.srt import settings
+from sglang_hybridkv.srt.settings import Settings
+
+STOCK = TokenizerManager.update_request_meta_info
+
+
+@pytest.fixture
+def manager():
+    made = object.__new__(TokenizerManager)
+    made.server_args = ServerArgs(model_path="m")
+    return made
+
+
+@pytest.mark.parametrize("others", [{}, {"spoken": [[1], [2, 3]]}])
+def test_the_record_is_one_object_that_the_last_chunk_replaces(manager, others):
+    """What else is sent a token accumulates over the chunks of a stream, as ever."""
+    settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
+    state, meta_info = SimpleNamespace(customized_info_accumulated={}), {}
+    for chunk in ("first", "last"):
+        sent = {META_INFO_KEY: [{"of": "another"}, {"of": chunk}], **others}
+        meta_info = {}
+        tokenizer_manager.add_record(STOCK, manager, meta_info, state, sent, 1, None)
+        assert set(sent) == {META_INFO_KEY, *others}
+    assert meta_info == {META_INFO_KEY: {"of": "last"}} | {name: values[1] * 2 for name, values in others.items()}
+
+
+def test_without_compression_the_key_is_like_any_other(manager):
+    state, meta_info = SimpleNamespace(customized_info_accumulated={}), {}
+    tokenizer_manager.add_record(STOCK, manager, meta_info, state, {META_INFO_KEY: [["theirs"]]}, 0, None)
+    assert meta_info == {META_INFO_KEY: ["theirs"]}
