@@ -24,7 +24,8 @@ def register() -> None:
     # A process that has not imported the engine is not in Engine.__init__, and is spared the import.
     engine_entries = engine.ENTRIES if engine.is_imported() else ()
     if activation.version_fault() is None:
-        activation.install(resolution_hooks.ENTRIES + server_args.ENTRIES + runtime_context.ENTRIES + engine_entries)
+        # The flag first: whatever fails after it can be named in the answer to it.
+        activation.install(server_args.ENTRIES + resolution_hooks.ENTRIES + runtime_context.ENTRIES + engine_entries)
     else:
         # Only the flag, so that asking for compression gets an answer; the rest may not fit this SGLang.
         activation.install(server_args.FLAG_ENTRIES + engine_entries)

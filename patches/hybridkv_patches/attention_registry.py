@@ -37,7 +37,8 @@ class FactoriesEntry(ProcessEntry):
         from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
         for name, factory in list(ATTENTION_BACKENDS.items()):
-            ATTENTION_BACKENDS[name] = HybridFactory(factory)
+            if not isinstance(factory, HybridFactory):
+                ATTENTION_BACKENDS[name] = HybridFactory(factory)
 
     def is_installed(self) -> bool:
         """Of the backends that a compressing server may have; the others were refused before."""

@@ -22,8 +22,8 @@ def stages() -> dict[str, tuple[ModuleType, ...]]:
     return {
         "Every process that loads the plugin makes these changes. They do nothing until somebody asks for "
         "compression.": (
-            resolution_hooks,
             server_args,
+            resolution_hooks,
             runtime_context,
             engine,
         ),
