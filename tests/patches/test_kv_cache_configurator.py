@@ -59,8 +59,8 @@ def test_our_allocator_has_what_stock_s_had_and_shares_one_state_with_the_pool(c
         assert getattr(made, name) == getattr(stock, name)
     assert made.available_size() == stock.available_size()
     assert made.get_kvcache() is pool
-    assert made.compression is pool.compression
     assert made.compression.allocator is made
+    assert made.compression.cache is pool.cache
 
 
 def test_another_allocator_is_refused_by_its_name(compressing):
