@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hybridkv_patches import SUPPORTED_SGLANG, server_args
+from hybridkv_patches import server_args
+from hybridkv_patches.activation import SUPPORTED_SGLANG
 from sglang_hybridkv.compressors import BUILT_IN
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, RetrievalConfig, legal_values

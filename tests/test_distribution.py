@@ -16,7 +16,7 @@ PACKAGES = {"sglang_hybridkv": "", "hybridkv_kernels": "kernels", "hybridkv_patc
 
 SOURCES = {".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".json"}
 LIBRARY = "hybridkv_kernels/_cpu.so"
-FOLDERS = ("sglang_hybridkv", "kernels", "patches", "benchmarks", "tests", "docs", ".ci")
+FOLDERS = ("sglang_hybridkv", "kernels", "patches", "benchmarks", "tests", "docs", "examples", ".ci")
 NOT_COPIED = ("__pycache__", "*.egg-info", "*.so", "build", ".*")
 
 
@@ -24,8 +24,10 @@ def copy_of_the_checkout(folder):
     """So that a build leaves nothing in the checkout and uses nothing built there."""
     copy = folder / "checkout"
     copy.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "Makefile"):
         shutil.copy(ROOT / name, copy)
+    for page in ROOT.glob("*.md"):
+        shutil.copy(page, copy)
     for name in FOLDERS:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(*NOT_COPIED))
     return copy
@@ -119,7 +121,7 @@ def test_source_distribution_is_the_checkout(tmp_path):
     files = {file for name in FOLDERS for file in (copy / name).rglob("*") if file.is_file()}
     ours = {str(file.relative_to(copy)) for file in files if "__pycache__" not in file.parts}
     assert ours - packed == set()
-    assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "README.md"} <= packed
+    assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", *(path.name for path in ROOT.glob("*.md"))} <= packed
 
 
 def test_every_package_says_that_it_is_typed(plain_wheel):
