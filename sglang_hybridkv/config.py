@@ -1,6 +1,6 @@
 """Everything a user can set about a compressor: frozen models, read once at start-up.
 
-A compressor's config is a subclass of one of the two here; a method that differs in a common default says so by
+A compressor's config is a subclass of one of those here; a method that differs in a common default says so by
 annotating the field again, as in ``pool_mode: PoolMode = "max"``.
 """
 
@@ -148,6 +148,13 @@ class CompressorConfig(BaseModel):
     def tokens_per_chunk(self) -> int:
         """Tokens that dynamic heads retrieve together; a page where no head is dynamic."""
         return self.page_size
+
+
+class WindowConfig(CompressorConfig):
+    """What methods of SnapKV's family share: no sinks, and the observed window of 32 tokens is always kept."""
+
+    num_sink_tokens: NumSinkTokens = 0
+    recent_window: RecentWindow = 32
 
 
 class RetrievalConfig(CompressorConfig):

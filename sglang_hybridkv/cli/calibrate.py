@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -13,18 +12,18 @@ from typing import Any, Protocol
 import torch
 
 from sglang_hybridkv.cli.samples import Sample, SampleSource
-from sglang_hybridkv.cli.vision_model import ModelFacts, Observation
+from sglang_hybridkv.cli.vision_model import Observation
 from sglang_hybridkv.cli.visual_heads import score_hits
+from sglang_hybridkv.compressors.calibration import CalibratedModel, Calibration
 
-FORMAT = 1
-KIND, PARTIAL_KIND = "visual_head_scores", "visual_head_sums"
+PARTIAL_FORMAT, PARTIAL_KIND = 1, "visual_head_sums"
 PARTIAL_SUFFIX = ".partial"
 
 
 class Observer(Protocol):
     """What calibration needs of a model."""
 
-    facts: ModelFacts
+    facts: CalibratedModel
 
     def observe(self, sample: Sample) -> Observation: ...
 
@@ -50,7 +49,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def calibrate(
     load_model: Callable[[], Observer],
-    facts: ModelFacts,
+    facts: CalibratedModel,
     samples: SampleSource,
     out: Path,
     *,
@@ -82,7 +81,7 @@ def calibrate(
     After each sample the sums are written beside `out`, in one step: an interruption loses one sample at most, and a
     resumed run adds the same numbers in the same order.
     """
-    settings = {"model": dataclasses.asdict(facts), "samples": samples.identity, "num_samples": len(samples)}
+    settings = {"model": facts.model_dump(), "samples": samples.identity, "num_samples": len(samples)}
     settings["top_of"] = top_of
     if out.is_dir():
         raise ValueError(f"--out = {out}: it is a folder; expected a file name")
@@ -99,16 +98,13 @@ def calibrate(
         raise ValueError(
             f"no head looked at a word of the {len(samples)} samples, so there is nothing to write to {out}"
         )
-    result = {
-        "format": FORMAT,
-        "kind": KIND,
-        "model": dataclasses.asdict(facts),
-        "scores": (sums / len(samples)).tolist(),
-        "num_samples": len(samples),
-    }
-    write_json(out, result)
+    scores = (sums / len(samples)).tolist()
+    written = Calibration(
+        format=1, kind="visual_head_scores", model=facts, scores=scores, num_samples=len(samples)
+    ).model_dump()
+    write_json(out, written)
     partial_path(out).unlink()
-    return result
+    return written
 
 
 def _score_sample(model: Observer, sample: Sample) -> torch.Tensor:
@@ -118,7 +114,7 @@ def _score_sample(model: Observer, sample: Sample) -> torch.Tensor:
     return scores.view(len(scores), model.facts.num_kv_heads, -1).mean(-1)
 
 
-def _start(out: Path, settings: dict[str, Any], facts: ModelFacts, resume: bool) -> tuple[torch.Tensor, int]:
+def _start(out: Path, settings: dict[str, Any], facts: CalibratedModel, resume: bool) -> tuple[torch.Tensor, int]:
     """Sums so far, and of how many samples."""
     path, shape = partial_path(out), (facts.num_layers, facts.num_kv_heads)
     if path.exists() and not resume:
@@ -142,7 +138,7 @@ def _read_partial(path: Path) -> dict[str, Any]:
     try:
         partial: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         legal = (
-            (partial["format"], partial["kind"]) == (FORMAT, PARTIAL_KIND)
+            (partial["format"], partial["kind"]) == (PARTIAL_FORMAT, PARTIAL_KIND)
             and isinstance(partial["settings"], dict)
             and isinstance(partial["num_done"], int)
             and all(isinstance(v, float) and math.isfinite(v) and v >= 0 for row in partial["sums"] for v in row)
@@ -155,5 +151,5 @@ def _read_partial(path: Path) -> dict[str, Any]:
 
 
 def _keep(out: Path, settings: dict[str, Any], sums: torch.Tensor, num_done: int) -> None:
-    partial = {"format": FORMAT, "kind": PARTIAL_KIND, "settings": settings, "sums": sums.tolist()}
+    partial = {"format": PARTIAL_FORMAT, "kind": PARTIAL_KIND, "settings": settings, "sums": sums.tolist()}
     write_json(partial_path(out), partial | {"num_done": num_done})

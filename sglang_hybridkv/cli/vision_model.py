@@ -12,20 +12,10 @@ import torch
 
 from sglang_hybridkv.cli.samples import Sample
 from sglang_hybridkv.cli.visual_heads import VisualGrid, words_of_tokens
+from sglang_hybridkv.compressors.calibration import CalibratedModel
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 """Those whose processor tells the grid of visual tokens of a picture."""
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a calibration file says about its model; `fingerprint` is the SHA-256 of config.json."""
-
-    name: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -153,7 +143,7 @@ class VisionModel:
         return {name: tensor.to(self.device) for name, tensor in inputs.items()}, words
 
 
-def read_facts(folder: Path) -> ModelFacts:
+def read_facts(folder: Path) -> CalibratedModel:
     """Read a checkpoint's config.json; ValueError when it is none, or none of `MODEL_TYPES`."""
     path = folder / "config.json"
     try:
@@ -173,7 +163,13 @@ def read_facts(folder: Path) -> ModelFacts:
         num_layers, num_kv_heads = text["num_hidden_layers"], text["num_key_value_heads"]
     except KeyError as error:
         raise ValueError(f"--model-path = {folder}: config.json has no {error.args[0]}") from None
-    return ModelFacts(folder.resolve().name, num_layers, num_kv_heads, head_dim, hashlib.sha256(raw).hexdigest())
+    return CalibratedModel(
+        name=folder.resolve().name,
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        fingerprint=hashlib.sha256(raw).hexdigest(),
+    )
 
 
 def choose_device(device: str) -> str:

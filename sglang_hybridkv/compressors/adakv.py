@@ -7,9 +7,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
-from sglang_hybridkv.compressors.snapkv import WindowConfig
-from sglang_hybridkv.config import PoolKernel, PoolMode
+from sglang_hybridkv.compressors.base import Compressor, PromptObservation
+from sglang_hybridkv.config import PoolKernel, PoolMode, WindowConfig
 
 
 class AdaKVConfig(WindowConfig):
@@ -34,12 +33,10 @@ class AdaKV(Compressor):
     config_class = AdaKVConfig
     config: AdaKVConfig
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
-        """Pages by the formula, at least alpha times the mean, in whole pages."""
-        weights = self.weigh_heads(observation, total_head_pages)
-        least = int(self.config.safeguard * total_head_pages / weights.numel())
-        is_dynamic = torch.zeros_like(observation.statistic, dtype=torch.bool)
-        return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages, least))
+    @property
+    def least_share(self) -> float:
+        """Alpha."""
+        return self.config.safeguard
 
     def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:
         """Rows of each head by the formula."""

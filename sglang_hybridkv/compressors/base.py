@@ -8,12 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.compressors.budget import apportion
+from sglang_hybridkv.compressors.budget import apportion, lift_weights
 from sglang_hybridkv.compressors.token_order import tiered_order
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
-
-_LEAST_WEIGHT = 1e-6  # relative to the mean: a head without weight still takes what the others cannot hold
-_LEAST_SUM = 1e-30  # all weights 0 means all equal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,21 +145,23 @@ class Compressor:
     def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Type and pages of every head; no head is dynamic unless `may_retrieve`."""
         is_dynamic = torch.zeros(observation.shape, dtype=torch.bool, device=observation.salience.device)
-        weights = self.weigh_heads(observation, total_head_pages)
+        weights = lift_weights(self.weigh_heads(observation, total_head_pages).flatten())
         return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))
 
     def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:
         """[L, H], not negative: what each head's pages are proportional to, between floor and whole prompt."""
         return torch.ones(observation.shape, device=observation.salience.device)
 
-    def share_pages(
-        self, observation: PromptObservation, weights: torch.Tensor, total_head_pages: int, least_pages: int = 0
-    ) -> torch.Tensor:
-        """[L, H], int64: exactly `total_head_pages` by `weights`, at least `least_pages` or min_head_pages a head."""
-        positive = weights.flatten().to(torch.float64).clamp(min=0.0)
-        positive = positive + _LEAST_WEIGHT * positive.mean() + _LEAST_SUM
+    @property
+    def least_share(self) -> float:
+        """Share of the mean budget that no head falls below, in [0, 1]; min_head_pages holds beside it."""
+        return 0.0
+
+    def share_pages(self, observation: PromptObservation, weights: torch.Tensor, total_head_pages: int) -> torch.Tensor:
+        """[L, H], int64: exactly `total_head_pages` by positive `weights` [L * H], with the least pages a head."""
+        least_pages = int(self.least_share * total_head_pages / len(weights))
         floor = min(max(self.config.min_head_pages, least_pages), observation.num_prompt_pages)
-        return apportion(positive, total_head_pages, floor, observation.num_prompt_pages).view(weights.shape)
+        return apportion(weights, total_head_pages, floor, observation.num_prompt_pages).view(observation.shape)
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """[L, H, N], int64: tokens of each head, the ones to keep first; its first num_head_pages * P are kept."""
@@ -192,3 +191,12 @@ class Compressor:
         [H, N, D] twice, dtype of keys; rows that are not kept are ignored.
         """
         return keys, values
+
+
+class Unscored(Compressor):
+    """What methods share that look at no attention: statistic and salience are zeros, and cost nothing."""
+
+    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros."""
+        salience = torch.zeros(layer.k_rows.shape[1], len(layer.slots), device=layer.q.device)
+        return torch.zeros(len(salience), device=layer.q.device), salience

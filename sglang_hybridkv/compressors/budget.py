@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 _LEAST_WEIGHT = 1e-6  # relative to the mean: a head without weight still takes what the others cannot hold
+_LEAST_SUM = 1e-30  # all weights 0 means all equal
 
 
 def head_weights(
@@ -36,6 +37,12 @@ def head_weights(
     weights = (1.0 - dynamic_share) * static / static.sum().clamp(min=_LEAST_WEIGHT)
     weights += dynamic_share * is_dynamic / is_dynamic.sum().clamp(min=1)
     return weights + _LEAST_WEIGHT / len(weights)
+
+
+def lift_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Make weights [E] of any sign fp64 and positive: what is not above 0 gets next to nothing."""
+    positive = weights.to(torch.float64).clamp(min=0.0)
+    return positive + _LEAST_WEIGHT * positive.mean() + _LEAST_SUM
 
 
 def share_by_ratio(is_dynamic: torch.Tensor, ratio: float) -> torch.Tensor:

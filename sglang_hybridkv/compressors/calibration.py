@@ -12,7 +12,7 @@ Score = Annotated[float, Field(ge=0.0)]
 
 
 class CalibratedModel(BaseModel):
-    """The model that was calibrated; fingerprint is the SHA-256 of its config.json, or null where that is not known."""
+    """The model that is calibrated; fingerprint is the SHA-256 of its config.json, or null where that is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-import torch
 from pydantic import Field
 
-from sglang_hybridkv.compressors.base import Compressor, PromptLayer
+from sglang_hybridkv.compressors.base import Unscored
 from sglang_hybridkv.config import CompressorConfig
 
 
@@ -17,13 +16,8 @@ class FullConfig(CompressorConfig):
     budget: Annotated[float, Field(ge=1.0, le=1.0, description="1, every row stays")] = 1.0
 
 
-class Full(Compressor):
+class Full(Unscored):
     """Keeps every row; no scores are computed."""
 
     name = "full"
-    config_class: ClassVar[type[CompressorConfig]] = FullConfig
-
-    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Zeros."""
-        salience = torch.zeros(layer.k_rows.shape[1], len(layer.slots), device=layer.q.device)
-        return torch.zeros(len(salience), device=layer.q.device), salience
+    config_class = FullConfig

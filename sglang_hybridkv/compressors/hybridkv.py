@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
-from sglang_hybridkv.compressors.budget import apportion, head_weights, share_by_ratio
+from sglang_hybridkv.compressors.budget import head_weights, share_by_ratio
 from sglang_hybridkv.compressors.token_order import text_first_order
 from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RecentWindow, RetrievalConfig
 
@@ -173,9 +173,7 @@ class HybridKV(Compressor):
         if share is None:
             share = share_by_ratio(is_dynamic, config.dynamic_ratio)
         weights = head_weights(statistic.flatten(), is_dynamic.flatten(), share, config.static_weight)
-        floor = min(config.min_head_pages, observation.num_prompt_pages)
-        pages = apportion(weights, total_head_pages, floor, observation.num_prompt_pages)
-        return HeadPlan(is_dynamic, pages.view_as(statistic))
+        return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """Text first, then salient visual tokens."""

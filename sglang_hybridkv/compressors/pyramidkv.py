@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from sglang_hybridkv.compressors.base import Compressor, PromptObservation
-from sglang_hybridkv.compressors.snapkv import WindowConfig
+from sglang_hybridkv.config import WindowConfig
 
 
 class PyramidKVConfig(WindowConfig):

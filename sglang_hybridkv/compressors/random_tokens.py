@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from sglang_hybridkv.compressors.base import HeadPlan, PromptObservation
-from sglang_hybridkv.compressors.full import Full
+from sglang_hybridkv.compressors.base import HeadPlan, PromptObservation, Unscored
 from sglang_hybridkv.compressors.token_order import tiered_order
 from sglang_hybridkv.config import CompressorConfig
 
@@ -22,7 +21,7 @@ class RandomConfig(CompressorConfig):
     ] = 0
 
 
-class Random(Full):
+class Random(Unscored):
     """Each head keeps sinks, the recent window and random tokens, as many as every other head.
 
     The draw depends on the seed and on where the prompt's text and images lie, not on scores: a rerun, also one in

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from sglang_hybridkv.compressors.base import Compressor
-from sglang_hybridkv.config import CompressorConfig, NumSinkTokens, RecentWindow
-
-
-class WindowConfig(CompressorConfig):
-    """What methods of SnapKV's family share: no sinks, and the observed window of 32 tokens is always kept."""
-
-    num_sink_tokens: NumSinkTokens = 0
-    recent_window: RecentWindow = 32
+from sglang_hybridkv.config import WindowConfig
 
 
 class SnapKV(Compressor):

@@ -7,10 +7,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.base import Compressor, PromptObservation
 from sglang_hybridkv.compressors.calibration import load_calibration
-from sglang_hybridkv.compressors.snapkv import WindowConfig
-from sglang_hybridkv.config import PoolKernel, PoolMode
+from sglang_hybridkv.config import PoolKernel, PoolMode, WindowConfig
 
 
 class SparseMMConfig(WindowConfig):
@@ -40,12 +39,10 @@ class SparseMM(Compressor):
         calibration = load_calibration(self.config.calibration, num_layers, num_kv_heads, fingerprint)
         self.scores = torch.tensor(calibration.scores, dtype=torch.float64)
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
-        """Pages by the formula, at least the uniform share, in whole pages."""
-        weights = self.weigh_heads(observation, total_head_pages)
-        least = int(self.config.uniform_share * total_head_pages / weights.numel())
-        is_dynamic = torch.zeros_like(observation.statistic, dtype=torch.bool)
-        return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages, least))
+    @property
+    def least_share(self) -> float:
+        """Rho."""
+        return self.config.uniform_share
 
     def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:
         """Rows of each head by the formula."""

@@ -13,11 +13,12 @@ from benchmarks.models.make_models import make_model
 from sglang_hybridkv.cli.calibrate import calibrate, partial_path
 from sglang_hybridkv.cli.pages import RenderedPages, draw_page
 from sglang_hybridkv.cli.samples import FolderSamples, Sample, write_samples
-from sglang_hybridkv.cli.vision_model import ModelFacts, Observation, TopKeys, VisionModel, read_facts
+from sglang_hybridkv.cli.vision_model import Observation, TopKeys, VisionModel, read_facts
 from sglang_hybridkv.cli.visual_heads import VisualGrid, score_hits, words_of_tokens
+from sglang_hybridkv.compressors.calibration import CalibratedModel
 from tests.builders import fresh_generator
 
-FACTS = ModelFacts("toy", num_layers=2, num_kv_heads=2, head_dim=8, fingerprint="f")
+FACTS = CalibratedModel(name="toy", num_layers=2, num_kv_heads=2, head_dim=8, fingerprint="f")
 
 
 @pytest.fixture(scope="module")
