@@ -212,7 +212,7 @@ class Replay:
     length : tokens that were decoded so far, the same for every setting.
     """
 
-    def __init__(self, model: ReplayedModel, prompt: Prompt, held: Sequence[Held]):
+    def __init__(self, model: ReplayedModel | None, prompt: Prompt, held: Sequence[Held]):
         self.model, self.prompt, self.held, self.length = model, prompt, list(held), 0
         self._tails: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(prompt.k)
         self._rows: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -221,6 +221,7 @@ class Replay:
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
         """[B, T, vocabulary]: logits after each, or the `last`, of `tokens` [B, T], which go on from earlier steps'."""
+        assert self.model is not None, "without a model there is attention, and no next token"
         start = len(self.prompt.ids) + self.length + self.prompt.position_delta
         logits = self.model.run(tokens, torch.arange(start, start + tokens.shape[1]), self, last)
         self.length += tokens.shape[1]
@@ -248,6 +249,16 @@ class Replay:
             heads = (x[settings, kv_heads] for x in (grouped, k.unsqueeze(2), v.unsqueeze(2)))
             out[settings, kv_heads] = _softmax_attention(*heads, keys, values, unseen, is_later, scaling)
         return out.flatten(1, 2)
+
+    def seen(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
+        """[B, H, T, N], bool: prompt rows that queries [B, H * G, T, D] of each setting attend to."""
+        grouped = q.unflatten(1, (self.prompt.shape[1], -1))
+        seen = torch.ones(len(self.held), *grouped.shape[1:4:2], len(self.prompt.ids), dtype=torch.bool)
+        for i, held in enumerate(self.held):
+            seen[i, ..., : held.covered] = held.kept[layer_idx][:, None]
+        for settings, kv_heads, unseen in self._retrieve(layer_idx, grouped):
+            seen[settings, kv_heads] = ~unseen[:, 0]
+        return seen
 
     def _static_rows(self, i: int, layer_idx: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [rows, D] that a static head of a setting holds of the prompt."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 from unittest import mock
 
@@ -11,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.compressed_prompt import CompressedPrompt, make_compressor
 from benchmarks.quality.cases import CONTEXTS
-from benchmarks.replay import Prompt, Replay, ReplayedModel, compress, everything
+from benchmarks.quality.models import TINY_MODEL
+from benchmarks.replay import Prompt, Replay, ReplayedModel, compress, everything, observe
 from benchmarks.scenes import ask, draw_scene, user_message
-from benchmarks.traced_model import Trace, full_attention
 from hybridkv_kernels.select_chunks import CHUNK_SCORES
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.benchmarks.test_diagnose import MODEL, SHORT
-from tests.builders import fresh_generator
+from tests.builders import TinyPool, fresh_generator, full_attention, make_compressor
 
 LAYERS, HEADS, GROUP, HEAD_DIM, LENGTH, ANSWER = 3, 2, 3, 32, 203, 4
 SETTINGS = {
@@ -37,59 +34,78 @@ SETTINGS = {
 }
 
 
-def draw_trace() -> tuple[Trace, Prompt]:
-    generator = fresh_generator()
-
-    def states(heads: int) -> torch.Tensor:
-        return torch.randn(LAYERS, LENGTH + ANSWER, heads, HEAD_DIM, generator=generator)
-
-    q, k, v = states(HEADS * GROUP), states(HEADS), states(HEADS)
-    spans = (VisualSpan(20, 150, "image"),)
-    trace = Trace(q, k, v, LENGTH, spans, HEAD_DIM**-0.5, 1.0)
-    ids = torch.arange(LENGTH)
-    return trace, Prompt(ids, q[:, :LENGTH], k[:, :LENGTH], v[:, :LENGTH], torch.zeros(9), spans, trace.scaling)
+def compressor_of(name: str, budget: float, **config: Any) -> Any:
+    return make_compressor(name, LAYERS, HEADS, budget=budget, min_prompt_tokens=1, min_head_pages=1, **config)
 
 
-def compressor_of(name: str, budget: float, config: dict[str, Any]) -> Any:
-    fields = SHORT if name in ("hybridkv", "quest", "snapkv", "look-m") else {}
-    return make_compressor(name, json.dumps(fields | config), budget)
+class Engine:
+    """The engine's own pool and kernels on one random prompt and its answer: the same for the same `seed`."""
+
+    def __init__(self, compressor: Any, seed: int):
+        shape = {"num_layers": LAYERS, "num_kv_heads": HEADS, "group_size": GROUP, "head_dim": HEAD_DIM}
+        self.pool = TinyPool(torch.Generator().manual_seed(seed), compressor=compressor, **shape)
+        self.request = self.pool.add_prompt(LENGTH)
+        self.q = self.pool.randn(LAYERS, LENGTH + ANSWER, HEADS * GROUP, HEAD_DIM)
+        k, v = (x.transpose(1, 2) for x in (self.request.keys, self.request.values))
+        spans = (VisualSpan(20, 150, "image"),)
+        self.prompt = Prompt(torch.arange(LENGTH), self.q[:, :LENGTH], k, v, torch.zeros(9), spans, HEAD_DIM**-0.5)
+
+    def decode(self) -> torch.Tensor:
+        """[L, ANSWER, H * G * D]: attention of the answer's tokens, one step each."""
+        pool, request = self.pool, self.request
+        statistic, salience = observe(self.prompt, pool.compressor)
+        retrieval = pool.compressor.retrieves
+        pool.compress(request, statistic, salience, spans=self.prompt.spans, retrieval=retrieval)
+        outs = []
+        for i in range(ANSWER):
+            pool.append_token(request)
+            q = self.q[:, LENGTH + i].unsqueeze(1)
+            outs.append([pool.decode([request], layer_idx, q[layer_idx]).flatten() for layer_idx in range(LAYERS)])
+        return torch.stack([torch.stack(layers) for layers in outs], dim=1)
 
 
-def decode(replay: Replay, trace: Trace, layer_idx: int, at_once: int) -> torch.Tensor:
-    """[B, ANSWER, H * G * D]: attention of the answer's tokens, `at_once` in a step."""
-    outs = []
-    for start in range(LENGTH, LENGTH + ANSWER, at_once):
-        states = (x[layer_idx, start : start + at_once].transpose(0, 1)[None] for x in (trace.q, trace.k, trace.v))
-        q, k, v = (x.expand(len(replay.held), -1, -1, -1) for x in states)
-        outs.append(replay.attend(layer_idx, q, k, v, trace.scaling).transpose(1, 2).flatten(2))
-    return torch.cat(outs, dim=1)
+def replay_answer(replay: Replay, engine: Engine, at_once: int) -> torch.Tensor:
+    """[L, B, ANSWER, H * G * D]: the same of replay, `at_once` tokens in a step; the engine has decoded before."""
+    own = [x.transpose(1, 2) for x in (engine.request.keys, engine.request.values)]
+    by_layer = []
+    for layer_idx in range(LAYERS):
+        outs = []
+        for start in range(LENGTH, LENGTH + ANSWER, at_once):
+            states = (x[layer_idx, start : start + at_once].transpose(0, 1)[None] for x in (engine.q, *own))
+            q, k, v = (x.expand(len(replay.held), -1, -1, -1) for x in states)
+            outs.append(replay.attend(layer_idx, q, k, v, engine.prompt.scaling).transpose(1, 2).flatten(2))
+        by_layer.append(torch.cat(outs, dim=1))
+    return torch.stack(by_layer)
 
 
 @pytest.mark.parametrize("at_once", [1, ANSWER])
 def test_attention_of_every_setting_is_that_of_the_engine(at_once: int) -> None:
-    trace, prompt = draw_trace()
-    held = [compress(prompt, compressor_of(name, 0.3, config), label) for label, (name, config) in SETTINGS.items()]
-    replay = Replay(None, prompt, held)  # type: ignore[arg-type]
-    for layer_idx in range(LAYERS):
-        outs = decode(replay, trace, layer_idx, at_once)
-        for out, (name, config) in zip(outs, SETTINGS.values(), strict=True):
-            engine = CompressedPrompt(trace, compressor_of(name, 0.3, config))
-            expected = torch.stack([engine.decode(layer_idx, LENGTH + i).flatten() for i in range(ANSWER)])
-            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    seed = fresh_generator().initial_seed()
+    compressors = [compressor_of(name, 0.3, **config) for name, config in SETTINGS.values()]
+    engines = [Engine(compressor, seed) for compressor in compressors]
+    expected = [engine.decode() for engine in engines]
+    prompt = engines[0].prompt
+    held = [compress(prompt, one, label) for label, one in zip(SETTINGS, compressors, strict=True)]
+    outs = replay_answer(Replay(None, prompt, held), engines[0], at_once)
+    for out, label, one in zip(outs.unbind(1), SETTINGS, expected, strict=True):
+        assert torch.allclose(out, one, rtol=1e-4, atol=1e-5), label
 
 
 def test_everything_is_full_attention() -> None:
-    trace, prompt = draw_trace()
-    replay = Replay(None, prompt, [everything(prompt, compressor_of("hybridkv", 1.0, {}))])  # type: ignore[arg-type]
+    engine = Engine(compressor_of("hybridkv", 1.0), fresh_generator().initial_seed())
+    engine.decode()
+    replay = Replay(None, engine.prompt, [everything(engine.prompt, engine.pool.compressor)])
+    outs = replay_answer(replay, engine, 2)[:, 0].double()
     for layer_idx in range(LAYERS):
-        out = decode(replay, trace, layer_idx, 2)[0]
-        expected = [full_attention(trace, layer_idx, LENGTH + i)[0].flatten() for i in range(ANSWER)]
-        torch.testing.assert_close(out, torch.stack(expected), rtol=1e-4, atol=1e-5)
+        for i, position in enumerate(range(LENGTH, LENGTH + ANSWER)):
+            k, v = (x[layer_idx, :, : position + 1] for x in (engine.request.keys, engine.request.values))
+            expected = full_attention(engine.q[layer_idx, position], k, v, engine.prompt.scaling)
+            torch.testing.assert_close(outs[layer_idx, i], expected.flatten(), rtol=1e-4, atol=1e-5)
 
 
 def test_resident_share_counts_what_the_engine_holds() -> None:
-    _, prompt = draw_trace()
-    held = compress(prompt, compressor_of("hybridkv", 0.3, {"max_dynamic_heads": 0.5}), "")
+    prompt = Engine(compressor_of("hybridkv", 1.0), fresh_generator().initial_seed()).prompt
+    held = compress(prompt, compressor_of("hybridkv", 0.3, max_dynamic_heads=0.5), "")
     pages = LENGTH // 8
     kept = int(held.num_pages.sum())
     summaries = int(held.is_dynamic.sum()) * -(-pages // 16)
@@ -100,7 +116,7 @@ def test_resident_share_counts_what_the_engine_holds() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> ReplayedModel:
-    return ReplayedModel(MODEL)
+    return ReplayedModel(TINY_MODEL)
 
 
 def assert_same_prompt(mine: Prompt, theirs: Prompt) -> None:
@@ -138,7 +154,7 @@ def test_decoding_everything_is_what_the_model_computes(model: ReplayedModel) ->
     ids = torch.randint(10, 200, (1, 80), generator=fresh_generator())
     whole = model.prefill({"input_ids": ids})
     prompt = model.prefill({"input_ids": ids[:, :72]})
-    replay = Replay(model, prompt, [everything(prompt, compressor_of("hybridkv", 1.0, {}))])
+    replay = Replay(model, prompt, [everything(prompt, compressor_of("hybridkv", 1.0))])
     replay.step(ids[:, 72:75])
     logits = replay.step(ids[:, 75:])
     torch.testing.assert_close(logits[0, -1], whole.logits, rtol=1e-3, atol=1e-3)
