@@ -10,8 +10,13 @@ from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
+from benchmarks.harness import ServerError
+from benchmarks.quality import table
 from benchmarks.quality.cases import END_OF_TURN, make_exchanges
 from benchmarks.quality.data import DataSet, Questions, make_case_exchanges
+from benchmarks.quality.servers import STOCK, ServerSpec
 from sglang_hybridkv.compressors import get_compressor
 
 COMPRESSED = {"compressed": True, "reason": None, "resident_ratio": 0.25, "host_bytes": 64, "static_heads": 3}
@@ -166,3 +171,23 @@ def serving(endpoint: FakeEndpoint) -> Iterator[FakeEndpoint]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def stand_for_servers(endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have the endpoint stand for every server of a plan, from now on; the list gets those that are launched.
+
+    A server of the compressor "broken" does not start, one of "dying" hangs up after four answers.
+    """
+    launched: list[str] = []
+
+    @contextlib.contextmanager
+    def make_server(spec: ServerSpec, *_: Any, **__: Any) -> Iterator[FakeEndpoint]:
+        if spec.compressor == "broken":
+            raise ServerError("it does not start")
+        launched.append(spec.label)
+        endpoint.record = None if spec.compressor == STOCK else COMPRESSED
+        endpoint.dies_after = len(endpoint.asked) + 4 if spec.compressor == "dying" else None
+        yield endpoint
+
+    monkeypatch.setattr(table, "make_server", make_server)
+    return launched

@@ -16,8 +16,6 @@ from benchmarks.quality.cases import (
 )
 from benchmarks.scenes import ARRANGEMENTS, Question
 
-SMALL = Cell("coherent", 400, 2, TASKS)
-
 
 @pytest.mark.parametrize("scene", ARRANGEMENTS)
 def test_questions_are_the_same_whatever_else_is_asked(scene: str) -> None:
@@ -29,12 +27,6 @@ def test_questions_are_the_same_whatever_else_is_asked(scene: str) -> None:
         assert list(make_exchanges(3, alone, 0, ())) == [exchange]
         assert exchange not in make_exchanges(4, alone, 0, ())
         assert exchange not in make_exchanges(3, alone, 1, ())
-
-
-def test_what_is_answered_is_not_made_again() -> None:
-    keys = [exchange.key for exchange in make_exchanges(0, SMALL, 0, ())]
-    assert len(set(keys)) == len(keys) > len(SECOND_TASKS)
-    assert [exchange.key for exchange in make_exchanges(0, SMALL, 0, keys[1:])] == keys[:1]
 
 
 @pytest.mark.parametrize("scene", ARRANGEMENTS)
@@ -65,17 +57,3 @@ def test_the_second_question_is_the_same_wherever_it_is_asked(scene: str) -> Non
 )
 def test_partial_credit_leaves_out_what_the_question_says(said: str, share: float) -> None:
     assert words_right(said, Question("list", "list A1 C3", "list A1 B2, C3 D4")) == share
-
-
-@pytest.mark.parametrize(
-    ("field", "cell"),
-    [
-        ("scene", ("nowhere", 400, 1, ())),
-        ("context", ("coherent", 7, 1, ())),
-        ("n", ("coherent", 400, 0, ())),
-        ("task", ("coherent", 400, 1, ("dance",))),
-    ],
-)
-def test_a_cell_names_the_field_that_is_wrong(field: str, cell: tuple) -> None:
-    with pytest.raises(ValueError, match=f"^{field}: expected"):
-        Cell(*cell)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -12,15 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.datasets import score_cases
-from benchmarks.quality import table
 from benchmarks.quality.cli import main
 from benchmarks.quality.data import DataSet, case_digest, load_data
-from benchmarks.quality.servers import ServerSpec
-from benchmarks.quality.store import read_answers
 from benchmarks.scenes import ARRANGEMENTS
-from tests.benchmarks.fake_endpoint import COMPRESSED, FakeEndpoint, serving
-from tests.benchmarks.test_datasets import make_mile_bench, mile_bench_record, write_json
+from tests.benchmarks.fake_endpoint import FakeEndpoint, serving, stand_for_servers
+from tests.benchmarks.test_datasets import make_mile_bench, mile_bench_record
 
 RESPONSES = ("the first", "neither", "the second")
 CHOICE, OPEN = "milebench/SlideVQA", "milebench/MMCoQA"
@@ -51,17 +46,7 @@ def endpoint(data: list[DataSet]) -> Iterator[FakeEndpoint]:
 
 @pytest.fixture
 def launched(endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Has the endpoint stand for every server; the value lists those that were launched."""
-    seen: list[str] = []
-
-    @contextlib.contextmanager
-    def make_server(spec: ServerSpec, *_: Any, **__: Any) -> Iterator[FakeEndpoint]:
-        seen.append(spec.label)
-        endpoint.record = None if spec.compressor == "stock" else COMPRESSED
-        yield endpoint
-
-    monkeypatch.setattr(table, "make_server", make_server)
-    return seen
+    return stand_for_servers(endpoint, monkeypatch)
 
 
 @pytest.fixture
@@ -122,25 +107,13 @@ def test_an_answer_that_only_contains_the_right_one_scores_without_being_exact(
     assert (rows["stock", CHOICE]["score"], rows["stock", CHOICE]["exact_match"]) == (1.0, 1.0)
 
 
-def test_rows_score_as_the_data_sets_do(launched, endpoint, data, command, capsys) -> None:
-    endpoint.wrong = {f"{CHOICE}/0", f"{OPEN}/0"}
-    assert main(command) == 0
-    rows = by_task(printed(capsys))
-    out_folder = Path(command[command.index("--out") + 1])
-    stored = {spec.compressor: answers for spec, answers in read_answers(out_folder)}
-    for name, answers in stored.items():
-        for one in data:
-            expected = score_cases(one.cases, [answers[case.key]["said"] for case in one.cases])
-            assert {task: rows[name, task]["score"] for task in expected} == pytest.approx(expected, abs=1e-4)
-
-
 def test_an_interrupted_run_goes_on_and_asks_nothing_twice(endpoint, folder, tmp_path, capsys) -> None:
     command = ["--data", f"{CHOICE}={folder}", "--data", f"{OPEN}={folder}", "--base-url", endpoint.url, *out(tmp_path)]
     endpoint.dies_after = 2
     assert main([*command, "--concurrency", "1"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "run the same command to go on" in captured.err
+    assert f"the answers so far are in {tmp_path / 'out'}, run the same command to go on" in captured.err
     endpoint.dies_after = None
     assert main(command) == 0
     first = printed(capsys)
@@ -157,14 +130,6 @@ def test_the_first_so_many_questions_and_a_limit_of_tokens(endpoint, folder, tmp
     assert endpoint.max_tokens == {5}
     assert main([*command, "--max-tokens", "6", *out(tmp_path)]) == 2
     assert "another max_tokens (5, this is 6)" in capsys.readouterr().err
-
-
-def test_a_prompt_that_was_served_dense_is_an_error(endpoint, folder, tmp_path, capsys) -> None:
-    endpoint.record = COMPRESSED | {"compressed": False, "reason": "no_free_pages"}
-    assert main(["--data", f"{CHOICE}={folder}", "--base-url", endpoint.url, *out(tmp_path)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "no_free_pages" in captured.err
 
 
 @pytest.mark.parametrize("changed", ["text", "picture"])
@@ -206,6 +171,7 @@ def test_the_report_has_a_table_and_plots_of_the_collection(launched, endpoint, 
         (["--data", "opera={folder}"], ["--data opera", "'opera'", "milebench", "vatex"]),
         (["--data", "milebench/Broken={folder}"], ["Broken.json", "JSON"]),
         (["--data", "milebench/Odd={folder}"], ["Odd.json", "record 0", "images_path"]),
+        (["--data", "milebench/Riddles={folder}"], ["rouge_l", "[quality]"]),
         (["--data", "milebench"], ["--data", "NAME=FOLDER", "'milebench'"]),
         (["--data", "milebench={folder}", "--data", f"{CHOICE}={{folder}}"], [CHOICE, "more than once"]),
         (["--data", f"{CHOICE}={{folder}}", "--max-tokens", "0"], ["--max-tokens", "at least 1", "0"]),
@@ -215,7 +181,11 @@ def test_the_report_has_a_table_and_plots_of_the_collection(launched, endpoint, 
         (["--data", f"{CHOICE}={{folder}}", "--scenes", "page"], ["--scenes", "--data"]),
     ],
 )
-def test_bad_input_is_one_sentence_before_a_server_starts(launched, folder, command, capsys, arguments, words) -> None:
+def test_bad_input_is_one_sentence_before_a_server_starts(
+    launched, folder, command, capsys, monkeypatch, arguments, words
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    make_mile_bench(folder, "Riddles", [mile_bench_record()], "open-ended")
     (folder / "Broken").mkdir()
     (folder / "Broken" / "Broken.json").write_text('{"meta_data": ')
     make_mile_bench(folder, "Odd", [mile_bench_record(images_path="red.png")])
@@ -225,27 +195,3 @@ def test_bad_input_is_one_sentence_before_a_server_starts(launched, folder, comm
     assert (captured.out, launched) == ("", [])
     assert captured.err.count("\n") == 1
     assert [word for word in words if word not in captured.err] == []
-
-
-def test_a_metric_whose_library_is_missing_is_found_before_a_server_starts(
-    launched, folder, command, capsys, monkeypatch
-) -> None:
-    make_mile_bench(folder, "WebQA", [mile_bench_record()], "open-ended")
-    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    rest = command[command.index("--compressors") :]
-    assert main(["--data", f"milebench/WebQA={folder}", *rest]) == 2
-    captured = capsys.readouterr()
-    assert "rouge_l" in captured.err
-    assert "[quality]" in captured.err
-    assert launched == []
-
-
-def test_a_corrupt_file_stops_a_run_that_had_answers_and_keeps_them(launched, folder, command, capsys) -> None:
-    assert main(command) == 0
-    out_folder = Path(command[command.index("--out") + 1])
-    before = read_answers(out_folder)
-    write_json(folder / "SlideVQA" / "SlideVQA.json", {"meta_data": {}})
-    started = len(launched)
-    assert main(command) == 2
-    assert len(launched) == started
-    assert read_answers(out_folder) == before

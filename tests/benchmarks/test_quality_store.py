@@ -53,17 +53,6 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path, junk: str) -> None
     assert path.read_bytes() == before
 
 
-def test_settings_that_differ_have_files_of_their_own() -> None:
-    specs = [
-        ServerSpec("stock"),
-        ServerSpec("hybridkv", 0.1),
-        ServerSpec("hybridkv", 0.05),
-        SPEC,
-        ServerSpec("hybridkv", 0.1, {"theta": 0.6}),
-    ]
-    assert len({spec.slug for spec in specs}) == len(specs)
-
-
 def test_a_store_belongs_to_one_model_and_code(tmp_path: Path) -> None:
     identity = {"model": "m", "seed": 0, "code": "c"}
     open_store(tmp_path / "new" / "store", identity)
