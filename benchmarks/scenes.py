@@ -334,27 +334,3 @@ def user_message(scene: Scene, question: Question) -> dict[str, Any]:
     """Return the OpenAI chat message: the scene's images, then the question."""
     pictures = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in scene.images]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": question.text}]}
-
-
-def video_url(images: Sequence[Image.Image]) -> str:
-    """Return pictures of one size as a GIF data URL: two frames a second, each picture for one second.
-
-    Qwen2.5-VL makes one time step of two frames. A GIF's two equal frames would become one, so their corners differ.
-    """
-    frames = []
-    for image in images:
-        for shade in (0, 255):
-            frame = image.copy()
-            frame.putpixel((0, 0), (shade, shade, shade))
-            frames.append(frame.quantize(dither=Image.Dither.NONE))
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=500, loop=0, optimize=False)
-    return "data:video/gif;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def video_message(scene: Scene, question: Question) -> dict[str, Any]:
-    """Return the OpenAI chat message that shows the scene's images, all of one size, as a video."""
-    if len({image.size for image in scene.images}) > 1 or len(scene.images) < 2:
-        raise ValueError(f"images: expected two or more of one size, got {[image.size for image in scene.images]}")
-    video = {"type": "video_url", "video_url": {"url": video_url(scene.images)}}
-    return {"role": "user", "content": [video, {"type": "text", "text": question.text}]}

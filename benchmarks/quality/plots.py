@@ -11,8 +11,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.quality.cases import SECOND_TASKS
-from benchmarks.quality.report import name_of, title
-from benchmarks.quality.rows import Row
+from benchmarks.quality.rows import Row, name_of, title
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
 from benchmarks.texts import FREE_KINDS
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.cases import TEXT
 from benchmarks.quality.data import RIGHT_OR_WRONG
-from benchmarks.quality.rows import Row, make_rows, task_order
+from benchmarks.quality.rows import Row, make_rows, name_of, task_order, title
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
 from benchmarks.quality.store import read_answers
 
@@ -18,11 +18,6 @@ DIAGNOSIS_FILES = "diagnose*.jsonl"
 BEGIN = "<!-- written by bench_quality report -->"
 END = "<!-- end of what it writes -->"
 _FIRST = (STOCK, FULL, HYBRIDKV)
-
-
-def name_of(row: Row) -> str:
-    """Return compressor and variant in words."""
-    return f"{row['compressor']}, {row['variant']}" if row["variant"] else str(row["compressor"])
 
 
 def _order(row: Row) -> tuple[int, str, str, float]:
@@ -68,15 +63,6 @@ def _percent(value: float | None) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def title(row: Row) -> str:
-    """Return in words what a table is about."""
-    if not row["context"]:
-        return str(row["scene"])
-    if str(row["scene"]).startswith(TEXT):
-        return f"{row['scene']}, {row['context']:,} tokens"
-    return f"{row['scene']} scenes, {row['context']:,} visual tokens"
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.quality.cases import TASKS
+from benchmarks.quality.cases import TASKS, TEXT
 from benchmarks.quality.data import score_answers
 from benchmarks.quality.intervals import (
     Interval,
@@ -22,6 +22,20 @@ from benchmarks.quality.store import Answer, Answers
 Row = dict[str, Any]
 Group = tuple[str, int | None, str]
 """Scene, context, task; for a data set its collection ("milebench"), no context, and its name ("milebench/WebQA")."""
+
+
+def name_of(row: Row) -> str:
+    """Return compressor and variant in words."""
+    return f"{row['compressor']}, {row['variant']}" if row["variant"] else str(row["compressor"])
+
+
+def title(row: Row) -> str:
+    """Return in words what a table is about."""
+    if not row["context"]:
+        return str(row["scene"])
+    if str(row["scene"]).startswith(TEXT):
+        return f"{row['scene']}, {row['context']:,} tokens"
+    return f"{row['scene']} scenes, {row['context']:,} visual tokens"
 
 
 def task_order(task: str) -> tuple[int, str]:

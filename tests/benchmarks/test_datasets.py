@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.datasets import Case, Example, chat_message, dataset_names, load, load_cases, score_cases
+from benchmarks.datasets import chat_message, dataset_names, load, load_cases, score_cases
 from benchmarks.metrics import METRICS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "real-models.md"
@@ -116,40 +116,28 @@ class TestEverySet:
             assert max(score_cases(cases, ["zzz"] * len(cases)).values()) == 0
 
     def test_every_name_can_be_loaded(self):
-        assert {name for name in dataset_names() if not name.startswith("milebench/")} | {"milebench/SlideVQA"} == set(
-            MAKERS
-        )
+        others = {name for name in dataset_names() if not name.startswith("milebench/")}
+        assert others | {"milebench/SlideVQA"} == set(MAKERS)
 
     def test_limit_is_that_of_each_set(self, tmp_path):
-        make_mile_bench(tmp_path, "SlideVQA", [mile_bench_record(sample_id=i) for i in range(5)])
-        make_mile_bench(tmp_path, "DocVQA", [mile_bench_record(sample_id=i) for i in range(5)])
-        assert [example.task for example in load("milebench", tmp_path, 2)] == [
-            "milebench/DocVQA",
-            "milebench/DocVQA",
-            "milebench/SlideVQA",
-            "milebench/SlideVQA",
-        ]
+        for name in ("SlideVQA", "DocVQA"):
+            make_mile_bench(tmp_path, name, [mile_bench_record(sample_id=i) for i in range(5)])
+        tasks = [example.task for example in load("milebench", tmp_path, 2)]
+        assert tasks == ["milebench/DocVQA"] * 2 + ["milebench/SlideVQA"] * 2
         assert len(load("milebench/DocVQA", tmp_path)) == 5
 
 
 class TestMileBench:
-    def test_prompt_is_that_of_the_benchmark(self, tmp_path):
+    def test_prompt_is_that_of_the_benchmark_with_images_where_the_text_names_them(self, tmp_path):
         (example,) = load("milebench/SlideVQA", make_mile_bench(tmp_path))
-        assert example.question == (
-            "Look closely.\nFirst {image#1} then {image#2}, table {image#3}. Which is red?\n"
-            "Choice list: \nA. the first\nB. the second\nC. neither\nYour answer is: "
-        )
+        asked = "Look closely.\nFirst {image#1} then {image#2}, table {image#3}. Which is red?\n"
+        asked += "Choice list: \nA. the first\nB. the second\nC. neither\nYour answer is: "
+        assert example.question == asked
         assert example.answers == ("the first", "the first", "the second", "neither")
         assert (example.id, example.task, example.metric) == ("7", "milebench/SlideVQA", "multiple_choice")
-
-    def test_images_stand_where_the_text_names_them(self, tmp_path):
-        (example,) = load("milebench/SlideVQA", make_mile_bench(tmp_path))
         content = chat_message(example)["content"]
         assert [part["type"] for part in content] == ["text", "image_url"] * 3 + ["text"]
-        assert "".join(part.get("text", "#") for part in content) == (
-            "Look closely.\nFirst # then #, table #. Which is red?\n"
-            "Choice list: \nA. the first\nB. the second\nC. neither\nYour answer is: "
-        )
+        assert "".join(part.get("text", "#") for part in content) == re.sub(r"{image#\d}", "#", asked)
         for part, path in zip(content[1::2], example.images, strict=True):
             kind, data = part["image_url"]["url"].split(",")
             assert kind == "data:image/png;base64"
@@ -305,19 +293,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             load(name, tmp_path, limit)
 
-    def test_a_missing_folder_is_named(self, tmp_path):
-        with pytest.raises(ValueError, match="nowhere: there is no such folder"):
-            load("vatex", tmp_path / "nowhere")
-
     def test_two_questions_with_one_id_are_refused(self, tmp_path):
         make_mile_bench(tmp_path, records=[mile_bench_record(), mile_bench_record()])
         with pytest.raises(ValueError, match="two questions of milebench/SlideVQA have the id 'milebench/SlideVQA/7'"):
             load_cases("milebench/SlideVQA", tmp_path)
 
-    def test_answers_must_be_one_a_case(self):
-        case = Case("k", Example("k", (), None, "q", ("a",), "t", "exact_match"))
+    def test_answers_must_be_one_a_case(self, tmp_path):
         with pytest.raises(ValueError, match="expected one for each of the 1 cases, got 2"):
-            score_cases([case], ["a", "b"])
+            score_cases(load_cases("milebench", make_mile_bench(tmp_path)), ["a", "b"])
 
 
 def test_the_documented_script_runs(tmp_path, monkeypatch, capsys):

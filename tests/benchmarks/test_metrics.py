@@ -44,11 +44,9 @@ class TestLaws:
     def test_scores_lie_between_0_and_1_and_more_references_never_hurt(self, metric):
         said, right, more = random_texts(10), random_texts(10), random_texts(10)
         one = score(metric, said, [(text,) for text in right])
-        two = score(metric, said, list(zip(right, more, strict=True)))
+        # Questions may differ in how many references they have.
+        two = score(metric, said, [(a, b) if i else (a,) for i, (a, b) in enumerate(zip(right, more, strict=True))])
         assert 0 <= one <= two + 1e-9 <= 1 + 1e-9
-
-    def test_references_may_differ_in_number(self, metric):
-        assert score(metric, ["red fox jumps over"] * 2, [("red fox jumps over",), ("owl", "red fox jumps over")]) > 0.9
 
 
 class TestValues:

@@ -17,7 +17,7 @@ from benchmarks.models.train_tiny import (
     random_cells,
     see_cells,
 )
-from benchmarks.scenes import CODES, COLOURS, draw_scene
+from benchmarks.scenes import CODES, COLOURS
 from tests.builders import fresh_generator
 
 STAGE = Stage(4, 8, 4, 3, 1.0)
@@ -80,13 +80,6 @@ def test_positions_of_videos_are_those_of_the_server(frame_step):
     assert torch.equal(served, torch.tensor(positions).t())
 
 
-def test_codes_of_different_cells_are_far_apart():
-    cells = torch.from_numpy(random_cells(np.random.default_rng(), 200)[0]).unique(dim=0)
-    codes = CellCode(fresh_generator())(cells)
-    distances = torch.cdist(codes, codes).fill_diagonal_(float("inf"))
-    assert distances.min() > 0.99
-
-
 @pytest.mark.parametrize("arrangement", ["coherent", "shuffled", "page"])
 def test_labels_are_the_answers(arrangement):
     rng = np.random.default_rng()
@@ -120,4 +113,3 @@ def test_checkpoint_is_loaded_by_transformers(model, tmp_path):
     assert tokenizer(prompt)["input_ids"] == list(
         encode("<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>get K7<|im_end|>\n<|im_start|>assistant\n")
     )
-    assert draw_scene(np.random.default_rng(0), [(2, 2)]).num_visual_tokens == 4

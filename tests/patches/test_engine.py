@@ -32,12 +32,8 @@ def test_compressor_arguments_become_settings(make, config):
     "bad",
     [
         {"kv_compressor": "gzip"},
-        {"kv_compressor_budget": 0.1},
-        {"kv_compressor": "hybridkv", "kv_compressor_budget": 0},
         {"kv_compressor": "hybridkv", "kv_compressor_config": {"bugdet": 1}},
         {"kv_compressor": "hybridkv", "kv_compressor_config": [1]},
-        {"kv_compressor": "hybridkv", "page_size": 1},
-        {"kv_compressor": "hybridkv", "tp_size": 2},
     ],
 )
 def test_bad_arguments_raise_one_sentence(make, bad):

@@ -75,18 +75,13 @@ PHASES = pytest.mark.parametrize("phase", ["", "prefill_", "decode_"])
 
 
 @PHASES
-def test_other_attention_backends_are_refused(phase):
-    text = sentence(**{f"{phase}attention_backend": "triton"})
-    assert text.startswith(f"--{phase.replace('_', '-')}attention-backend triton cannot be combined")
-    assert text.endswith("use --attention-backend torch_native")
-
-
-@PHASES
-@pytest.mark.parametrize("backend", ["trtllm_mha", "fa4", "flex_attention"])
-def test_other_attention_backends_are_refused_on_cuda(phase, backend):
-    text = sentence(device="cuda", **{f"{phase}attention_backend": backend})
+@pytest.mark.parametrize(
+    "device, backend", [("cpu", "triton"), ("cuda", "trtllm_mha"), ("cuda", "fa4"), ("cuda", "flex_attention")]
+)
+def test_other_attention_backends_are_refused(phase, device, backend):
+    text = sentence(device=device, **{f"{phase}attention_backend": backend})
     assert text.startswith(f"--{phase.replace('_', '-')}attention-backend {backend} cannot be combined")
-    assert text.endswith("use --attention-backend triton or flashinfer or fa3 or torch_native")
+    assert text.endswith(f"use --attention-backend {' or '.join(refusals.ATTENTION_BACKENDS[device])}")
 
 
 @PHASES
@@ -200,14 +195,9 @@ def test_other_models_are_refused_with_the_list(architecture):
 
 def test_a_compressor_that_does_not_fit_the_model_is_refused_before_anything_is_loaded(tmp_path):
     config_class = get_compressor("sparsemm").config_class
-    missing = Settings("sparsemm", config_class(calibration=str(tmp_path / "none.json")))
-    with pytest.raises(ValueError, match="none.json' cannot be read: No such file"):
-        refusals.check_model(model("LlamaForCausalLM"), missing)
     foreign = Settings("sparsemm", config_class(calibration=str(make_calibration(tmp_path / "c.json", 2, 5))))
     with pytest.raises(ValueError, match="2 layers of 5 KV heads, the model to serve has 2 of 2"):
         refusals.check_model(model("LlamaForCausalLM"), foreign)
-    fitting = Settings("sparsemm", config_class(calibration=str(make_calibration(tmp_path / "c.json", 2, 2))))
-    refusals.check_model(model("LlamaForCausalLM"), fitting)
 
 
 def test_a_calibration_of_another_model_of_the_same_shape_is_refused(tmp_path):
