@@ -68,28 +68,46 @@ NUMBER_KINDS = ("needle", "pair", "hop", "price", "tally")
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text and what is hidden in it.
+class Facts:
+    """What a text hides, and how it is said.
 
     Attributes
     ----------
-    body : all of it, paragraphs separated by empty lines.
-    codes : place and its access code, four, in the order of the text.
+    codes : place and its access code, four.
     holders : person and the place that their key opens, one for each place.
     prices : article and price, in the order of the list.
     crew : names in the order of the text.
     ship : whose crew it is.
     visitors : names of those that the text mentions as such.
-    sentences : of the prose, long enough to leave a part of them to complete.
     """
 
-    body: str
     codes: tuple[tuple[str, str], ...]
     holders: tuple[tuple[str, str], ...]
     prices: tuple[tuple[str, str], ...]
     crew: tuple[str, ...]
     ship: str
     visitors: tuple[str, ...]
+
+    def said(self) -> tuple[list[str], list[str]]:
+        """Sentences to be put between those of the prose, and blocks to stand as paragraphs of their own."""
+        sentences = [f"The access code of the {place} is {code}." for place, code in self.codes]
+        sentences += [f"{person} holds the key to the {place}." for person, place in self.holders]
+        sentences += [f"Today's visitor is {person}." for person in self.visitors]
+        prices = "\n".join(f"{article}: {price}" for article, price in self.prices)
+        return sentences, [f"Price list:\n{prices}", f"The crew of the ship {self.ship}: {', '.join(self.crew)}."]
+
+
+@dataclass(frozen=True)
+class Text(Facts):
+    """A text and what is hidden in it; `codes` are in the order of the text.
+
+    Attributes
+    ----------
+    body : all of it, paragraphs separated by empty lines.
+    sentences : of the prose, long enough to leave a part of them to complete.
+    """
+
+    body: str
     sentences: tuple[str, ...]
 
     @property
@@ -204,44 +222,18 @@ def _number(rng: np.random.Generator, count: int, digits: int) -> list[str]:
     return [str(low + i) for i in rng.permutation(9 * low)[:count]]
 
 
-@dataclass
-class _Facts:
-    """What a text hides, and how it is said."""
-
-    codes: list[tuple[str, str]]
-    holders: list[tuple[str, str]]
-    prices: list[tuple[str, str]]
-    crew: list[str]
-    ship: str
-    visitors: list[str]
-
-    @property
-    def sentences(self) -> list[str]:
-        """To be put between the sentences of the prose."""
-        said = [f"The access code of the {place} is {code}." for place, code in self.codes]
-        said += [f"{person} holds the key to the {place}." for person, place in self.holders]
-        return said + [f"Today's visitor is {person}." for person in self.visitors]
-
-    @property
-    def blocks(self) -> list[str]:
-        """To stand as paragraphs of their own."""
-        prices = "\n".join(f"{article}: {price}" for article, price in self.prices)
-        crew = ", ".join(self.crew)
-        return [f"Price list:\n{prices}", f"The crew of the ship {self.ship}: {crew}."]
-
-
-def _draw_facts(rng: np.random.Generator, split: str) -> _Facts:
+def _draw_facts(rng: np.random.Generator, split: str) -> Facts:
     colours, places = (_pick(rng, _words(split, words), NUM_CODES) for words in (COLOURS, PLACES))
     places = [f"{colour} {place}" for colour, place in zip(colours, places, strict=True)]
     people = _pick(rng, _words(split, PEOPLE), NUM_CODES + NUM_CREW + int(rng.integers(1, MOST_VISITORS + 1)))
     order = rng.permutation(NUM_CODES)
-    return _Facts(
-        codes=list(zip(places, _number(rng, NUM_CODES, 4), strict=True)),
-        holders=[(person, places[i]) for person, i in zip(people[:NUM_CODES], order, strict=True)],
-        prices=list(zip(_pick(rng, _words(split, GOODS), NUM_PRICES), _number(rng, NUM_PRICES, 3), strict=True)),
-        crew=people[NUM_CODES : NUM_CODES + NUM_CREW],
+    return Facts(
+        codes=tuple(zip(places, _number(rng, NUM_CODES, 4), strict=True)),
+        holders=tuple((person, places[i]) for person, i in zip(people[:NUM_CODES], order, strict=True)),
+        prices=tuple(zip(_pick(rng, _words(split, GOODS), NUM_PRICES), _number(rng, NUM_PRICES, 3), strict=True)),
+        crew=tuple(people[NUM_CODES : NUM_CODES + NUM_CREW]),
         ship=_pick(rng, _words(split, SHIPS), 1)[0],
-        visitors=people[NUM_CODES + NUM_CREW :],
+        visitors=tuple(people[NUM_CODES + NUM_CREW :]),
     )
 
 
@@ -287,26 +279,19 @@ def draw_text(rng: np.random.Generator, length: int, *, split: str = DEVELOPMENT
     """
     _check_split(split)
     facts = _draw_facts(rng, split)
-    room = length - count_tokens("\n\n".join([*facts.sentences, *facts.blocks]))
+    hidden, blocks = facts.said()
+    room = length - count_tokens("\n\n".join([*hidden, *blocks]))
     if room < 100:
         raise ValueError(f"length: expected at least {length - room + 100} tokens, got {length}")
     prose = _choose_prose(rng, split, room)
     sentences = tuple(sentence for passage in prose for sentence in passage if _is_cloze(sentence))
-    _insert(rng, prose, facts.sentences)
+    _insert(rng, prose, hidden)
     paragraphs = [" ".join(passage) for passage in prose]
-    for block in facts.blocks:
+    for block in blocks:
         paragraphs.insert(int(rng.integers(1, len(paragraphs))), block)
     body = "\n\n".join(paragraphs)
-    return Text(
-        body=body,
-        codes=tuple(sorted(facts.codes, key=lambda fact: body.index(f"of the {fact[0]} is"))),
-        holders=tuple(facts.holders),
-        prices=tuple(facts.prices),
-        crew=tuple(facts.crew),
-        ship=facts.ship,
-        visitors=tuple(facts.visitors),
-        sentences=sentences,
-    )
+    codes = tuple(sorted(facts.codes, key=lambda fact: body.index(f"of the {fact[0]} is")))
+    return Text(**vars(facts) | {"codes": codes}, body=body, sentences=sentences)
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -400,28 +385,21 @@ def ask_text(rng: np.random.Generator, text: Text, kind: str) -> Question:
     return Question(kind, asked, answer, begun, max_tokens)
 
 
-def facts_of(text: Text) -> list[str]:
-    """Return everything that questions ask for as it stands in the text, in no order."""
-    facts = _Facts(
-        list(text.codes), list(text.holders), list(text.prices), list(text.crew), text.ship, list(text.visitors)
-    )
-    return [*facts.sentences, *facts.blocks]
-
-
 def every_fact(split: str) -> Iterator[str]:
     """Yield sentences and blocks of facts, in which every word of one half stands wherever a text can have it."""
     places = [f"{colour} {place}" for colour, place in zip(_words(split, COLOURS), _words(split, PLACES), strict=True)]
-    people, digits = _words(split, PEOPLE), "1234567890"
+    people, digits = tuple(_words(split, PEOPLE)), "1234567890"
     for ship in _words(split, SHIPS):
-        facts = _Facts(
-            codes=[(place, digits) for place in places],
-            holders=[(person, place) for person in people for place in places],
-            prices=[(article, digits) for article in _words(split, GOODS)],
+        facts = Facts(
+            codes=tuple((place, digits) for place in places),
+            holders=tuple((person, place) for person in people for place in places),
+            prices=tuple((article, digits) for article in _words(split, GOODS)),
             crew=people,
             ship=ship,
             visitors=people,
         )
-        yield from [*facts.sentences, *facts.blocks]
+        for part in facts.said():
+            yield from part
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

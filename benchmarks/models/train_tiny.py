@@ -24,6 +24,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from benchmarks.models.scene_model import (
     HIDDEN,
+    MERGE,
     PATCH_PIXELS,
     VISION_HEADS,
     build_config,
@@ -47,8 +48,6 @@ from benchmarks.scenes import (
     draw_scene,
 )
 
-RESUMED_NOISE = 0.05
-"""Error of a trained tower, where it was not measured."""
 KIND_WEIGHTS = {"get": 1.0, "list": 2.0, "chain": 2.0, "count": 2.0, "main": 0.7, "read": 1.0}
 _USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"
 
@@ -177,35 +176,37 @@ class Batch:
     labels: torch.Tensor
 
 
-def place_prompt(layout: list[tuple[int, int]], frame_step: int | None) -> tuple[list[int], list[list[int]], list[int]]:
-    """Ids, positions (time, row, column) and visual places up to the first question; see Qwen2.5-VL's M-RoPE.
+def place_prompt(layout: list[tuple[int, int]], frame_step: int | None) -> tuple[list[int], torch.Tensor, list[int]]:
+    """Ids, positions [3, T] as the server gives them, and visual places up to the first question.
 
     With `frame_step` the layout is one video whose frames are that many positions apart.
     """
-    ids = list(encode(_USER))
-    positions = [[place] * 3 for place in range(len(ids))]
-    visual: list[int] = []
-    spans = [layout] if frame_step is not None else [[size] for size in layout]
-    pad = token_id("<|image_pad|>" if frame_step is None else "<|video_pad|>")
-    place = len(ids)
-    for span in spans:
-        ids.append(token_id("<|vision_start|>"))
-        positions.append([place] * 3)
-        place += 1
-        cells = [
-            [place + frame * (frame_step or 0), place + row, place + column]
-            for frame, (rows, columns) in enumerate(span)
-            for row in range(rows)
-            for column in range(columns)
-        ]
-        visual += range(len(ids), len(ids) + len(cells))
-        ids += [pad] * len(cells)
-        positions += cells
-        place = max(map(max, cells)) + 1
-        ids.append(token_id("<|vision_end|>"))
-        positions.append([place] * 3)
-        place += 1
-    return ids, positions, visual
+    from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
+
+    config, ids, visual = build_config(), list(encode(_USER)), []
+    pad = config.image_token_id if frame_step is None else config.video_token_id
+    for span in [[size] for size in layout] if frame_step is None else [layout]:
+        ids.append(config.vision_start_token_id)
+        num_cells = sum(rows * columns for rows, columns in span)
+        visual += range(len(ids), len(ids) + num_cells)
+        ids += [pad] * num_cells + [config.vision_end_token_id]
+    if frame_step is None:
+        grids = {"image_grid_thw": torch.tensor([[1, MERGE * rows, MERGE * columns] for rows, columns in layout])}
+    else:
+        rows, columns = layout[0]
+        grids = {"video_grid_thw": torch.tensor([[len(layout), MERGE * rows, MERGE * columns]])}
+        grids["second_per_grid_ts"] = torch.tensor([frame_step / config.vision_config.tokens_per_second])
+    positions, _ = MRotaryEmbedding.get_rope_index(
+        MERGE,
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.model_type,
+        config.vision_config.tokens_per_second,
+        input_ids=torch.tensor([ids]),
+        **grids,
+    )
+    return ids, positions[:, 0], visual
 
 
 def draw_batch(
@@ -225,11 +226,11 @@ def draw_batch(
     padded = torch.full((len(sequences), longest), token_id("<|endoftext|>"))
     for b, ids in enumerate(sequences):
         padded[b, : len(ids)] = torch.tensor(ids)
-    start = positions[-1][0] + 1
-    text = torch.arange(start, start + longest - len(prefix))[:, None].expand(-1, 3)
+    start = int(positions[0, -1]) + 1
+    text = torch.arange(start, start + longest - len(prefix)).expand(3, -1)
     return Batch(
         padded,
-        torch.cat((torch.tensor(positions), text)).t(),
+        torch.cat((positions, text), dim=1),
         torch.tensor(visual),
         torch.from_numpy(np.stack(cells)),
         torch.tensor(labels),
@@ -312,11 +313,11 @@ class Trainer:
         return loss.item(), logits.argmax(-1) == batch.labels[:, 2]
 
 
-def train_language_model(trainer: Trainer, num_steps: int, real_from: float, save: Any) -> None:
+def train_language_model(trainer: Trainer, num_steps: int, real_from: float) -> None:
     """Phases 2 and 3: the curriculum moves on when the lookups are right, or when a stage's steps are over."""
     rng, stage_idx, in_stage = trainer.rng, 0, 0
     right, asked = torch.zeros(len(KINDS) + 1), torch.zeros(len(KINDS) + 1)
-    started = saved = time.monotonic()
+    started = time.monotonic()
     for step in range(num_steps):
         done = step / num_steps
         current = stage_idx if rng.random() < 0.75 else int(rng.integers(0, stage_idx + 1))
@@ -340,10 +341,6 @@ def train_language_model(trainer: Trainer, num_steps: int, real_from: float, sav
             asked.zero_()
             if stage_idx < len(STAGES) - 1 and in_stage >= 25 and (reached or done > stage.until):
                 stage_idx, in_stage = stage_idx + 1, 0
-        if time.monotonic() - saved > 120:
-            save()
-            saved = time.monotonic()
-    save()
 
 
 def build_model(generator: torch.Generator) -> Any:
@@ -375,23 +372,15 @@ def main() -> None:
     parser.add_argument("--tower-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=1600, help="of the language model; about a second each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, help="state.pt of an earlier run; all else starts anew")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
     model, code = build_model(generator), CellCode(generator)
-    args.out.mkdir(parents=True, exist_ok=True)
-    state = args.out / "state.pt"
-    if args.resume:
-        model.load_state_dict(torch.load(args.resume))
-        noise = RESUMED_NOISE
-    else:
-        noise = train_tower(model.model.visual, code, rng, args.tower_steps)
+    noise = train_tower(model.model.visual, code, rng, args.tower_steps)
     print(f"tower: root mean square error {noise:.4f}", flush=True)
     trainer = Trainer(model, code, noise, rng)
-    train_language_model(trainer, args.steps, 0.8, lambda: torch.save(model.state_dict(), state))
+    train_language_model(trainer, args.steps, 0.8)
     save_checkpoint(model.to(torch.bfloat16), args.out)
-    state.unlink()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_tokens_are_estimated_as_smollm2_counts_them() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_facts_are_in_the_text_once(seed: int) -> None:
     text = draw(seed, split=SPLITS[seed % 2])
-    for fact in texts.facts_of(text):
+    for fact in itertools.chain(*text.said()):
         assert text.body.count(fact) == 1, fact
     for sentence in text.sentences:
         assert text.body.count(sentence) == 1, sentence
@@ -112,7 +113,7 @@ def test_halves_share_no_sentence_and_no_word_of_a_fact() -> None:
     names: list[set[str]] = []
     for split in SPLITS:
         drawn = [draw(seed, split=split) for seed in range(10)]
-        facts = " ".join(fact for text in drawn for fact in texts.facts_of(text))
+        facts = " ".join(fact for text in drawn for part in text.said() for fact in part)
         names.append({word for word in re.findall(r"[A-Za-z]+", facts) if word in texts.FACT_WORDS})
     assert len(names[0]) > 20
     assert names[0].isdisjoint(names[1])

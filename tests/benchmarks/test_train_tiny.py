@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.models.scene_model import SPECIAL, build_config, build_tokenizer, encode, save_checkpoint, token_id
+from benchmarks.models.scene_model import SPECIAL, build_tokenizer, encode, save_checkpoint, token_id
 from benchmarks.models.train_tiny import (
     CellCode,
     Stage,
@@ -13,7 +13,6 @@ from benchmarks.models.train_tiny import (
     cell_patches,
     draw_batch,
     draw_layout,
-    place_prompt,
     random_cells,
     see_cells,
 )
@@ -47,45 +46,14 @@ def test_tower_on_single_cells_is_the_tower(model):
         torch.testing.assert_close(see_cells(model.model.visual, patches), expected, rtol=1e-4, atol=1e-4)
 
 
-def served_positions(ids, **grids):
-    """What SGLang gives a prompt; transformers lets text go on elsewhere after a long video."""
-    from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
-
-    config = build_config()
-    positions, _ = MRotaryEmbedding.get_rope_index(
-        config.vision_config.spatial_merge_size,
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.model_type,
-        config.vision_config.tokens_per_second,
-        input_ids=torch.tensor([ids]),
-        **grids,
-    )
-    return positions[:, 0]
-
-
-@pytest.mark.parametrize("layout", [[(3, 4)], [(3, 4), (7, 2)], [(5, 5)] * 3], ids=str)
-def test_positions_of_images_are_those_of_the_server(layout):
-    ids, positions, _ = place_prompt(layout, None)
-    grids = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in layout])
-    assert torch.equal(served_positions(ids, image_grid_thw=grids), torch.tensor(positions).t())
-
-
-@pytest.mark.parametrize("frame_step", [1, 2, 4])
-def test_positions_of_videos_are_those_of_the_server(frame_step):
-    ids, positions, _ = place_prompt([(6, 5)] * 3, frame_step)
-    seconds = torch.tensor([frame_step / build_config().vision_config.tokens_per_second])
-    served = served_positions(ids, video_grid_thw=torch.tensor([[3, 12, 10]]), second_per_grid_ts=seconds)
-    assert torch.equal(served, torch.tensor(positions).t())
-
-
 @pytest.mark.parametrize("arrangement", ["coherent", "shuffled", "page"])
 def test_labels_are_the_answers(arrangement):
     rng = np.random.default_rng()
     layout, frame_step = draw_layout(rng, STAGE)
     batch = draw_batch(rng, layout, arrangement, frame_step, STAGE)
     assert batch.cells.shape[:2] == (STAGE.scenes, len(batch.visual))
+    assert batch.positions.shape == (3, batch.ids.shape[1])
+    assert batch.positions[:, -1].unique().numel() == 1, "text goes on in one line"
     assert (batch.ids[:, batch.visual] == token_id("<|image_pad|>" if frame_step is None else "<|video_pad|>")).all()
     conversation, place, following, _ = batch.labels.unbind(1)
     assert torch.equal(batch.ids[conversation, place + 1], following)

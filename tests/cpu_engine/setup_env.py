@@ -111,23 +111,9 @@ def run_logged(command):
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
         start = log.tell()
-        process = subprocess.Popen(command, cwd=str(VENV), env=env, stdout=log, stderr=subprocess.STDOUT)
-        report_progress(process)
+        status = subprocess.call(command, cwd=str(VENV), env=env, stdout=log, stderr=subprocess.STDOUT)
         log.seek(start)
-        return process.returncode, log.read().decode(errors="replace")
-
-
-def report_progress(process):
-    """Wait for the process; on a terminal, show the seconds gone by."""
-    begun = time.monotonic()
-    while True:
-        try:
-            process.wait(timeout=1)
-            return
-        except subprocess.TimeoutExpired:
-            if sys.stdout.isatty():
-                sys.stdout.write(f"{time.monotonic() - begun:4.0f} s\b\b\b\b\b\b")
-                sys.stdout.flush()
+        return status, log.read().decode(errors="replace")
 
 
 def pip_install(*arguments):
