@@ -290,10 +290,6 @@ def draw_scene(rng: np.random.Generator, layout: Sequence[tuple[int, int]], *, a
     layout : (rows, columns) in cells of each image.
     arrangement : "coherent": objects of many like cells; "shuffled": every cell for itself; "page": lines of terms.
     """
-    if not layout or any(rows < 1 or columns < 1 for rows, columns in layout):
-        raise ValueError(f"layout: expected (rows, columns) of at least 1 for each image, got {layout!r}")
-    if arrangement not in ARRANGEMENTS:
-        raise ValueError(f"arrangement: expected one of {', '.join(ARRANGEMENTS)}, got {arrangement!r}")
     return _DRAW[arrangement](rng, layout)
 
 

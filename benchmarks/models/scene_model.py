@@ -15,6 +15,7 @@ from tokenizers import pre_tokenizers as token_splitters
 from tokenizers import trainers as token_trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from benchmarks.models.make_models import CHAT_TEMPLATE
 from benchmarks.scenes import CELL_PIXELS, CODES, COLOURS, KINDS, MOST_DOTS
 
 SPECIAL = (
@@ -29,16 +30,6 @@ SPECIAL = (
 HIDDEN, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 4, 4, 2, 64, 512
 VISION_HIDDEN, VISION_HEADS, PATCH_PIXELS, MERGE = 128, 2, 14, 2
 MAX_POSITIONS = 16384
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'video' or 'video' in part or 'video_url' in part %}"
-    "<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def _words() -> list[str]:

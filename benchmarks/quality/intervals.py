@@ -42,8 +42,7 @@ def wilson(num_right: int, n: int) -> Interval:
     -----
     Source: Wilson 1927; the form is that of Newcombe 1998, method 3.
     """
-    if not 0 <= num_right <= n or n < 1:
-        raise ValueError(f"num_right: expected 0..n with n at least 1, got {num_right} of {n}")
+    assert 0 <= num_right <= n, f"{num_right} of {n}"
     share = num_right / n
     centre = share + Z_95**2 / (2 * n)
     reach = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n))

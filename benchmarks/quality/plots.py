@@ -1,4 +1,4 @@
-"""Plots of result rows: accuracy against budget, accuracy against memory, maps of heads."""
+"""Plots of result rows: accuracy against budget, and against memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from benchmarks.quality.cases import SECOND_TASKS
 from benchmarks.quality.rows import Row, name_of, title
@@ -19,14 +18,14 @@ BASELINES = (STOCK, FULL)
 MARKERS = "osD^v<>Pp*XhHd"
 
 
-def _figure(columns: int = 1, size: tuple[float, float] = (7.0, 4.5)) -> Any:
+def _figure() -> Any:
     # The module's own state stays untouched: no window system is asked for, no figure is kept.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
+    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots()
 
 
 def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[str, list[tuple[float, float]]]:
@@ -50,7 +49,7 @@ def _mean_match(rows: Sequence[Row]) -> float:
 
 
 def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], label: str, path: Path) -> Path:
-    figure, (axes,) = _figure()
+    figure, axes = _figure()
     axes.set_title(title(rows[0]))
     measure = "score" if "score" in rows[0] else "exact match"
     rows = common_tasks(rows)
@@ -91,33 +90,3 @@ def accuracy_by_budget(rows: Sequence[Row], path: Path) -> Path:
 def accuracy_by_memory(rows: Sequence[Row], path: Path) -> Path:
     """Draw exact match against the measured share of stock's device KV."""
     return _draw_curves(rows, lambda row: row["resident_ratio"], "device KV, share of stock", path)
-
-
-def head_maps(heads: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Draw a map of layers and KV heads for the share of dynamic prompts and for each statistic.
-
-    Parameters
-    ----------
-    heads : rows of benchmarks.diagnose, one or more a head; several are averaged.
-    """
-    names = list(heads[0]["statistics"])
-    shape = (1 + max(head["layer"] for head in heads), 1 + max(head["kv_head"] for head in heads))
-    maps = {"dynamic": np.zeros(shape)} | {name: np.zeros(shape) for name in names}
-    counts = np.zeros(shape)
-    for head in heads:
-        where = head["layer"], head["kv_head"]
-        counts[where] += 1
-        maps["dynamic"][where] += head["is_dynamic"]
-        for name in names:
-            maps[name][where] += head["statistics"][name]
-    figure, axes = _figure(len(maps), (2.6, 3.2))
-    for axis, (name, total) in zip(axes, maps.items(), strict=True):
-        values = np.divide(total, counts, out=np.full(shape, np.nan), where=counts > 0)
-        image = axis.imshow(values, vmin=0, vmax=1, cmap=matplotlib.colormaps["viridis"], aspect="auto")
-        axis.set(title=name, xlabel="KV head")
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(axes), shrink=0.8)
-    figure.savefig(path, dpi=150)
-    return path

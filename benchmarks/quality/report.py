@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from benchmarks.quality.cases import TEXT
 from benchmarks.quality.data import RIGHT_OR_WRONG
@@ -14,7 +12,6 @@ from benchmarks.quality.rows import Row, make_rows, name_of, task_order, title
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK
 from benchmarks.quality.store import read_answers
 
-DIAGNOSIS_FILES = "diagnose*.jsonl"
 BEGIN = "<!-- written by bench_quality report -->"
 END = "<!-- end of what it writes -->"
 _FIRST = (STOCK, FULL, HYBRIDKV)
@@ -102,19 +99,6 @@ def write_markdown(text: str, path: Path) -> None:
     path.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}" if marked else text, encoding="utf-8")
 
 
-def read_diagnosis(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of one run of benchmarks.diagnose that describe a head; ValueError names file and line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            if isinstance(row["layer"], int) and isinstance(row["kv_head"], int):
-                rows.append({"is_dynamic": row["is_dynamic"], "statistics": row["statistics"], **row})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: line {number} is not a row of benchmarks.diagnose ({error})") from None
-    return rows
-
-
 def write_report(folder: Path) -> tuple[str, list[Path]]:
     """Draw all plots into the store's folder; return the tables and the plots' paths."""
     from benchmarks.quality import plots
@@ -125,8 +109,4 @@ def write_report(folder: Path) -> tuple[str, list[Path]]:
         name = f"{scene}-{context}" if context else scene
         paths.append(plots.accuracy_by_budget(group, folder / f"accuracy-{name}.png"))
         paths.append(plots.accuracy_by_memory(group, folder / f"memory-{name}.png"))
-    for path in sorted(folder.glob(DIAGNOSIS_FILES)):
-        heads = read_diagnosis(path)
-        if heads:
-            paths.append(plots.head_maps(heads, folder / f"heads-{path.stem}.png"))
     return markdown(rows), paths

@@ -171,7 +171,7 @@ class TestMileBench:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"context": None}, "record 1: context = None; expected text"),
+            ({"context": True}, "record 1: context = True; expected text"),
             ({"context": "{image#4}"}, r"record 1: context = '{image#4}'; expected images from 1 to 3"),
             ({"images_path": ["no.png"]}, r"record 1: images_path = \['no.png'\]; .*no.png is not there"),
             ({"images_path": []}, r"record 1: images_path = \[\]; expected a list of texts"),
@@ -181,7 +181,6 @@ class TestMileBench:
             ),
             ({"task_instruction_id": 2}, "record 1: task_instruction_id = 2; expected a number from 0 to 1"),
             ({"task_instance": 3}, "record 1: task_instance = 3; expected an object"),
-            ({"sample_id": True}, "record 1: sample_id = True; expected text"),
         ],
     )
     def test_a_corrupt_record_is_named(self, tmp_path, changes, message):
@@ -257,8 +256,6 @@ class TestVideo:
         ("changes", "message"),
         [
             ({"answer": "5"}, "test.csv, record 0: answer = '5'; expected a number from 0 to 4"),
-            ({"answer": "x"}, "test.csv, record 0: answer = 'x'; expected a number from 0 to 4"),
-            ({"a3": ""}, "test.csv, record 0: a3 = ''; expected text"),
             ({"video": "402"}, "map_vid_vidorID.json, record 0: 402 = None; expected text"),
         ],
     )
@@ -266,11 +263,8 @@ class TestVideo:
         with pytest.raises(ValueError, match=message):
             load("nextqa-mc", make_nextqa(tmp_path, **changes))
 
-    def test_a_corrupt_caption_file_is_named(self, tmp_path):
+    def test_two_caption_files_are_refused(self, tmp_path):
         make_vatex(tmp_path)
-        write_json(tmp_path / "vatex_validation_v1.0.json", [{"videoID": "abc_000001_000011", "enCap": []}])
-        with pytest.raises(ValueError, match=r"vatex_validation_v1.0.json, record 0: enCap = \[\]; expected a list"):
-            load("vatex", tmp_path)
         write_json(tmp_path / "vatex_test.json", [])
         with pytest.raises(ValueError, match=r"expected one question file vatex\*.json, found 2"):
             load("vatex", tmp_path)

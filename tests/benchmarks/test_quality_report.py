@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -55,27 +54,14 @@ def test_tables_have_a_line_a_server_and_a_column_a_task(store: Path, capsys: py
 
 
 def test_plots_are_pictures_with_something_in_them(store: Path) -> None:
-    heads = [
-        {"layer": layer, "kv_head": head, "is_dynamic": bool(head), "statistics": {"sparsity": 0.5, "capture": 0.1}}
-        for layer in range(3)
-        for head in range(2)
-    ]
-    mean = {"layer": "mean", "kv_head": "mean"}
-    (store / "diagnose-0.1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*heads, mean]))
     assert main(["report", "--out", str(store), "--markdown", str(store / "tables.md")]) == 0
     assert (store / "tables.md").read_text().count("### ") == 2
     names = {"accuracy-coherent-1600", "memory-coherent-1600", "accuracy-page-1600", "memory-page-1600"}
     pictures = {path.stem: path for path in store.glob("*.png")}
-    assert set(pictures) == names | {"heads-diagnose-0.1"}
+    assert set(pictures) == names
     for path in pictures.values():
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 8
-
-
-def test_a_broken_diagnosis_is_named(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (store / "diagnose.jsonl").write_text('{"layer": 0}\n')
-    assert main(["report", "--out", str(store)]) == 2
-    assert "diagnose.jsonl: line 1 " in capsys.readouterr().err
 
 
 def test_tables_replace_what_stands_between_the_marks(store: Path) -> None:

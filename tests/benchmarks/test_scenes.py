@@ -108,20 +108,6 @@ def test_message_carries_the_pictures_and_the_question(rng):
         assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), image)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (([], "shuffled"), r"layout: expected .* got \[\]"),
-        (([(0, 3)], "shuffled"), r"layout: expected .* got \[\(0, 3\)\]"),
-        (([(3, 3)], "tidy"), "arrangement: expected one of coherent, shuffled, page, got 'tidy'"),
-    ],
-)
-def test_impossible_scenes_are_refused(rng, arguments, sentence):
-    layout, arrangement = arguments
-    with pytest.raises(ValueError, match=sentence):
-        draw_scene(rng, layout, arrangement=arrangement)
-
-
 def test_a_question_without_an_answer_is_refused(rng):
     with pytest.raises(ValueError, match="kind: expected one of read for this scene, got 'get'"):
         ask(rng, draw_scene(rng, [(5, 5)], arrangement="page"), "get")

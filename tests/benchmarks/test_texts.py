@@ -171,19 +171,6 @@ def test_right_answers_are_right_and_their_parts_are_not(kind: str) -> None:
     assert is_right(question, f"{question.answer} or 5678") is False
 
 
-@pytest.mark.parametrize(
-    ("field", "call"),
-    [
-        ("split", lambda: draw(0, split="test")),
-        ("length", lambda: draw(0, 50)),
-        ("kind", lambda: ask(0, draw(0), "dance")),
-    ],
-)
-def test_bad_arguments_are_named(field: str, call) -> None:
-    with pytest.raises(ValueError, match=f"^{field}: expected"):
-        call()
-
-
 @pytest.fixture
 def fresh_sources():
     passages.cache_clear()

@@ -1,5 +1,4 @@
 import argparse
-import types
 
 import pytest
 from sglang.srt.server_args import ServerArgs
@@ -115,10 +114,3 @@ def test_help_explains_every_flag_and_field():
     assert "calibration (a text; required): path" in words
     assert "Of quest, new or with another default: chunk_score" in words
     assert "host_store_bytes (an integer at least 0 or null; default null): bytes" in words
-
-
-def test_refusal_raises_into_a_python_caller():
-    error = ValueError("no")
-    with pytest.raises(ValueError) as caught:
-        server_args.refuse(types.SimpleNamespace(), error)
-    assert caught.value is error
