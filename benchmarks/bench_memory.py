@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -118,7 +119,7 @@ def _admission_row(model: Path, budget: float | None, load: AdmissionLoad, dtype
         started = time.perf_counter()
         answers = parallel(one, range(load.requests))
         seconds = time.perf_counter() - started
-        running, queued = server.running_requests(), server.queued_requests()
+        running, queued = server.log_maximum("#running-req"), server.log_maximum("#queue-req")
     compressed = sum(bool((meta.get("kv_compressor") or {}).get("compressed")) for meta in answers)
     if budget is not None and not compressed:
         raise NotCompressed("admission: no request was compressed")
@@ -170,28 +171,21 @@ def main() -> int:
     end_on_sigterm()
     model = args.model or make_model("tiny-qwen2")
     origin = run_metadata() | {"model": model.name}
-    runs: list[tuple[int, Iterator[Row]]] = []
-    if args.only != "admission":
-        runs.append(
-            (
-                len(args.budgets) * len(args.prompt_tokens),
-                resident_rows(model, args.budgets, args.prompt_tokens, args.dtype),
-            )
-        )
-    if args.only != "memory":
-        runs.append((3, admission_rows(model, AdmissionLoad(args.requests), args.dtype)))
+    parts: dict[str, tuple[int, Iterator[Row]]] = {
+        "memory": (
+            len(args.budgets) * len(args.prompt_tokens),
+            resident_rows(model, args.budgets, args.prompt_tokens, args.dtype),
+        ),
+        "admission": (3, admission_rows(model, AdmissionLoad(args.requests), args.dtype)),
+    }
+    runs = [part for name, part in parts.items() if args.only in (None, name)]
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("bench_memory", total=sum(count for count, _ in runs))
         try:
-            for _, rows in runs:
-                for row in rows:
-                    print(
-                        json.dumps(row | origin)
-                        if args.json
-                        else ", ".join(f"{key} {value}" for key, value in row.items()),
-                        flush=True,
-                    )
-                    progress.advance(task)
+            for row in itertools.chain.from_iterable(rows for _, rows in runs):
+                line = ", ".join(f"{key} {value}" for key, value in row.items())
+                print(json.dumps(row | origin) if args.json else line, flush=True)
+                progress.advance(task)
         except NotCompressed as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -55,12 +55,8 @@ class NotCompressed(RuntimeError):
     """The server answered, but compression did not run."""
 
 
-@dataclass(frozen=True)
-class Chat:
-    """One scene and the questions of its turns."""
-
-    scene: Scene
-    questions: tuple[Question, ...]
+Chat = tuple[Scene, tuple[Question, ...]]
+"""A scene and the questions of its turns."""
 
 
 @dataclass
@@ -93,16 +89,17 @@ def make_chats() -> tuple[list[Chat], Chat]:
     chats = []
     for arrangement, layout, kinds in CHATS:
         scene = draw_scene(rng, layout, arrangement=arrangement)
-        chats.append(Chat(scene, tuple(ask(rng, scene, kind) for kind in kinds)))
+        chats.append((scene, tuple(ask(rng, scene, kind) for kind in kinds)))
     scene = draw_scene(rng, LONG_LAYOUT)
-    return chats, Chat(scene, (ask(rng, scene, "get"),))
+    return chats, (scene, (ask(rng, scene, "get"),))
 
 
 def _raw_prompt(chat: Chat) -> dict[str, Any]:
     """Return the body of /generate that asks the first question of a chat."""
-    pictures = "<|vision_start|><|image_pad|><|vision_end|>" * len(chat.scene.images)
-    text = f"<|im_start|>user\n{pictures}{chat.questions[0].text}<|im_end|>\n<|im_start|>assistant\n"
-    return {"text": text, "image_data": [image_url(image) for image in chat.scene.images]}
+    scene, (question, *_) = chat
+    pictures = "<|vision_start|><|image_pad|><|vision_end|>" * len(scene.images)
+    text = f"<|im_start|>user\n{pictures}{question.text}<|im_end|>\n<|im_start|>assistant\n"
+    return {"text": text, "image_data": [image_url(image) for image in scene.images]}
 
 
 def _show(console: Console, question: Question, answer: ChatAnswer) -> None:
@@ -115,10 +112,10 @@ def _show(console: Console, question: Question, answer: ChatAnswer) -> None:
 
 def _hold_chat(server: Server, chat: Chat, run: Run, console: Console, advance: Callable[[], None]) -> None:
     """Ask the questions of a chat one after another; later turns keep the images and the answers so far."""
-    messages = [user_message(chat.scene, chat.questions[0])]
-    pictures = f"{len(chat.scene.images)} image{'s' if len(chat.scene.images) > 1 else ''}"
-    console.print(f"  [dim]{pictures}, {chat.scene.num_visual_tokens} cells[/]")
-    for turn, question in enumerate(chat.questions):
+    scene, questions = chat
+    messages = [user_message(scene, questions[0])]
+    console.print(f"  [dim]images: {len(scene.images)}, cells: {scene.num_visual_tokens}[/]")
+    for turn, question in enumerate(questions):
         if turn:
             messages.append({"role": "user", "content": question.text})
         answer = server.chat(messages, max_tokens=32)
@@ -130,10 +127,10 @@ def _hold_chat(server: Server, chat: Chat, run: Run, console: Console, advance: 
 
 
 def _ask_long(server: Server, chat: Chat, run: Run, console: Console) -> None:
-    console.print(f"  [dim]{len(chat.scene.images)} images, longer than what the model was trained on: not scored[/]")
+    scene, (question, *_) = chat
+    console.print(f"  [dim]{len(scene.images)} images, longer than what the model was trained on: not scored[/]")
     sampling = {"max_new_tokens": LONG_NEW_TOKENS, "ignore_eos": True}
-    message = user_message(chat.scene, chat.questions[0])
-    run.long = server.chat([message], max_tokens=LONG_NEW_TOKENS, ignore_eos=True)
+    run.long = server.chat([user_message(scene, question)], max_tokens=LONG_NEW_TOKENS, ignore_eos=True)
     details = f"first token {run.long.ttft * 1000:.0f} ms, then {run.long.tokens_per_second:.0f} tokens/s"
     console.print(f"  {run.long.prompt_tokens} tokens  [dim]({details})[/]")
     # Once more by /generate, whose answers say what compression did to this request.
@@ -149,7 +146,7 @@ def _crowd(server: Server) -> int:
         server.generate(input_ids=random_prompt(i, CROWD_PROMPT_TOKENS), sampling_params=sampling)
 
     parallel(one, range(CROWD))
-    return server.running_requests()
+    return server.log_maximum("#running-req")
 
 
 def _check_compressed(run: Run, num_before: int) -> None:
@@ -256,7 +253,7 @@ def main() -> int:
     except NotCompressed as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]COMPRESSION DID NOT RUN[/]: {escape(str(error))}")
         return 1
-    num_questions = sum(len(chat.questions) for chat in chats)
+    num_questions = sum(len(questions) for _, questions in chats)
     console.print(make_table(runs, num_questions))
     row = {"demo": "hybridkv", "device": detect_device(), "model": MODEL.name, "questions": num_questions}
     row |= {"max_total_tokens": POOL_TOKENS, "crowd_requests": CROWD, "crowd_prompt_tokens": CROWD_PROMPT_TOKENS}

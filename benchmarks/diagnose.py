@@ -91,7 +91,7 @@ def measure_prompt(
     needle_survival : 1 when the prompt key with the largest probability was among those rows, else 0.
     STATISTICS : see `all_statistics`.
     """
-    held = compress(prompt, compressor, "diagnose", len(answer) + 1)
+    held = compress(prompt, compressor, len(answer) + 1)
     comparison = Comparison(prompt, held, everything(prompt, compressor))
     start = len(prompt.ids) + prompt.position_delta
     logits = model.run(answer[None], torch.arange(start, start + len(answer)), comparison)[0]

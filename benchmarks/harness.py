@@ -276,23 +276,14 @@ class Server:
         state: dict[str, Any] | None = self.server_info()["internal_states"][0].get("kv_compressor")
         return state
 
-    def running_requests(self) -> int:
-        """Return the most requests that the scheduler has reported running at once."""
-        return log_maximum(self.log_text(), "#running-req")
-
-    def queued_requests(self) -> int:
-        """Return the most requests that the scheduler has reported waiting at once."""
-        return log_maximum(self.log_text(), "#queue-req")
+    def log_maximum(self, field: str) -> int:
+        """Return the largest number that the scheduler has logged after `field`; 0 if there is none."""
+        return max(map(int, re.findall(rf"{re.escape(field)}: (\d+)", self.log_text())), default=0)
 
 
 def _signal(process: psutil.Process, method: str) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         getattr(process, method)()
-
-
-def log_maximum(log: str, field: str) -> int:
-    """Return the largest value of a `field: number` in a scheduler log; 0 if there is none."""
-    return max((int(value) for value in re.findall(re.escape(field) + r": (\d+)", log)), default=0)
 
 
 def parallel(function: Any, items: Sequence[Any]) -> list[Any]:

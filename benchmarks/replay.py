@@ -70,7 +70,6 @@ class Held:
 
     Attributes
     ----------
-    name : for reports.
     covered : tokens of the page-aligned prompt; later ones are dense.
     kept : [L, H, covered], bool. Rows of static heads; of dynamic heads, those that the buffer starts with.
     is_dynamic : [L, H], bool.
@@ -78,10 +77,8 @@ class Held:
     config : of the compressor; says how chunks are scored.
     merged : per layer, keys and values [H, covered, D] in place of the prompt's; None without merging.
     device_pages : pages of L x H head pages on the device, summaries and rounding included.
-    statistic : [L, H] or [L, H, S]. The compressor's number, or numbers, for each head.
     """
 
-    name: str
     covered: int
     kept: torch.Tensor
     is_dynamic: torch.Tensor
@@ -89,7 +86,6 @@ class Held:
     config: Any
     device_pages: int
     merged: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
-    statistic: torch.Tensor | None = None
 
     def resident_ratio(self, num_tokens: int) -> float:
         """Device bytes over stock's for a request of `num_tokens` tokens in all, as the engine counts them."""
@@ -136,7 +132,7 @@ def geometry_of(prompt: Prompt, compressor: Compressor, max_new_tokens: int) -> 
 
 
 @torch.inference_mode()
-def compress(prompt: Prompt, compressor: Compressor, name: str, max_new_tokens: int = 64) -> Held:
+def compress(prompt: Prompt, compressor: Compressor, max_new_tokens: int = 64) -> Held:
     """Do what the engine does at the end of prefill, up to the rows that it would move."""
     config = compressor.config
     if isinstance(config, RetrievalConfig) and (config.estimates or config.prefetch != "off"):
@@ -154,17 +150,7 @@ def compress(prompt: Prompt, compressor: Compressor, name: str, max_new_tokens: 
             for k, v, kept in zip(prompt.k, prompt.v, plan.kept, strict=True)
         )
     pages = geometry.pages_used(int(heads.is_dynamic.sum()), num_layers * num_kv_heads)
-    return Held(
-        name,
-        geometry.covered,
-        plan.kept,
-        heads.is_dynamic,
-        heads.num_head_pages,
-        config,
-        pages,
-        merged,
-        observed.statistic,
-    )
+    return Held(geometry.covered, plan.kept, heads.is_dynamic, heads.num_head_pages, config, pages, merged)
 
 
 def everything(prompt: Prompt, compressor: Compressor) -> Held:
@@ -174,7 +160,7 @@ def everything(prompt: Prompt, compressor: Compressor) -> Held:
     pages = len(prompt.ids) // page_size
     kept = torch.ones(num_layers, num_kv_heads, pages * page_size, dtype=torch.bool)
     heads = torch.zeros(num_layers, num_kv_heads, dtype=torch.int64)
-    return Held("full", pages * page_size, kept, heads.bool(), heads + pages, compressor.config, pages)
+    return Held(pages * page_size, kept, heads.bool(), heads + pages, compressor.config, pages)
 
 
 @dataclass

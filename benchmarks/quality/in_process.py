@@ -94,7 +94,7 @@ class Answerer:
         compressor = self.compressors[spec]
         if compressor is None:
             return everything(prompt, self._plain)
-        return compress(prompt, compressor, spec.label, max_new_tokens)
+        return compress(prompt, compressor, max_new_tokens)
 
     def _begin(self, prompt: Prompt, replay: Replay, written: torch.Tensor) -> torch.Tensor:
         """[B, vocabulary]: logits of the answer's first token."""

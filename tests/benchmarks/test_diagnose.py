@@ -71,7 +71,7 @@ def test_error_mass_and_needle_are_those_of_plain_attention(heads: dict[str, flo
     q, k, v = states(6, 204), states(2, 204), states(2, 204)
     prompt = Prompt(torch.arange(203), *(x[:, :, :203].transpose(1, 2) for x in (q, k, v)), torch.zeros(9), (), 0.2)
     compressor = make_compressor("hybridkv", 1, 2, budget=0.3, **SHORT, **heads)
-    comparison = Comparison(prompt, compress(prompt, compressor, ""), everything(prompt, compressor))
+    comparison = Comparison(prompt, compress(prompt, compressor), everything(prompt, compressor))
     own = [x[:, :, 203:] for x in (q, k, v)]
     full = full_attention(q[0, :, 203], k[0], v[0], 0.2)
     torch.testing.assert_close(comparison.attend(0, *own, 0.2)[0, :, 0].double(), full, rtol=1e-4, atol=1e-5)

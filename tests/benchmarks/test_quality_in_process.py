@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,10 @@ def ask(folder: Path, *specs: ServerSpec) -> dict[ServerSpec, dict]:
     files = {spec: AnswerFile(folder, spec) for spec in specs}
     answerer = Answerer(ReplayedModel(TINY_MODEL), specs, None)
     counts: list[int] = []
-    for file in files.values():
-        file.__enter__()
-    answer_cells(answerer, [CELL], files, seed=3, advance=counts.append)
-    for file in files.values():
-        file.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        for file in files.values():
+            stack.enter_context(file)
+        answer_cells(answerer, [CELL], files, seed=3, advance=counts.append)
     return {spec: file.answers for spec, file in files.items()} | {"counts": counts}  # type: ignore[dict-item]
 
 

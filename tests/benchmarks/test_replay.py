@@ -85,7 +85,7 @@ def test_attention_of_every_setting_is_that_of_the_engine(at_once: int) -> None:
     engines = [Engine(compressor, seed) for compressor in compressors]
     expected = [engine.decode() for engine in engines]
     prompt = engines[0].prompt
-    held = [compress(prompt, one, label) for label, one in zip(SETTINGS, compressors, strict=True)]
+    held = [compress(prompt, one) for one in compressors]
     outs = replay_answer(Replay(None, prompt, held), engines[0], at_once)
     for out, label, one in zip(outs.unbind(1), SETTINGS, expected, strict=True):
         assert torch.allclose(out, one, rtol=1e-4, atol=1e-5), label
@@ -105,7 +105,7 @@ def test_everything_is_full_attention() -> None:
 
 def test_resident_share_counts_what_the_engine_holds() -> None:
     prompt = Engine(compressor_of("hybridkv", 1.0), fresh_generator().initial_seed()).prompt
-    held = compress(prompt, compressor_of("hybridkv", 0.3, max_dynamic_heads=0.5), "")
+    held = compress(prompt, compressor_of("hybridkv", 0.3, max_dynamic_heads=0.5))
     pages = LENGTH // 8
     kept = int(held.num_pages.sum())
     summaries = int(held.is_dynamic.sum()) * -(-pages // 16)
