@@ -23,7 +23,6 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from benchmarks.bench_memory import random_prompt
 from benchmarks.harness import Server, ServerError, compression_flags, end_on_sigterm, engine_flags, parallel
@@ -37,7 +36,6 @@ RATIO_BUDGET = 0.1
 WARM_UP_TOKENS = 1024
 TTFT_NEW_TOKENS = 2
 POOL_SLACK_TOKENS = 8192
-COLUMNS = ("server", "budget", "prompt_tokens", "batch", "decode_tok_s", "ttft_ms")
 
 Row = dict[str, Any]
 
@@ -230,21 +228,11 @@ def server_rows(kind: ServerKind, args: argparse.Namespace, model: Path, progres
             yield _measure(server, kind, batch, args, progress)
 
 
-def make_table(rows: Sequence[Row]) -> Table:
-    """Return the rows for people; the ratios below."""
-    *measured, ratios = rows
-    quotients = [f"{name} {value:g}" for name, value in ratios.items() if isinstance(value, float) and name != "budget"]
-    table = Table(*COLUMNS, caption=f"batch {ratios['batch']}: {', '.join(quotients)}", caption_justify="left")
-    for row in measured:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in COLUMNS))
-    return table
-
-
 def _arguments() -> argparse.Namespace:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=style)
     add = parser.add_argument
-    add("--json", action="store_true", help="print one JSON object a row; else a table at the end")
+    add("--json", action="store_true", help="print one JSON object a row; else a readable line a row")
     add("--engine", choices=["cpu", "cuda"], required=True, help="where the servers run")
     add("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="what to compare")
     add("--budgets", type=float, nargs="+", default=list(BUDGETS), help="one hybridkv server each")
@@ -277,8 +265,8 @@ def main() -> int:
 
     def put(row: Row) -> None:
         rows.append(row)
-        if args.json:
-            print(json.dumps(row | origin), flush=True)
+        line = ", ".join(f"{key} {value}" for key, value in row.items())
+        print(json.dumps(row | origin) if args.json else line, flush=True)
 
     with Progress(console=Console(stderr=True, soft_wrap=True)) as progress:
         progress.add_task("bench_serving", total=len(kinds) * (len(args.batches) + 1) * args.repeats)
@@ -286,13 +274,10 @@ def main() -> int:
             for kind in kinds:
                 for row in server_rows(kind, args, model, progress):
                     put(row)
-                    progress.console.print("  " + ", ".join(f"{name} {row[name]}" for name in COLUMNS[2:]))
         except (Unfit, ServerError, httpx.HTTPError) as error:
             progress.console.print(f"[bold red]error[/]: {escape(str(error))}")
             return 1
     put(ratio_row(rows, max(args.batches)))
-    if not args.json:
-        Console().print(make_table(rows))
     return 0
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.provenance import run_metadata
 from benchmarks.quality.cases import CONTEXTS, Cell, contexts_of, make_exchanges
@@ -146,15 +145,6 @@ def diagnose(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]
     return [head | row for row in result_rows(measured)]
 
 
-def _show(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table("layer", "head", "dynamic", "rows", "error", "mass", "needle", *STATISTICS)
-    for row in rows:
-        place = ("all", "") if row["layer"] is None else (str(row["layer"]), str(row["kv_head"]))
-        values = (*(row[name] for name in MEASURES), *row["statistics"].values())
-        table.add_row(*place, *(f"{value:.3g}" for value in values))
-    console.print(table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the diagnosis; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -168,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, help=help_text)
     parser.add_argument("--num-prompts", type=int, default=4, help="prompts to average over (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one JSON object a row on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row; else a readable line a row")
     args = parser.parse_args(argv)
     console = Console(stderr=True)
     try:
@@ -176,11 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         console.print(f"diagnose: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
-    if args.json:
-        metadata = run_metadata()
-        for row in rows:
-            print(json.dumps(row | metadata), flush=True)
-    _show(console if args.json else Console(), rows)
+    origin = run_metadata()
+    for row in rows:
+        print(json.dumps(row | origin) if args.json else ", ".join(f"{key} {value}" for key, value in row.items()))
     return 0
 
 

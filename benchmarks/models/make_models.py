@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,22 +83,28 @@ SPECS = {
 }
 
 
-def _tokenizer() -> Any:
+def train_pieces(corpus: Sequence[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> Any:
+    """Byte-level BPE of so many pieces, bytes and special tokens included; the special ones come first."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_TARGET - len(SPECIAL_TOKENS),
-        special_tokens=[],
+        vocab_size=vocab_size,
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    raw.train_from_iterator(CORPUS * 4, trainer)
+    raw.train_from_iterator(corpus, trainer)
+    return raw
+
+
+def _tokenizer() -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
+        tokenizer_object=train_pieces(CORPUS * 4, VOCAB_TARGET - len(SPECIAL_TOKENS)),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=SPECIAL_TOKENS,
@@ -208,7 +214,7 @@ def _spread_heads(model: Any, spec: ModelSpec) -> None:
                 key.bias[rows] *= spread
 
 
-def _save_processors(folder: Path) -> None:
+def _processors() -> dict[str, dict[str, Any]]:
     pixels = {
         "min_pixels": 4 * 784,
         "max_pixels": 4096 * 784,
@@ -228,25 +234,30 @@ def _save_processors(folder: Path) -> None:
         "do_sample_frames": False,
         **shared,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(image, indent=1))
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
+    return {"preprocessor_config.json": image, "video_preprocessor_config.json": video}
 
 
-def _save(model: Any, tokenizer: Any, spec: ModelSpec, folder: Path) -> None:
+def save_checkpoint(model: Any, tokenizer: Any, folder: Path, processors: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write weights in bfloat16, tokenizer and chat template as SGLang and transformers read them.
+
+    Parameters
+    ----------
+    processors : settings of a vision model's image and video processor, by file name.
+    """
     import torch
 
     model.generation_config.do_sample = False
-    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Named explicitly: else transformers loads the model family's tokenizer class, which rewrites the pre-tokenizer.
-    path = folder / "tokenizer_config.json"
-    config = {**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}
-    if spec.family == "qwen2_5_vl":
-        config["processor_class"] = "Qwen2_5_VLProcessor"
-        _save_processors(folder)
-    path.write_text(json.dumps(config, indent=1))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if processors:
+        settings["processor_class"] = "Qwen2_5_VLProcessor"
+    for name, values in {"tokenizer_config.json": settings, **processors}.items():
+        (folder / name).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def _stamp(name: str) -> dict[str, str]:
@@ -278,7 +289,7 @@ def make_model(name: str, out_dir: Path = DEFAULT_DIR) -> Path:
         spec, tokenizer = SPECS[name], _tokenizer()
         model = _build(spec, tokenizer)
         _initialise(model, spec)
-        _save(model, tokenizer, spec, folder)
+        save_checkpoint(model, tokenizer, folder, _processors() if spec.family == "qwen2_5_vl" else {})
 
     return make_once(out_dir / name, _stamp(name), build)
 

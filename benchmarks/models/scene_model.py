@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tokenizers import pre_tokenizers as token_splitters
 from tokenizers import trainers as token_trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.models.make_models import CHAT_TEMPLATE
+from benchmarks.models.make_models import CHAT_TEMPLATE, save_checkpoint
 from benchmarks.scenes import CELL_PIXELS, CODES, COLOURS, KINDS, MOST_DOTS
 
 SPECIAL = (
@@ -120,13 +119,8 @@ def build_config() -> Qwen2_5_VLConfig:
     )
 
 
-def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """Write weights, tokenizer, chat template and image processor settings as SGLang and transformers read them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.generation_config.eos_token_id = [token_id("<|im_end|>")]
-    model.generation_config.pad_token_id = token_id("<|endoftext|>")
-    model.generation_config.do_sample = False
-    model.save_pretrained(folder)
+def save_scene_model(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+    """Write the checkpoint as SGLang and transformers read it."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(),
         eos_token="<|im_end|>",
@@ -136,12 +130,12 @@ def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> 
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Qwen2_5_VLProcessor"}
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "preprocessor_config.json", image_settings())
-    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    save_checkpoint(model, fast, folder, processor_files(CHAT_TEMPLATE))
+
+
+def processor_files(chat_template: str) -> dict[str, dict[str, Any]]:
+    """Settings of the image processor, and the template once more for those that look for it in a file."""
+    return {"preprocessor_config.json": image_settings(), "chat_template.json": {"chat_template": chat_template}}
 
 
 def image_settings() -> dict[str, Any]:
@@ -165,8 +159,3 @@ def image_settings() -> dict[str, Any]:
         "image_mean": [0.5] * 3,
         "image_std": [0.5] * 3,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write one of a checkpoint's settings files."""
-    path.write_text(json.dumps(value, indent=1) + "\n")

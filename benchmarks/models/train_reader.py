@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, image_settings, write_json
+from benchmarks.models.make_models import save_checkpoint
+from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, processor_files
 from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, drawings_digest, piece_text
 from benchmarks.scenes import CELL_PIXELS
 
@@ -218,8 +218,8 @@ def rename_tokens(folder: Path) -> None:
     path.write_text(json.dumps(settings, ensure_ascii=False))
 
 
-def save_tokenizer(language: Path, folder: Path) -> None:
-    """Write tokenizer, chat template and image processor settings as SGLang and transformers read them."""
+def load_tokenizer(language: Path, folder: Path) -> PreTrainedTokenizerFast:
+    """The language model's tokenizer with names for images, and the template; leaves `tokenizer.json` in the folder."""
     shutil.copy(language / "tokenizer.json", folder)
     rename_tokens(folder)
     tokenizer = PreTrainedTokenizerFast(
@@ -230,13 +230,7 @@ def save_tokenizer(language: Path, folder: Path) -> None:
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    # Named explicitly: else transformers loads the model family's tokenizer class, which rewrites the pre-tokenizer.
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Qwen2_5_VLProcessor"}
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "preprocessor_config.json", image_settings())
-    write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+    return tokenizer
 
 
 def make_reader(language: Path, folder: Path, num_pieces: int = NUM_PIECES) -> Accuracy:
@@ -249,8 +243,7 @@ def make_reader(language: Path, folder: Path, num_pieces: int = NUM_PIECES) -> A
     if not (language / "config.json").is_file():
         raise ValueError(f"language: expected a folder with a config.json, got {str(language)!r}")
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(language, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(language, folder)
     llama = AutoModelForCausalLM.from_pretrained(language, dtype=torch.float32)
     pieces = choose_pieces(tokenizer, num_pieces)
     model = Qwen2_5_VLForConditionalGeneration(build_config(llama.config, num_pieces))
@@ -259,11 +252,8 @@ def make_reader(language: Path, folder: Path, num_pieces: int = NUM_PIECES) -> A
     targets = llama.get_input_embeddings().weight.detach()[pieces]
     write_tower(model.model.visual, patches, targets)
     accuracy = measure(model.model.visual, patches, targets)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.do_sample = False
-    model.to(torch.bfloat16).save_pretrained(folder)
-    write_json(folder / PIECES_FILE, {"pieces": pieces, "drawings": drawings_digest(tokenizer, pieces)})
+    read = {PIECES_FILE: {"pieces": pieces, "drawings": drawings_digest(tokenizer, pieces)}}
+    save_checkpoint(model, tokenizer, folder, processor_files(CHAT_TEMPLATE) | read)
     (folder / "README.md").write_text(describe(accuracy, len(pieces)))
     return accuracy
 

@@ -29,7 +29,7 @@ from benchmarks.models.scene_model import (
     VISION_HEADS,
     build_config,
     encode,
-    save_checkpoint,
+    save_scene_model,
     token_id,
 )
 from benchmarks.scenes import (
@@ -380,7 +380,7 @@ def main() -> None:
     print(f"tower: root mean square error {noise:.4f}", flush=True)
     trainer = Trainer(model, code, noise, rng)
     train_language_model(trainer, args.steps, 0.8)
-    save_checkpoint(model.to(torch.bfloat16), args.out)
+    save_scene_model(model, args.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from benchmarks.models.make_models import DEFAULT_DIR
+from benchmarks.models.make_models import DEFAULT_DIR, train_pieces
 from benchmarks.models.train_reader import NUM_PIECES, SPARE_IDS, cell_patches, make_reader, measure
 from benchmarks.pages import PageWriter, choose_pieces, draw_piece, piece_text, sources, squeeze
 from benchmarks.scenes import CELL_PIXELS
@@ -22,18 +22,10 @@ PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.just
 
 def learn_tokenizer():
     """Byte pairs with special tokens where SmolLM2 has them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<spare_{i}>" for i in range(3, 17))]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=768, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    raw.train_from_iterator([squeeze(text)[:20_000] for text in sources()], trainer)
+    raw = train_pieces([squeeze(text)[:20_000] for text in sources()], 768, special)
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>")
 
 

@@ -1,10 +1,12 @@
 """What the trainer computes by itself is what the served model computes."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.models.scene_model import SPECIAL, build_tokenizer, encode, save_checkpoint, token_id
+from benchmarks.models.scene_model import SPECIAL, build_tokenizer, encode, save_scene_model, token_id
 from benchmarks.models.train_tiny import (
     CellCode,
     Stage,
@@ -73,7 +75,7 @@ def test_a_few_steps_on_one_batch_reduce_its_loss(model):
 def test_checkpoint_is_loaded_by_transformers(model, tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
-    save_checkpoint(model, tmp_path)
+    save_scene_model(copy.deepcopy(model), tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).text_config.num_key_value_heads == 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "get K7"}]}
