@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks.harness import Server, compression_flags, end_on_sigterm, engine_flags, parallel
+from benchmarks.harness import NotCompressed, Server, compression_flags, end_on_sigterm, engine_flags, parallel
 from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
 
@@ -46,10 +46,6 @@ class AdmissionLoad:
     def pool_tokens(self) -> int:
         """Size of the pool, as --max-total-tokens."""
         return self.stock_requests * (self.prompt_tokens + self.new_tokens)
-
-
-class NotCompressed(RuntimeError):
-    """The server answered, but without compressing."""
 
 
 def random_prompt(seed: int, num_tokens: int) -> list[int]:

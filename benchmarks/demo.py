@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks.bench_memory import random_prompt
 from benchmarks.harness import (
     ChatAnswer,
+    NotCompressed,
     Server,
     compression_flags,
     detect_device,
@@ -49,10 +50,6 @@ LONG_NEW_TOKENS = 64
 CROWD, CROWD_PROMPT_TOKENS, CROWD_NEW_TOKENS = 64, 1024, 32
 POOL_TOKENS = 10 * (CROWD_PROMPT_TOKENS + CROWD_NEW_TOKENS)
 STEPS_PER_SERVER = 1 + sum(len(kinds) for *_, kinds in CHATS) + 2
-
-
-class NotCompressed(RuntimeError):
-    """The server answered, but compression did not run."""
 
 
 Chat = tuple[Scene, tuple[Question, ...]]

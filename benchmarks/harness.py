@@ -132,6 +132,10 @@ class ServerError(RuntimeError):
     """The server did not start, or died."""
 
 
+class NotCompressed(RuntimeError):
+    """The server answered without compressing, or compressed without being asked to."""
+
+
 class Server:
     """A server process: started on entry, stopped with all its children on exit.
 

@@ -29,7 +29,6 @@ from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 from sglang_hybridkv.compressors import Compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide
-from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 
 _ATTENTION = "hybridkv_replay"
@@ -121,25 +120,21 @@ def observe(prompt: Prompt, compressor: Compressor) -> ObservedPrompt:
     return observer.finish(0)
 
 
-def geometry_of(prompt: Prompt, compressor: Compressor, max_new_tokens: int) -> PromptGeometry:
-    """Sizes of the compressed prompt; ValueError when the engine would serve it dense."""
-    num_layers, num_kv_heads = prompt.shape
-    shape = PoolShape(compressor.config.page_size, num_layers * num_kv_heads, sys.maxsize)
-    geometry = decide(len(prompt.ids), max_new_tokens, compressor.config, shape)
-    if isinstance(geometry, DenseReason):
-        raise ValueError(f"a prompt of {len(prompt.ids)} tokens is served dense: {EXPLANATIONS[geometry]}")
-    return geometry
-
-
 @torch.inference_mode()
 def compress(prompt: Prompt, compressor: Compressor, max_new_tokens: int = 64) -> Held:
-    """Do what the engine does at the end of prefill, up to the rows that it would move."""
+    """Do what the engine does at the end of prefill, up to the rows that it would move.
+
+    Raises ValueError when the engine would serve the prompt dense, and for what only servers can do.
+    """
     config = compressor.config
     if isinstance(config, RetrievalConfig) and (config.estimates or config.prefetch != "off"):
         raise ValueError("replay: unretrieved = 'estimate' and prefetch are for servers only")
     num_layers, num_kv_heads = prompt.shape
     compressor.bind(num_layers, num_kv_heads)
-    geometry = geometry_of(prompt, compressor, max_new_tokens)
+    shape = PoolShape(config.page_size, num_layers * num_kv_heads, sys.maxsize)
+    geometry = decide(len(prompt.ids), max_new_tokens, config, shape)
+    if isinstance(geometry, DenseReason):
+        raise ValueError(f"a prompt of {len(prompt.ids)} tokens is served dense: {EXPLANATIONS[geometry]}")
     observed = observe(prompt, compressor)
     plan = plan_prompt(compressor, geometry, observed, may_retrieve=compressor.may_retrieve)
     heads, merged = plan.heads, None

@@ -1,4 +1,4 @@
-"""Give a pretrained text model eyes: a Qwen2.5-VL that reads pages of text. ``--language FOLDER --out FOLDER``.
+"""Give a pretrained text model eyes: a Qwen2.5-VL that reads pages of text. ``make models-real`` makes one.
 
 The language model is taken as it is. The vision tower maps each 28-pixel cell with a drawn word piece to the language
 model's own input embedding of that piece, so that a page of pictures is to the model what the text is. The tower is
@@ -13,11 +13,9 @@ along a line, and the text after it, have the positions that text would have.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,21 +281,3 @@ Each line costs two tokens more than its cells; their vectors are half of a newl
 - No video. Context: the language model's (SmolLM2: 8,192 tokens).
 - What it answers is what its language model answers to the same text.
 """
-
-
-def main() -> None:
-    """Command line of this module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--language", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
-    parser.add_argument(
-        "--pieces", type=int, default=NUM_PIECES, help="word pieces that can be drawn (default: %(default)s)"
-    )
-    args = parser.parse_args()
-    started = time.monotonic()
-    accuracy = make_reader(args.language, args.out, args.pieces)
-    print(f"{args.out}: {time.monotonic() - started:.0f} s, {accuracy}")
-
-
-if __name__ == "__main__":
-    main()

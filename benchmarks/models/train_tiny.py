@@ -26,7 +26,6 @@ from benchmarks.models.scene_model import (
     HIDDEN,
     MERGE,
     PATCH_PIXELS,
-    VISION_HEADS,
     build_config,
     encode,
     save_scene_model,
@@ -119,24 +118,10 @@ def cell_patches(grid: np.ndarray[Any, np.dtype[np.int16]]) -> torch.Tensor:
 
 
 def see_cells(tower: Any, patches: torch.Tensor) -> torch.Tensor:
-    """[cells, HIDDEN]: the vision tower on cells one by one, which its window of one cell makes exact."""
-    x = patches @ tower.patch_embed.proj.weight.sum(2).flatten(1).t()
-    for block in tower.blocks:
-        head_dim = block.attn.head_dim
-        qkv = block.attn.qkv(block.norm1(x)).view(len(x), 4, 3, VISION_HEADS, head_dim).permute(2, 0, 3, 1, 4)
-        angles = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).float()[..., None]
-        angles = (angles / 10000 ** (torch.arange(0, head_dim // 2, 2) / (head_dim / 2))).flatten(1)
-        cos, sin = (torch.cat((part, part), -1) for part in (angles.cos(), angles.sin()))
-        q, k = (part * cos + _rotate(part) * sin for part in qkv[:2])
-        seen = F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).reshape(len(x), 4, -1)
-        x = x + block.attn.proj(seen)
-        x = x + block.mlp(block.norm2(x))
-    return tower.merger(x.reshape(len(x) * 4, -1))
-
-
-def _rotate(x: torch.Tensor) -> torch.Tensor:
-    left, right = x.chunk(2, -1)
-    return torch.cat((-right, left), -1)
+    """[cells, HIDDEN]: what the vision tower, whose windows are single cells, makes of cells in one line."""
+    pixels = patches.view(-1, 3, 1, PATCH_PIXELS**2).expand(-1, -1, 2, -1).reshape(len(patches) * MERGE**2, -1)
+    seen: torch.Tensor = tower(pixels, grid_thw=torch.tensor([[1, MERGE, MERGE * len(patches)]])).pooler_output
+    return seen
 
 
 def train_tower(tower: Any, code: CellCode, rng: np.random.Generator, num_steps: int) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
-from benchmarks.harness import detect_device
+from benchmarks.harness import NotCompressed, detect_device
 from benchmarks.quality.cases import (
     Cell,
     DrawText,
@@ -25,10 +25,6 @@ from benchmarks.quality.client import Client, Reply
 from benchmarks.quality.data import CaseExchange, DataSet, Questions, make_case_exchanges, score_case
 from benchmarks.quality.servers import STOCK, ServerSpec
 from benchmarks.quality.store import Answer, AnswerFile, Answers
-
-
-class NotCompressed(RuntimeError):
-    """The server answered without compressing, or compressed without being asked to."""
 
 
 @functools.cache

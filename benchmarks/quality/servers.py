@@ -63,10 +63,6 @@ class ServerSpec:
         words = [self.compressor] + ([] if self.budget is None else [f"{self.budget:g}"])
         return " ".join(words + ([f"({self.variant})"] if self.variant else []))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return dataclasses.asdict(self)
-
 
 def check_compressors(names: Sequence[str]) -> None:
     """Raise ValueError when a name is neither stock nor registered."""

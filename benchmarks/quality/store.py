@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class AnswerFile:
         self._out = self.path.open("ab")
         self._out.truncate(size)
         if size == 0:
-            self._write({"spec": self.spec.as_dict()})
+            self._write({"spec": dataclasses.asdict(self.spec)})
         return self
 
     def __exit__(

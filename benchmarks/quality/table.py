@@ -12,14 +12,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.harness import ServerError
+from benchmarks.harness import NotCompressed, ServerError
 from benchmarks.pages import PIECES_FILE, PageWriter
 from benchmarks.quality.cases import Cell, DrawText
 from benchmarks.quality.client import BadAnswer, Client, Unreachable
 from benchmarks.quality.data import Questions
 from benchmarks.quality.presets import Plan
 from benchmarks.quality.rows import Row, kept_share, lookup_share, make_rows
-from benchmarks.quality.runs import NotCompressed, ask_cells, plan_keys
+from benchmarks.quality.runs import ask_cells, plan_keys
 from benchmarks.quality.servers import HYBRIDKV, REQUEST_TOKENS, STOCK, ServerSpec, launch_config, make_server
 from benchmarks.quality.store import AnswerFile, Answers, read_answers
 from benchmarks.scenes import LOOKUP_KINDS

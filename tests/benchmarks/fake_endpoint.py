@@ -21,12 +21,6 @@ from sglang_hybridkv.compressors import get_compressor
 
 COMPRESSED = {"compressed": True, "reason": None, "resident_ratio": 0.25, "host_bytes": 64, "static_heads": 3}
 COMPRESSED |= {"dynamic_heads": 1}
-FIRST_ID = 1 << 21
-"""Of the tokens that are more than one character."""
-
-
-def _signature(messages: list[dict[str, Any]]) -> str:
-    return json.dumps(messages)
 
 
 class FakeEndpoint:
@@ -64,7 +58,7 @@ class FakeEndpoint:
                 is_data = isinstance(cell, DataSet)
                 made = make_case_exchanges(cell, index, ()) if is_data else make_exchanges(seed, cell, index, ())
                 for exchange in made:
-                    self.exchanges.setdefault(_signature(exchange.messages), []).append(exchange)
+                    self.exchanges.setdefault(json.dumps(exchange.messages), []).append(exchange)
 
     def get(self, path: str) -> dict[str, Any] | None:
         """Answer a GET."""
@@ -77,7 +71,7 @@ class FakeEndpoint:
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         """Answer a chat request."""
         forced = body.get("custom_params", {}).get("write")
-        known = self.exchanges.get(_signature(body["messages"]), [])
+        known = self.exchanges.get(json.dumps(body["messages"]), [])
         # A first question looks like one of its own, but nothing that was asked has its key.
         exchange = next((e for e in known if (e.forced is not None) == (forced is not None)), None)
         if exchange is None and forced is not None:
@@ -104,27 +98,22 @@ class FakeEndpoint:
         yield
         self._images[image] = False
 
-    def _id(self, token: str) -> int:
-        """Number of a token: of one character its own, of others by the order in which they were said."""
-        if len(token) == 1:
-            return ord(token)
+    def id_of(self, token: str) -> int:
+        """Number of a token, by the order in which they were first used."""
         if token not in self._vocabulary:
             self._vocabulary.append(token)
-        return FIRST_ID + self._vocabulary.index(token)
-
-    def _token(self, token_id: int) -> str:
-        return chr(token_id) if token_id < FIRST_ID else self._vocabulary[token_id - FIRST_ID]
+        return self._vocabulary.index(token)
 
     def _answer(self, said: str, forced: str, write: list[int]) -> dict[str, Any]:
         own = [] if write and not forced else [*said.replace(" ", " \0").split("\0"), END_OF_TURN]
-        tokens = [self._token(i) for i in write] + own
+        tokens = [self._vocabulary[i] for i in write] + own
         top = [{"token": "?", "logprob": math.log(0.1)}]
         content = [
             {"token": t, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": math.log(0.9)}, *top]} for t in tokens
         ]
-        text = "".join(map(self._token, write)) + said + (END_OF_TURN + "junk" if forced else "")
+        text = "".join(map(self._vocabulary.__getitem__, write)) + said + (END_OF_TURN + "junk" if forced else "")
         choice = {"message": {"content": text}, "logprobs": {"content": content}}
-        choice["meta_info"] = {"output_token_logprobs": [(0.0, self._id(token), token) for token in tokens]}
+        choice["meta_info"] = {"output_token_logprobs": [(0.0, self.id_of(token), token) for token in tokens]}
         if self.record is not None:
             choice["meta_info"]["kv_compressor"] = self.record
         return {"choices": [choice], "usage": {"prompt_tokens": 1610}}
@@ -145,7 +134,7 @@ def _handler(endpoint: FakeEndpoint) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/tokenize":
-                return self._send({"tokens": [ord(c) for c in body["prompt"]]})
+                return self._send({"tokens": [endpoint.id_of(c) for c in body["prompt"]]})
             if endpoint.dies_after is not None and len(endpoint.asked) >= endpoint.dies_after:
                 return self.connection.close()
             with endpoint.looking(body["messages"]):

@@ -72,7 +72,6 @@ def test_a_calibration_has_to_be_there_and_is_part_of_what_was_asked(tmp_path: P
         scores.write_text(content)
         spec = with_calibration(sparsemm, scores)
         assert launch_config(spec, scores)["calibration"] == str(scores)
-        assert ServerSpec(**spec.as_dict()) == spec
         seen.add(spec.slug)
     assert len(seen) == 2
 

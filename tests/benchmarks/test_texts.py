@@ -106,17 +106,10 @@ def _answer(body: str, question: Question) -> str:
     raise AssertionError(question.kind)
 
 
-def test_halves_share_no_sentence_and_no_word_of_a_fact() -> None:
+def test_halves_share_no_sentence() -> None:
     sentences = [{re.sub(r"\W+", " ", s).lower() for run in passages(split) for s in run} for split in SPLITS]
     assert all(sentences)
     assert sentences[0].isdisjoint(sentences[1])
-    names: list[set[str]] = []
-    for split in SPLITS:
-        drawn = [draw(seed, split=split) for seed in range(10)]
-        facts = " ".join(fact for text in drawn for part in text.said() for fact in part)
-        names.append({word for word in re.findall(r"[A-Za-z]+", facts) if word in texts.FACT_WORDS})
-    assert len(names[0]) > 20
-    assert names[0].isdisjoint(names[1])
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -125,6 +118,8 @@ def test_every_fact_has_all_words_of_its_half(split: str) -> None:
     others = set(re.findall(r"[A-Za-z]+", " ".join(texts.every_fact(SPLITS[split == DEVELOPMENT])))) & texts.FACT_WORDS
     assert words.isdisjoint(others)
     assert words | others == texts.FACT_WORDS
+    drawn = [draw(seed, split=split) for seed in range(10)]
+    assert not set(re.findall(r"[A-Za-z]+", repr([text.said() for text in drawn]))) & others
 
 
 @pytest.mark.parametrize("split", SPLITS)
