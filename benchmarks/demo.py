@@ -49,6 +49,22 @@ LONG_LAYOUT = ((20, 20),) * 10
 LONG_NEW_TOKENS = 64
 CROWD, CROWD_PROMPT_TOKENS, CROWD_NEW_TOKENS = 64, 1024, 32
 POOL_TOKENS = 10 * (CROWD_PROMPT_TOKENS + CROWD_NEW_TOKENS)
+LABELS = {
+    "correct": "right answers in the chats",
+    "ttft_ms": "first token, median of the chats (ms)",
+    "tokens_per_second": "tokens/s, median of the chats",
+    "long_prompt_tokens": "long prompt: tokens",
+    "long_ttft_ms": "  first token (ms)",
+    "long_tokens_per_second": "  tokens/s",
+    "stock_kv_bytes": "  KV of stock (bytes)",
+    "device_kv_bytes": "  KV on the device (bytes)",
+    "resident_ratio": "  share of stock",
+    "host_kv_bytes": "  KV of dynamic heads on the host (bytes)",
+    "static_heads": "  KV heads static",
+    "dynamic_heads": "  KV heads dynamic",
+    "max_running": f"{CROWD_PROMPT_TOKENS:,}-token requests at once, of {CROWD}",
+}
+"""Figures of a server in the table."""
 STEPS_PER_SERVER = 1 + sum(len(kinds) for *_, kinds in CHATS) + 2
 
 
@@ -203,34 +219,14 @@ def figures(run: Run) -> dict[str, Any]:
     return row
 
 
-def make_table(runs: list[dict[str, Any]], num_questions: int) -> Table:
+def make_table(runs: list[dict[str, Any]]) -> Table:
     """Return the comparison for people: one column per server, stock last."""
-    *ours, stock = runs
-    kib, tokens = 1024, f"{stock['long_prompt_tokens']:,}"
-    table = Table(title=f"KV compression beside stock SGLang, same flags ({detect_device()})", title_justify="left")
-    table.add_column("")
+    table = Table("", title=f"KV compression beside stock SGLang, same flags ({detect_device()})", title_justify="left")
     for run in runs:
         table.add_column("stock" if run["budget"] is None else f"budget {run['budget']:g}", justify="right")
-
-    def add(label: str, values: list[Any], stock_value: Any) -> None:
-        table.add_row(label, *map(str, values), str(stock_value))
-
-    def add_field(label: str, name: str) -> None:
-        add(label, [run[name] for run in ours], stock[name])
-
-    full = ours[0]["stock_kv_bytes"] // kib
-    add(f"device KV, {tokens}-token prompt (KiB)", [run["device_kv_bytes"] // kib for run in ours], full)
-    add("  share of stock", [f"{run['resident_ratio']:.1%}" for run in ours], "100%")
-    add("host KV of dynamic heads (KiB)", [run["host_kv_bytes"] // kib for run in ours], 0)
-    add("KV heads static / dynamic", [f"{run['static_heads']} / {run['dynamic_heads']}" for run in ours], "-")
-    add_field("first token, median of the chats (ms)", "ttft_ms")
-    add_field(f"first token, {tokens}-token prompt (ms)", "long_ttft_ms")
-    add_field("tokens/s, median of the chats", "tokens_per_second")
-    add_field(f"tokens/s, {tokens}-token prompt", "long_tokens_per_second")
-    add(f"right answers of {num_questions}", [run["correct"] for run in ours], stock["correct"])
-    add_field(f"{CROWD_PROMPT_TOKENS:,}-token requests at once, of {CROWD}", "max_running")
-    more = [f"{run['max_running'] / max(stock['max_running'], 1):.1f}x" for run in ours]
-    add(f"  against stock, in {POOL_TOKENS:,} tokens", more, "1x")
+    for name, label in LABELS.items():
+        values = (run.get(name, "-") for run in runs)
+        table.add_row(label, *(value if isinstance(value, str) else f"{round(value, 3):,}" for value in values))
     return table
 
 
@@ -251,7 +247,7 @@ def main() -> int:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]COMPRESSION DID NOT RUN[/]: {escape(str(error))}")
         return 1
     num_questions = sum(len(questions) for _, questions in chats)
-    console.print(make_table(runs, num_questions))
+    console.print(make_table(runs))
     row = {"demo": "hybridkv", "device": detect_device(), "model": MODEL.name, "questions": num_questions}
     row |= {"max_total_tokens": POOL_TOKENS, "crowd_requests": CROWD, "crowd_prompt_tokens": CROWD_PROMPT_TOKENS}
     print(json.dumps(row | {"servers": runs} | run_metadata()), flush=True)

@@ -67,16 +67,9 @@ def engine_flags(
     device = device or detect_device()
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    flags = [
-        "--device",
-        device,
-        "--attention-backend",
-        # One and the same on both sides of a comparison.
-        "triton" if device == "cuda" else "torch_native",
-        "--chunked-prefill-size",
-        str(chunked_prefill_size),
-        "--enable-cache-report",
-    ]
+    # The attention backend is one and the same on both sides of a comparison.
+    flags = ["--device", device, "--attention-backend", "triton" if device == "cuda" else "torch_native"]
+    flags += ["--chunked-prefill-size", str(chunked_prefill_size), "--enable-cache-report"]
     flags += ["--max-total-tokens", str(max_total_tokens)] if max_total_tokens else []
     flags += ["--max-running-requests", str(max_running_requests)] if max_running_requests else []
     flags += ["--dtype", dtype] if dtype else []

@@ -141,16 +141,12 @@ def _is_drawable(text: str) -> bool:
     return "\ufffd" not in text and text.replace("\n", "").isprintable() and not is_long_run
 
 
-def choose_pieces(tokenizer: Any, count: int, written: Sequence[str] | None = None) -> list[int]:
+def choose_pieces(tokenizer: Any, count: int) -> list[int]:
     """Ids of the word pieces to be drawn, sorted.
 
     All printable ASCII characters come first, so that any ASCII text can be spelled, then all pieces of
     `asked_texts()`, then the most frequent ones of `sources()`, then those that the tokenizer learned first. Pieces
     that look like one taken before are left out, as are special tokens and parts of characters.
-
-    Parameters
-    ----------
-    written : texts in place of those two.
     """
 
     def pieces_of(text: str) -> list[int]:
@@ -158,10 +154,9 @@ def choose_pieces(tokenizer: Any, count: int, written: Sequence[str] | None = No
 
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     first = [pieces_of(character)[0] for character in characters]
-    if written is None:
-        first += sorted({piece for text in asked_texts() for piece in pieces_of(text)})
+    first += sorted({piece for text in asked_texts() for piece in pieces_of(text)})
     counts: collections.Counter[int] = collections.Counter()
-    for text in sources() if written is None else written:
+    for text in sources():
         counts.update(pieces_of(squeeze(text)))
     frequent = [piece for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     special = set(tokenizer.added_tokens_decoder)

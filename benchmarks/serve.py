@@ -16,21 +16,13 @@ DEFAULT_BUDGET = 0.1
 USAGE = "usage: python -m benchmarks.serve --model-path MODEL [any flag of python -m sglang.launch_server]"
 
 
-def _split(flags: list[str]) -> list[list[str]]:
-    """Group a flat command line: each flag with its values."""
-    groups: list[list[str]] = []
-    for word in flags:
-        if word.startswith("--") or not groups:
-            groups.append([word])
-        else:
-            groups[-1].append(word)
-    return groups
-
-
 def merge_flags(recipe: list[str], given: list[str]) -> list[str]:
-    """Return the recipe without the flags that were given, then the given ones."""
-    named = {group[0].split("=")[0] for group in _split(given)}
-    kept = [word for group in _split(recipe) if group[0] not in named for word in group]
+    """Return the recipe without the flags that were given, and their values, then the given ones."""
+    named = {word.split("=")[0] for word in given if word.startswith("--")}
+    kept, is_kept = [], True
+    for word in recipe:
+        is_kept = word not in named if word.startswith("--") else is_kept
+        kept += [word] if is_kept else []
     return kept + given
 
 

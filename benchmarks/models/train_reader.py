@@ -260,24 +260,11 @@ def describe(accuracy: Accuracy, num_pieces: int) -> str:
     """Model card."""
     return f"""# A reader of pages made of real weights
 
-Language model: taken as it is, from SmolLM2-135M-Instruct (Apache-2.0) unless another was given. Architecture:
-Qwen2_5_VLForConditionalGeneration with zero biases, and all of M-RoPE's rotation by the column.
+SmolLM2-135M-Instruct (Apache-2.0), or the Llama that was given, as a Qwen2_5_VLForConditionalGeneration whose vision
+tower was written down by `benchmarks/models/train_reader.py`: it knows {num_pieces:,} drawn word pieces, whose token
+ids `{PIECES_FILE}` lists. Single cells in bf16: nearest embedding right {accuracy.right:.2%}, error
+{accuracy.worst:.2%} of the embedding's length at worst.
 
-Vision tower: written down by `benchmarks/models/train_reader.py`, no gradient step. Each cell of 28 pixels is one
-visual token. The merger's first layer holds a template of each of {num_pieces:,} drawn word pieces, its last layer the
-language model's input embeddings of them. `{PIECES_FILE}` lists the token ids; other words are spelled in parts.
-
-Single cells in bf16: nearest embedding right {accuracy.right:.2%}, error {accuracy.worst:.2%} of the embedding's length
-at worst. Float32 and float16 read the same.
-
-## How to ask
-`benchmarks/pages.py` draws a text as one picture a line (`PageWriter.load(FOLDER).user_message(text, question)`).
-Each line costs two tokens more than its cells; their vectors are half of a newline's.
-
-## What it cannot do
-- It reads the drawings of `benchmarks/pages.py` only: same font (Pillow's own), size and place. It is a lookup of
-  drawings, not an eye: other pictures give vectors that mean nothing.
-- One row of cells a picture: the rows of a taller one would have the same positions.
-- No video. Context: the language model's (SmolLM2: 8,192 tokens).
-- What it answers is what its language model answers to the same text.
+`PageWriter.load(FOLDER).user_message(text, question)` of `benchmarks/pages.py` draws a text as one picture a line. The
+tower looks drawings up, it is no eye: other pictures, and those of several rows, give vectors that mean nothing.
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.datasets import Case, load_cases, score_cases
 from benchmarks.metrics import score
-from benchmarks.quality.cases import Cell, Exchange
+from benchmarks.quality.cases import Cell, DrawText, Exchange, make_exchanges
 from benchmarks.quality.servers import add_file
 from benchmarks.quality.store import Answer, read_answers
 from benchmarks.scenes import Question
@@ -56,6 +56,15 @@ def make_case_exchanges(data: DataSet, index: int, skip: Container[str]) -> Iter
         example = case.example
         question = Question(example.task, example.question, example.answers[0])
         yield CaseExchange(case.key, None, case.messages(), question, case=case)
+
+
+def exchanges_of(
+    seed: int, cell: Questions, index: int, skip: Container[str], draw: DrawText | None = None
+) -> Iterator[Exchange]:
+    """Yield the questions about one scene, text or case of a data set; see `make_exchanges`."""
+    if isinstance(cell, DataSet):
+        return make_case_exchanges(cell, index, skip)
+    return make_exchanges(seed, cell, index, skip, draw)
 
 
 @functools.cache

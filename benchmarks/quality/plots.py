@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ def _figure() -> Any:
     return figure, figure.subplots()
 
 
-def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[str, list[tuple[float, float]]]:
+def _curves(rows: Sequence[Row], field: str) -> dict[str, list[tuple[float, float]]]:
     """Mean exact match, or score of data sets, over the tasks of each compressor, by place on the horizontal axis."""
     points: dict[str, dict[float, list[Row]]] = {}
     for row in rows:
@@ -38,7 +38,7 @@ def _curves(rows: Sequence[Row], place: Callable[[Row], float | None]) -> dict[s
     for name, by_budget in points.items():
         for budget in sorted(by_budget):
             group = by_budget[budget]
-            places = [where for where in map(place, group) if where is not None]
+            places = [row[field] for row in group if row[field] is not None]
             if places:
                 curves.setdefault(name, []).append((float(np.mean(places)), _mean_match(group)))
     return curves
@@ -48,12 +48,13 @@ def _mean_match(rows: Sequence[Row]) -> float:
     return float(np.mean([row.get("score", row["exact_match"]) for row in rows]))
 
 
-def _draw_curves(rows: Sequence[Row], place: Callable[[Row], float | None], label: str, path: Path) -> Path:
+def draw_curves(rows: Sequence[Row], field: str, label: str, path: Path) -> Path:
+    """Draw exact match against a field of the rows, a curve a compressor, stock and full as lines."""
     figure, axes = _figure()
     axes.set_title(title(rows[0]))
     measure = "score" if "score" in rows[0] else "exact match"
     rows = common_tasks(rows)
-    for i, (name, curve) in enumerate(_curves(rows, place).items()):
+    for i, (name, curve) in enumerate(_curves(rows, field).items()):
         # Strong colours first, then their pale twins.
         colour = matplotlib.colormaps["tab20"]((2 * i + i // 10) % 20)
         own = name.split(",")[0] == HYBRIDKV
@@ -80,13 +81,3 @@ def common_tasks(rows: Sequence[Row]) -> list[Row]:
         asked.setdefault((name_of(row), row["budget"]), set()).add(row["task"])
     common = set.intersection(*asked.values()) - {*SECOND_TASKS, *FREE_KINDS}
     return [row for row in rows if row["task"] in common]
-
-
-def accuracy_by_budget(rows: Sequence[Row], path: Path) -> Path:
-    """Draw exact match against the budget, a curve a compressor, stock and full as lines."""
-    return _draw_curves(rows, lambda row: row["budget"], "budget", path)
-
-
-def accuracy_by_memory(rows: Sequence[Row], path: Path) -> Path:
-    """Draw exact match against the measured share of stock's device KV."""
-    return _draw_curves(rows, lambda row: row["resident_ratio"], "device KV, share of stock", path)

@@ -129,27 +129,6 @@ TEXT_PRESETS = {
 Plan = list[tuple[ServerSpec, Sequence[Questions]]]
 
 
-def _choose(
-    cells: Sequence[Cell],
-    tasks: tuple[str, ...] | None,
-    scenes: tuple[str, ...] | None,
-    contexts: tuple[int, ...] | None,
-    n: int | None,
-    split: str | None,
-) -> list[Cell]:
-    """Return the preset's cells with the user's choices in their place; cells that it does not have are made."""
-    known = {(cell.scene, cell.context): cell for cell in cells}
-    usual_tasks = {"page": ("read",), TEXT: TEXT_TASKS}
-    chosen = []
-    for scene in scenes or dict.fromkeys(scene for scene, _ in known):
-        for context in contexts or [size for name, size in known if name == scene] or [2000 if scene == TEXT else 1600]:
-            default = Cell(scene, context, 40, usual_tasks.get(scene, SCENE_TASKS))
-            cell = known.get((scene, context), default)
-            half = split if split and scene == TEXT else cell.split
-            chosen.append(dataclasses.replace(cell, tasks=tasks or cell.tasks, n=n or cell.n, split=half))
-    return chosen
-
-
 def build_plan(
     preset: Preset,
     *,
@@ -176,13 +155,28 @@ def build_plan(
     for budget in budgets or ():
         if not 0 < budget <= 1:
             raise ValueError(f"--budgets: expected numbers above 0 and at most 1, got {budget:g}")
-    cells = _choose(preset.cells, tasks, scenes, contexts, n, split)
+
+    def choose(cells: Sequence[Cell]) -> list[Cell]:
+        """The preset's cells with the user's choices in their place; cells that it does not have are made."""
+        known = {(cell.scene, cell.context): cell for cell in cells}
+        usual_tasks = {"page": ("read",), TEXT: TEXT_TASKS}
+        chosen = []
+        for scene in scenes or dict.fromkeys(scene for scene, _ in known):
+            usual = [size for name, size in known if name == scene] or [2000 if scene == TEXT else 1600]
+            for context in contexts or usual:
+                default = Cell(scene, context, 40, usual_tasks.get(scene, SCENE_TASKS))
+                cell = known.get((scene, context), default)
+                half = split if split and scene == TEXT else cell.split
+                chosen.append(dataclasses.replace(cell, tasks=tasks or cell.tasks, n=n or cell.n, split=half))
+        return chosen
+
+    cells = choose(preset.cells)
     plan: Plan = [(ServerSpec(STOCK), cells)]
     if FULL in names:
         plan.append((ServerSpec(FULL, 1.0), cells))
     for name in sorted((name for name in names if name != FULL), key=lambda name: name != HYBRIDKV):
         for budget in budgets or preset.budgets:
-            own = _choose(preset.cells_at.get(budget, preset.cells), tasks, scenes, contexts, n, split)
+            own = choose(preset.cells_at.get(budget, preset.cells))
             for variant, config in ((variants or preset.variants) if name == HYBRIDKV else {"": {}}).items():
                 plan.append((ServerSpec(name, budget, config, variant), own))
     return plan

@@ -107,6 +107,7 @@ def write_report(folder: Path) -> tuple[str, list[Path]]:
     paths = []
     for (scene, context), group in tables(rows).items():
         name = f"{scene}-{context}" if context else scene
-        paths.append(plots.accuracy_by_budget(group, folder / f"accuracy-{name}.png"))
-        paths.append(plots.accuracy_by_memory(group, folder / f"memory-{name}.png"))
+        paths.append(plots.draw_curves(group, "budget", "budget", folder / f"accuracy-{name}.png"))
+        memory = "device KV, share of stock"
+        paths.append(plots.draw_curves(group, "resident_ratio", memory, folder / f"memory-{name}.png"))
     return markdown(rows), paths

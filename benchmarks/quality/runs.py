@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -17,12 +17,11 @@ from benchmarks.quality.cases import (
     draw_case,
     exchange_key,
     is_right,
-    make_exchanges,
     scene_tasks,
     words_right,
 )
 from benchmarks.quality.client import Client, Reply
-from benchmarks.quality.data import CaseExchange, DataSet, Questions, make_case_exchanges, score_case
+from benchmarks.quality.data import CaseExchange, DataSet, Questions, exchanges_of, score_case
 from benchmarks.quality.servers import STOCK, ServerSpec
 from benchmarks.quality.store import Answer, AnswerFile, Answers
 
@@ -93,14 +92,6 @@ def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _exchanges(
-    seed: int, cell: Questions, index: int, skip: Container[str], draw: DrawText | None
-) -> Iterator[Exchange]:
-    if isinstance(cell, DataSet):
-        return make_case_exchanges(cell, index, skip)
-    return make_exchanges(seed, cell, index, skip, draw)
-
-
 def ask_cells(
     spec: ServerSpec,
     cells: Sequence[Questions],
@@ -136,7 +127,7 @@ def ask_cells(
     together = all(isinstance(cell, DataSet) for cell in cells) and detect_device() != "cpu"
 
     def ask_scene(cell: Questions, index: int) -> None:
-        for number, exchange in enumerate(_exchanges(seed, cell, index, file.answers.keys(), draw)):
+        for number, exchange in enumerate(exchanges_of(seed, cell, index, file.answers.keys(), draw)):
             with contextlib.nullcontext() if number or together else new_images:
                 if stop.is_set():
                     return

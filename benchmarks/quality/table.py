@@ -74,16 +74,9 @@ def _serve(settings: RunSettings, spec: ServerSpec) -> Iterator[Client]:
         url = settings.base_url
         if url is None:
             assert settings.model is not None, "a run has a model or a server"
+            how = {"dtype": settings.dtype, "log_dir": settings.out / "logs", "concurrency": settings.concurrency}
             config = launch_config(spec, settings.calibration)
-            server = make_server(
-                spec,
-                settings.model,
-                config,
-                dtype=settings.dtype,
-                log_dir=settings.out / "logs",
-                concurrency=settings.concurrency,
-                request_tokens=settings.request_tokens,
-            )
+            server = make_server(spec, settings.model, config, request_tokens=settings.request_tokens, **how)
             url = stack.enter_context(server).url
         yield stack.enter_context(contextlib.closing(Client(url, settings.served_model)))
 
@@ -102,18 +95,9 @@ def _ask_spec(
         num_kept = sum(key in file.answers for key in keys)
         skip(num_kept)
         if num_kept < len(keys):
+            how = {"seed": settings.seed, "concurrency": settings.concurrency, "draw": settings.draw}
             with _serve(settings, spec) as client:
-                ask_cells(
-                    spec,
-                    cells,
-                    client,
-                    file,
-                    seed=settings.seed,
-                    concurrency=settings.concurrency,
-                    advance=advance,
-                    stock=stock,
-                    draw=settings.draw,
-                )
+                ask_cells(spec, cells, client, file, advance=advance, stock=stock, **how)
         return {key: file.answers[key] for key in keys}
 
 

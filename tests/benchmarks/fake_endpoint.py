@@ -14,8 +14,8 @@ import pytest
 
 from benchmarks.harness import ServerError
 from benchmarks.quality import table
-from benchmarks.quality.cases import END_OF_TURN, make_exchanges
-from benchmarks.quality.data import DataSet, Questions, make_case_exchanges
+from benchmarks.quality.cases import END_OF_TURN
+from benchmarks.quality.data import Questions, exchanges_of
 from benchmarks.quality.servers import STOCK, ServerSpec
 from sglang_hybridkv.compressors import get_compressor
 
@@ -55,9 +55,7 @@ class FakeEndpoint:
         self.exchanges = {}
         for cell in cells:
             for index in range(cell.n):
-                is_data = isinstance(cell, DataSet)
-                made = make_case_exchanges(cell, index, ()) if is_data else make_exchanges(seed, cell, index, ())
-                for exchange in made:
+                for exchange in exchanges_of(seed, cell, index, ()):
                     self.exchanges.setdefault(json.dumps(exchange.messages), []).append(exchange)
 
     def get(self, path: str) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -61,14 +60,3 @@ def test_a_store_belongs_to_one_model_and_code(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"another {name} "):
             open_store(tmp_path / "new" / "store", identity | {name: "other"})
     open_store(tmp_path / "new" / "store", identity | {"code": "d"}, ignore=("code",))
-
-
-def test_a_store_that_cannot_be_written_or_read_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be written"):
-        open_store(tmp_path / "file", {})
-    if os.geteuid():
-        (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(ValueError, match="cannot be written"):
-            open_store(tmp_path / "locked" / "store", {})
-    assert read_answers(tmp_path) == []

@@ -68,7 +68,7 @@ def writer(reader):
 @pytest.fixture(scope="module")
 def speller(writer):
     """Knows little more than single characters."""
-    return PageWriter(writer.tokenizer, frozenset(choose_pieces(writer.tokenizer, 110, [])))
+    return PageWriter(writer.tokenizer, frozenset(choose_pieces(writer.tokenizer, 110)))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,6 @@ if "+cpu" not in importlib.metadata.version("torch"):
 import sgl_kernel
 
 
-def test_torchvision_imports_without_cuda():
-    from torchvision.transforms import functional
-
-    assert callable(functional.resize)
-
-
 def test_sgl_kernel_has_no_feature_but_the_cpu_functions():
     assert not hasattr(sgl_kernel, "rmsnorm")
     with pytest.raises(NotImplementedError, match="sgl_kernel.rmsnorm_cpu is a stub"):

@@ -25,12 +25,10 @@ def note(mode, rows):
     return noted
 
 
-def test_rows_of_decode_batches_are_noted_and_no_others(monkeypatch):
-    monkeypatch.setattr(settings, "active", lambda: "settings")
-    assert note(ForwardMode.DECODE, [4, 2]) == [4, 2]
-    assert note(ForwardMode.EXTEND, [4, 2]) == []
-
-
-def test_without_compression_nothing_is_touched(monkeypatch):
-    monkeypatch.setattr(settings, "active", lambda: None)
-    assert note(ForwardMode.DECODE, [4, 2]) == []
+@pytest.mark.parametrize(
+    ("active", "mode", "noted"),
+    [("settings", ForwardMode.DECODE, [4, 2]), ("settings", ForwardMode.EXTEND, []), (None, ForwardMode.DECODE, [])],
+)
+def test_rows_of_decode_batches_of_a_compressing_server_are_noted_and_no_others(monkeypatch, active, mode, noted):
+    monkeypatch.setattr(settings, "active", lambda: active)
+    assert note(mode, [4, 2]) == noted
