@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.intervals import wilson
 from benchmarks.quality.plots import MARKERS, common_tasks
-from benchmarks.quality.report import name_of, title
-from benchmarks.quality.rows import Row
+from benchmarks.quality.rows import Row, name_of, title
 from benchmarks.quality.servers import HYBRIDKV, STOCK
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -53,9 +53,8 @@ class Engine:
     def decode(self) -> torch.Tensor:
         """[L, ANSWER, H * G * D]: attention of the answer's tokens, one step each."""
         pool, request = self.pool, self.request
-        statistic, salience = observe(self.prompt, pool.compressor)
-        retrieval = pool.compressor.retrieves
-        pool.compress(request, statistic, salience, spans=self.prompt.spans, retrieval=retrieval)
+        seen, may_retrieve = observe(self.prompt, pool.compressor), pool.compressor.may_retrieve
+        pool.compress(request, seen.statistic, seen.salience, spans=self.prompt.spans, may_retrieve=may_retrieve)
         outs = []
         for i in range(ANSWER):
             pool.append_token(request)
