@@ -25,7 +25,8 @@ class QueryPrefetch:
 
     Attributes
     ----------
-    previous : [L, R, H, D]. Mean query of each group in the step before; zero, which is like nothing, where none was.
+    previous : [L, R, H, D]. Mean query of each group in the step before. A row that has not decoded yet has zeros,
+        which are similar to no query.
     counters : [2], int64. Requests with dynamic heads, and those of them that were corrected, counted a layer and step.
     """
 
