@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -19,92 +20,60 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu_check.pool import Pool, Shape, make_config
 from benchmarks.provenance import run_metadata
 from hybridkv_kernels import dispatch
-from sglang_hybridkv.cache.compress import ObservedPrompt
-from sglang_hybridkv.cache.compressed_cache import CompressedCache
-from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.requests.geometry import covered_tokens, prompt_geometry
-from sglang_hybridkv.requests.ledger import Reservation
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, PAGE_SIZE = 4, 7, 128, 16
 DYNAMIC_HEADS = {"static": 0, "hybrid": 1, "dynamic": NUM_KV_HEADS}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYERS = {2048: 28, 8192: 16, 32768: 6}
-DENSE_ROW, COMPRESSED_ROW = 1, 2
 
 
 @dataclass
 class Case:
-    """One prompt twice in one pool: dense in row 1, compressed in row 2."""
+    """Two prompts of the same length in one pool: one dense, one compressed, and queries for both."""
 
-    cache: CompressedCache
-    req_to_token: torch.Tensor
-    context: int
+    pool: Pool
+    dense: int
+    compressed: int
     queries: torch.Tensor
 
     def full(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """Attend to every row of the prompt."""
-        return self._attend(layer_idx, q, DENSE_ROW, self.context)
+        return self._attend(layer_idx, q, self.dense)
 
     def retrieve(self, layer_idx: int, q: torch.Tensor) -> None:
         """Bring the chunk buffers up to date."""
-        self.cache.retrieve(layer_idx, q, torch.tensor([COMPRESSED_ROW]))
+        self.pool.retrieve(layer_idx, q, torch.tensor([self.compressed]))
 
-    def compressed(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """Attend to head pages and one row of tail."""
-        return self._attend(layer_idx, q, COMPRESSED_ROW, self.context + 1)
+        return self._attend(layer_idx, q, self.compressed)
 
-    def _attend(self, layer_idx: int, q: torch.Tensor, row: int, seq_len: int) -> torch.Tensor:
-        rows, lens = torch.tensor([row]), torch.tensor([seq_len])
-        return self.cache.attend(layer_idx, q, rows, self.req_to_token, lens, HEAD_DIM**-0.5)
+    def _attend(self, layer_idx: int, q: torch.Tensor, row: int) -> torch.Tensor:
+        return self.pool.attend(layer_idx, q, torch.tensor([row]), self.pool.lens([row]))
 
 
 def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, similarity: float, steps: int) -> Case:
-    """Fill a pool with random keys and values, and compress the prompt with equal budgets for all heads."""
-    num_layers, num_dynamic = LAYERS.get(context, 8), DYNAMIC_HEADS[variant]
-    heads = num_layers * NUM_KV_HEADS
-    share = num_dynamic / NUM_KV_HEADS
-    config = HybridKVConfig(preset="paper", budget=budget, theta=0.5, dynamic_share=share, static_weight="uniform")
-    vectors = config.summary_vectors(covered_tokens(context, PAGE_SIZE))
-    sizes = {"page_size": PAGE_SIZE, "head_pages_per_page": heads, "summary_vectors": vectors}
-    geometry = prompt_geometry(context, budget, **sizes)
-    num_pages = context // PAGE_SIZE
-    pages_per_layer = 2 + num_pages + geometry.num_pages
-    shape = (num_layers, pages_per_layer * PAGE_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    keys, values = (torch.randn(shape).to(dtype) for _ in range(2))
-    cache = CompressedCache.create(
-        keys,
-        values,
-        HybridKV(config),
-        num_rows=3,
-        max_prompt_tokens=context,
-        num_host_pages=geometry.num_host_pages,
+    """Fill a pool with random keys and values, and compress one prompt with equal budgets for all heads."""
+    num_layers, num_dynamic, num_pages = LAYERS.get(context, 8), DYNAMIC_HEADS[variant], context // PAGE_SIZE
+    shape = Shape(dtype, PAGE_SIZE, GROUP_SIZE, HEAD_DIM, num_layers, NUM_KV_HEADS)
+    pool = Pool(
+        shape,
+        make_config(shape, budget, num_dynamic / NUM_KV_HEADS),
+        # Both prompts, and what is reserved for the compressed one: its budget, and at most half of it as summaries.
+        num_pages=math.ceil((2.5 + budget) * num_pages) + 4,
+        num_host_pages=num_pages + 1,
+        max_context=context + PAGE_SIZE,
+        num_rows=2,
+        device="cpu",
+        generator=torch.Generator().manual_seed(0),
     )
-    order = torch.randperm(pages_per_layer - 1) + 1
-    slots = (order[:num_pages, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
-    host_pages = cache.memory.store.alloc(geometry.num_host_pages)
-    assert host_pages is not None
-    reservation = Reservation(
-        geometry,
-        order[num_pages : num_pages + geometry.num_pages],
-        host_pages,
-        context,
-        (),
-        True,
-        torch.zeros(2).long(),
-    )
-    cache.observer.watch(COMPRESSED_ROW, range(context))
-    cache.bind(COMPRESSED_ROW, reservation)
-    statistic = torch.ones(num_layers, NUM_KV_HEADS)
-    statistic[:, :num_dynamic] = 0.0
-    salience = torch.rand(num_layers, NUM_KV_HEADS, context)
-    cache.compress(COMPRESSED_ROW, slots, ObservedPrompt((), statistic, salience))
-    req_to_token = torch.zeros(3, context + 8, dtype=torch.int32)
-    req_to_token[DENSE_ROW, :context] = req_to_token[COMPRESSED_ROW, :context] = slots.to(torch.int32)
-    req_to_token[COMPRESSED_ROW, context] = int(order[-1]) * PAGE_SIZE
-    queries = drifting_queries(steps, num_layers, similarity).to(dtype)
-    return Case(cache, req_to_token, context, queries)
+    dense, compressed = pool.add(context), pool.add(context)
+    pool.compress(compressed, num_dynamic)
+    pool.append_token(compressed)
+    return Case(pool, dense, compressed, drifting_queries(steps, num_layers, similarity).to(dtype))
 
 
 def drifting_queries(steps: int, num_layers: int, similarity: float) -> torch.Tensor:
@@ -117,8 +86,8 @@ def drifting_queries(steps: int, num_layers: int, similarity: float) -> torch.Te
 
 def packed_sdpa(case: Case) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """Full attention by torch with the group packed into the query rows, over keys that are contiguous already."""
-    slots = case.req_to_token[DENSE_ROW, : case.context].long()
-    layers = [[rows[slots].transpose(0, 1)[None] for rows in case.views.layer_rows(i)] for i in (0, 1, 2)]
+    slots = case.pool.req_to_token[case.dense, : case.pool.seq_lens[case.dense]].long()
+    layers = [[rows[slots].transpose(0, 1)[None] for rows in case.pool.views.layer_rows(i)] for i in (0, 1, 2)]
 
     def attend(layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         keys, values = layers[layer_idx % len(layers)]
@@ -146,9 +115,9 @@ def measure(context: int, budget: float, dtype: str, variant: str, similarity: f
     """One row: a step of the variant beside full attention."""
     torch.manual_seed(0)
     case = make_case(context, budget, DTYPES[dtype], variant, similarity, steps)
-    functions = {"full": case.full, "sdpa": packed_sdpa(case), "retrieve": case.retrieve, "attend": case.compressed}
+    functions = {"full": case.full, "sdpa": packed_sdpa(case), "retrieve": case.retrieve, "attend": case.attend}
     ms = time_steps(case, functions)
-    chosen, hit = case.counters.tolist()
+    chosen, hit = case.pool.counters.tolist()
     total, full = ms["retrieve"] + ms["attend"], min(ms["full"], ms["sdpa"])
     row = {"bench": "decode_attn", "variant": variant, "context": context, "budget": budget, "dtype": dtype}
     row |= {"threads": torch.get_num_threads(), "ms": round(total, 4), "full_ms": round(full, 4)}

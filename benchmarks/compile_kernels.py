@@ -30,6 +30,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from hybridkv_kernels import gpu
+from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 
 ARCHITECTURES = (80, 90, 100)
@@ -96,13 +97,13 @@ class Usage:
 def tiny_pool(shape: Shape, chunk_size: int | None = None) -> tuple[HeadPageViews, HeadPageTable]:
     """A pool and a table of which only types, shapes and alignment matter."""
     layout = HeadPageLayout(NUM_LAYERS, NUM_KV_HEADS, 3, shape.page_size)
-    sizes = (NUM_LAYERS, 3 * shape.page_size, NUM_KV_HEADS, shape.head_dim)
+    sizes = (NUM_LAYERS, layout.pages_per_layer * shape.page_size, NUM_KV_HEADS, shape.head_dim)
     keys, values = (torch.zeros(sizes, dtype=DTYPES[shape.dtype]) for _ in "kv")
     views = HeadPageViews.over(layout, keys, values, chunk_size)
     return views, HeadPageTable(NUM_REQUESTS + 1, 16, 16, layout, "cpu")
 
 
-def decode_attn(estimate: str | None = None) -> Callable[[Shape], Any]:
+def decode_attn(num_means: int = 0) -> Callable[[Shape], Any]:
     """Decode attention over a pool of this shape."""
 
     def call(shape: Shape) -> Any:
@@ -110,7 +111,7 @@ def decode_attn(estimate: str | None = None) -> Callable[[Shape], Any]:
         q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
         rows, lens = torch.ones(NUM_REQUESTS, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
         slots = torch.zeros(NUM_REQUESTS + 1, 64, dtype=torch.int32)
-        return gpu.load_twin("decode_attn")(q, views, table, 0, rows, slots, lens, 1.0, estimate)
+        return gpu.load_twin("decode_attn")(q, views, table, 0, rows, slots, lens, 1.0, num_means)
 
     return call
 
@@ -125,17 +126,10 @@ def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | 
         q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
         k_host, v_host = views.k_pages.clone(), views.v_pages.clone()
         counters, rows = torch.zeros(2, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
-        run = gpu.load_twin("retrieve_chunks")
-        return run(q, views, table, k_host, v_host, counters, 0, rows, 1, 2, chunk_score, size, estimate)
+        retrieval = Retrieval(1, 2, chunk_score, size, estimate)
+        return gpu.load_twin("retrieve_chunks")(q, views, table, k_host, v_host, counters, 0, rows, retrieval)
 
     return call
-
-
-def select_chunks(shape: Shape) -> Any:
-    """Choice among LONG chunks of one vector."""
-    q = torch.zeros(NUM_REQUESTS, shape.group, shape.head_dim, dtype=DTYPES[shape.dtype])
-    summaries = q.new_zeros(NUM_REQUESTS, LONG, 1, shape.head_dim)
-    return gpu.load_twin("select_chunks")(q, summaries, torch.ones(NUM_REQUESTS, dtype=torch.int64), 1, 2, "mean_max")
 
 
 def score_heads(shape: Shape) -> Any:
@@ -158,8 +152,8 @@ def cases() -> Iterator[Case]:
     yield Case("decode_attn", Shape(dtype="fp32"), decode_attn(), is_gated=True)
     for head_dim, group in ((64, 8), (80, 1), (128, 16)):
         yield Case("decode_attn", Shape(head_dim=head_dim, group=group, page_size=8), decode_attn(), is_gated=True)
-    yield Case("decode_attn estimate", Shape(page_size=8), decode_attn("mean_max"), is_gated=True)
-    yield Case("decode_attn estimate", Shape(), decode_attn("mean4_max"), is_gated=True)
+    yield Case("decode_attn estimate", Shape(page_size=8), decode_attn(1), is_gated=True)
+    yield Case("decode_attn estimate", Shape(), decode_attn(4), is_gated=True)
     yield from retrieval_cases()
     yield from prompt_cases()
 
@@ -182,7 +176,6 @@ def retrieval_cases() -> Iterator[Case]:
     yield Case("retrieve_chunks key_codes", Shape(group=16, page_size=32), codes[1])
     yield Case("retrieve_chunks key_codes", Shape(dtype="fp32"), codes[1])
     yield Case("retrieve_chunks arkvale", Shape(dtype="fp32"), retrieve_chunks("arkvale"))
-    yield Case("select_chunks", Shape(), select_chunks)
 
 
 def prompt_cases() -> Iterator[Case]:

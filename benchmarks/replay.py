@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
-from hybridkv_kernels.select_chunks.naive import join_group, read_codes, score_chunks_by_query
+from hybridkv_kernels.chunks import KEY_CODES, Retrieval, encode_keys, read_codes, summarize_chunks, top_chunks
+from hybridkv_kernels.retrieve_chunks.naive import join_group, score_chunks_by_query
 from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt
 from sglang_hybridkv.cache.observation import PromptObserver
-from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 from sglang_hybridkv.compressors import Compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide
@@ -259,14 +258,14 @@ class Replay:
         self, layer_idx: int, grouped: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Settings [E] and KV heads [E] that retrieve alike, and prompt rows [E, 1, T, N] that each query misses."""
-        groups: dict[tuple[str, int, int, int, int, int], list[tuple[int, int]]] = {}
+        groups: dict[tuple[Retrieval, int, int], list[tuple[int, int]]] = {}
         for i, held in enumerate(self.held):
             config = held.config
             for kv_head in held.is_dynamic[layer_idx].nonzero().flatten().tolist():
-                how = (config.chunk_score, config.tokens_per_chunk, config.page_size, held.covered)
-                key = (*how, *forced_chunk_counts(config))
+                key = (config.retrieval, config.page_size, held.covered)
                 groups.setdefault(key, []).append((i, kv_head))
-        for (score, chunk_size, page_size, covered, *windows), members in groups.items():
+        for (retrieval, page_size, covered), members in groups.items():
+            score, chunk_size = retrieval.chunk_score, retrieval.chunk_size
             settings, kv_heads = torch.tensor(members).T
             summaries = self._chunk_summaries(layer_idx, score, chunk_size, covered)[kv_heads]  # [E, C, V, D]
             # Each key for itself, as its codes tell it.
@@ -276,7 +275,7 @@ class Replay:
             scores = join_group(by_query.transpose(1, 2).flatten(0, 1), score)  # [E * T, C]
             pages = torch.stack([self.held[i].num_pages[layer_idx, kv_head] for i, kv_head in members])
             counts = pages.repeat_interleave(q.shape[2]) * (page_size // chunk_size)
-            forced = forced_chunks(scores.shape[1], counts, *windows)
+            forced = retrieval.forced_chunks(scores.shape[1], counts)
             chosen = top_chunks(scores.masked_fill(forced, float("inf")), counts).unflatten(0, (len(q), -1))
             unseen = torch.zeros(*chosen.shape[:2], len(self.prompt.ids), dtype=torch.bool)
             unseen[..., :covered] = ~chosen.repeat_interleave(chunk_size, dim=2)

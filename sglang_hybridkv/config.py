@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hybridkv_kernels.select_chunks import ESTIMATING_SCORES, KEY_CODES, check_chunk_size, count_vectors
+from hybridkv_kernels.chunks import ESTIMATING_SCORES, KEY_CODES, Retrieval
 
 BUDGET_FLAG = "--kv-compressor-budget"
 CONFIG_FLAG = "--kv-compressor-config"
@@ -136,6 +136,11 @@ class CompressorConfig(BaseModel):
         """Values of all fields that have a default, without those a user must give."""
         return {name: field.default for name, field in cls.model_fields.items() if not field.is_required()}
 
+    @property
+    def retrieval(self) -> Retrieval | None:
+        """How dynamic heads retrieve; None when no head is dynamic."""
+        return None
+
     def summary_vectors(self, num_tokens: int) -> int:
         """Vectors of head_dim that describe `num_tokens` of a dynamic head on the device; 0 when no head is dynamic."""
         return 0
@@ -180,7 +185,7 @@ class RetrievalConfig(CompressorConfig):
     @model_validator(mode="after")
     def _chunks_fill_pages(self) -> RetrievalConfig:
         try:
-            check_chunk_size(self.tokens_per_chunk, self.page_size, self.chunk_score, estimate=self.estimates)
+            self.retrieval.check(self.page_size)
         except ValueError as error:
             given = f"chunk_size = {self.chunk_size!r} is not allowed with page_size = {self.page_size}"
             raise ValueError(f"{given} and chunk_score = {self.chunk_score!r}: {error}") from None
@@ -198,9 +203,16 @@ class RetrievalConfig(CompressorConfig):
         """Whether mean values stand for the chunks that are not retrieved."""
         return self.unretrieved == "estimate"
 
+    @property
+    def retrieval(self) -> Retrieval:
+        """The same for the kernels, with sinks and recent window in chunks, rounded up."""
+        size = self.tokens_per_chunk
+        sinks, recent = -(-self.num_sink_tokens // size), -(-self.recent_window // size)
+        return Retrieval(sinks, recent, self.chunk_score, size, self.estimates)
+
     def summary_vectors(self, num_tokens: int) -> int:
         """Vectors of head_dim that describe `num_tokens`, whole pages, of a dynamic head on the device."""
-        return count_vectors(self.chunk_score, num_tokens, self.tokens_per_chunk, estimate=self.estimates)
+        return self.retrieval.count_vectors(num_tokens)
 
     def most_dynamic_heads(self, num_heads: int) -> int:
         """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""

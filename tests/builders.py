@@ -1,4 +1,4 @@
-"""A KV pool on the CPU with compressed and dense requests in it, and the plain answers to compare with.
+"""A KV pool with compressed and dense requests in it, and the plain answers to compare with.
 
 Everything that nobody wrote is NaN: foreign pages, unused reserved pages, unused host pages, and the slots of a
 prompt once it is compressed.
@@ -14,10 +14,12 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import settings
 
-from hybridkv_kernels import cpu, dispatch
+from hybridkv_kernels import cpu, dispatch, gpu
+from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
 from sglang_hybridkv.cache.compress import ObservedPrompt
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
@@ -44,17 +46,71 @@ def forced_kernels(name):
         yield
 
 
-def instruction_sets() -> range:
-    """Those of cpu.INSTRUCTION_SETS that this machine has, as the kernels' `isa`; without a library the first."""
-    has_library = cpu.obstacle("cpu", torch.float32, 32, 1) is None
-    return range(cpu.best_isa() + 1 if has_library else 1)
+@contextlib.contextmanager
+def use_kernels(name):
+    """Run an implementation: "naive", "cpu" with an instruction set or the best one, "triton", or "cuda".
+
+    The last is the Triton kernels on a GPU, where all tensors of the test lie then; "triton" interprets them.
+    """
+    name, _, isa = name.partition(" ")
+    if name == "cpu" and NO_CPU_KERNELS:
+        pytest.skip("the C++ kernels were not compiled, and there is no compiler")
+    if isa and cpu.INSTRUCTION_SETS.index(isa) > cpu.best_isa():
+        pytest.skip(f"this machine has no {isa}")
+    if name == "triton" and not (gpu.is_installed() and gpu.is_interpreted()):
+        pytest.skip("there is no Triton, or it compiles in this process")
+    best = cpu.INSTRUCTION_SETS.index(isa) if isa else None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(forced_kernels("triton" if name == "cuda" else name))
+        if best is not None:
+            stack.enter_context(mock.patch.object(cpu, "best_isa", return_value=best))
+        if name == "cuda":
+            stack.enter_context(torch.device("cuda"))
+            # The kernels themselves must not rely on that: a server has no such default.
+            load = gpu.load_twin
+            stack.enter_context(mock.patch.object(gpu, "load_twin", lambda op: _as_in_a_server(load(op))))
+        yield
+
+
+def _as_in_a_server(twin):
+    """`twin` where tensors are made on the CPU unless it says otherwise."""
+
+    def run(*args, **kwargs):
+        with torch.device("cpu"):
+            return twin(*args, **kwargs)
+
+    return run
+
+
+@contextlib.contextmanager
+def poisoned_memory(integers=None):
+    """Fresh memory is NaN, of int32 one of `integers` (from, to): what a kernel leaves unwritten is seen."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point():
+                return tensor.fill_(NAN)
+            return tensor.random_(*integers) if integers and tensor.dtype == torch.int32 else tensor
+
+        return made
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, poisoned(getattr(owner, name))))
+        yield
 
 
 def fresh_generator() -> torch.Generator:
     """Generator with a new seed, which pytest prints when the test fails; HYBRIDKV_TEST_SEED repeats a run."""
     seed = int(os.environ.get("HYBRIDKV_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"HYBRIDKV_TEST_SEED={seed}")
-    return torch.Generator().manual_seed(seed)
+    return seeded(seed)
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Generator on the device where the test's tensors lie."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def make_calibration(path, num_layers, num_kv_heads, scores=None, **changes):
@@ -82,6 +138,12 @@ def make_compressor(name, num_layers, num_kv_heads, *, scores=None, **config):
         compressor = compressor_class(compressor_class.config_class(**config))
         compressor.bind(num_layers, num_kv_heads)
     return compressor
+
+
+def eager_config(**values) -> HybridKVConfig:
+    """A method that compresses the shortest prompts, to the least, and may make every head dynamic."""
+    eager = {"page_size": 8, "min_head_pages": 1, "min_prompt_tokens": 1, "max_dynamic_heads": 1.0}
+    return HybridKVConfig(**eager | values)
 
 
 def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLayout) -> PromptGeometry:
@@ -198,14 +260,9 @@ class TinyPool:
         page_size = self.config.page_size
         self.layout = HeadPageLayout(num_layers, num_kv_heads, pages, page_size)
         self.keys, self.values, _ = make_views(self.layout, head_dim, dtype)
-        self.cache = CompressedCache.create(
-            self.keys,
-            self.values,
-            self.compressor,
-            num_rows=9,
-            max_prompt_tokens=pages * page_size,
-            num_host_pages=host_pages,
-        )
+        sizes = {"num_rows": 9, "max_prompt_tokens": pages * page_size, "num_host_pages": host_pages}
+        with torch.device("cpu"):  # a server has no other default
+            self.cache = CompressedCache.create(self.keys, self.values, self.compressor, **sizes)
         memory = self.cache.memory
         self.views, self.table, self.store, self.counters = (
             memory.views,
@@ -216,11 +273,11 @@ class TinyPool:
         self.views.held_chunks.fill_(-1)
         self.store.k_pages.fill_(NAN)
         self.store.v_pages.fill_(NAN)
-        self.store.free_pages = torch.randperm(host_pages, generator=generator)
+        self.store.free_pages = torch.randperm(host_pages, generator=generator).cpu()
         self.free = (torch.randperm(pages - 1, generator=generator) + 1).tolist()  # page 0 is padding
         self.req_to_token = torch.zeros(9, pages * page_size, dtype=torch.int32)
         self.scaling = head_dim**-0.5
-        self.num_rows = 0
+        self.free_rows = list(range(8, 0, -1))
 
     def randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(self.dtype)
@@ -230,11 +287,10 @@ class TinyPool:
 
     def add_prompt(self, prompt_len: int) -> Prompt:
         """A dense request on random pages."""
-        self.num_rows += 1
-        page_size, layout = self.config.page_size, self.layout
+        row, page_size, layout = self.free_rows.pop(), self.config.page_size, self.layout
         pages = [self.free.pop() for _ in range(-(-prompt_len // page_size))]
         shape = (layout.num_layers, layout.num_kv_heads, prompt_len, self.head_dim)
-        prompt = Prompt(self.num_rows, self.randn(*shape), self.randn(*shape), pages)
+        prompt = Prompt(row, self.randn(*shape), self.randn(*shape), pages)
         slots = (torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)).flatten()[:prompt_len]
         self.req_to_token[prompt.row, :prompt_len] = slots.int()
         self.keys[:, slots] = prompt.keys.transpose(1, 2)
@@ -256,8 +312,9 @@ class TinyPool:
         slots = self.req_to_token[prompt.row, : geometry.covered].long()
         before = self.keys[:, slots].clone()
         self.cache.observer.watch(prompt.row, range(length))
-        self.cache.bind(prompt.row, reservation)
-        self.cache.compress(prompt.row, slots, ObservedPrompt(reservation.spans, statistic, salience))
+        with torch.device("cpu"):  # a server has no other default
+            self.cache.bind(prompt.row, reservation)
+            self.cache.compress(prompt.row, slots, ObservedPrompt(reservation.spans, statistic, salience))
         assert torch.equal(self.keys[:, slots], before), "the prompt's own slots must only be read"
         prompt.reservation = reservation
         self.keys[:, slots], self.values[:, slots] = NAN, NAN
@@ -271,6 +328,18 @@ class TinyPool:
         for page in reservation.host_pages[host_used:].tolist():
             self.store.k_pages[page * per_page : (page + 1) * per_page] = NAN
             self.store.v_pages[page * per_page : (page + 1) * per_page] = NAN
+
+    def remove(self, prompt: Prompt) -> None:
+        """End a request: its row is dense, and its pages are free and NaN."""
+        pages, page_size = list(prompt.pages), self.config.page_size
+        if prompt.reservation is not None:
+            pages += prompt.reservation.pages.tolist()
+            self.store.free(prompt.reservation.host_pages.cpu())
+        slots = (torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)).flatten()
+        self.keys[:, slots], self.values[:, slots] = NAN, NAN
+        self.cache.release(prompt.row)
+        self.free += pages
+        self.free_rows.append(prompt.row)
 
     def append_token(self, prompt: Prompt) -> None:
         """Write a new token's K and V to the dense tail."""
@@ -290,8 +359,13 @@ class TinyPool:
     def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
         self.retrieve(prompts, layer_idx, q)
+        return self.attend(prompts, layer_idx, q, self.config.retrieval)
+
+    def attend(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor, retrieval) -> torch.Tensor:
+        """[B, H * G, D]: attention of one layer over what the pool holds."""
         rows, lens = torch.tensor([p.row for p in prompts]), torch.tensor([p.seq_len for p in prompts])
-        return self.cache.attend(layer_idx, q, rows, self.req_to_token, lens, self.scaling)
+        where = (self.views, self.table, layer_idx, rows, self.req_to_token, lens)
+        return decode_attn(q, *where, scaling=self.scaling, retrieval=retrieval)
 
     def queries(self, num_requests: int) -> torch.Tensor:
         return self.randn(num_requests, self.layout.num_kv_heads * self.group_size, self.head_dim)

@@ -16,7 +16,8 @@ def pytest_configure(config):
         from hybridkv_kernels import cpu
 
         cpu._LIBRARY = Path(path).resolve(strict=True)
-    import_triton_interpreted()
+    if config.option.markexpr != "gpu":  # there the kernels are compiled
+        import_triton_interpreted()
 
 
 def import_triton_interpreted():
@@ -38,33 +39,39 @@ def import_triton_interpreted():
         assert gpu.is_interpreted(), "Triton was imported before the tests' configuration"
 
 
-@pytest.fixture(params=["naive", "cpu"], scope="class")
+# An implementation of the kernels, and where: `builders.use_kernels`. "cuda" is the Triton kernels on a GPU.
+ON_CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+# Class scope is that of one test function, too, and unlike function scope it goes with hypothesis.
+@pytest.fixture(params=["naive", "cpu", "triton", ON_CUDA], scope="class")
 def kernels(request):
-    """Runs the test once with each implementation of the kernels; the value is its name.
-
-    Class scope is that of one test function, too, and unlike function scope it goes with hypothesis.
-    """
-    from tests.builders import NO_CPU_KERNELS, forced_kernels
-
-    if request.param == "cpu" and NO_CPU_KERNELS:
-        pytest.skip("the C++ kernels were not compiled, and there is no compiler")
-    with forced_kernels(request.param):
-        yield request.param
+    """Runs the test once with each implementation; few and small cases, please: on the CPU Triton is interpreted."""
+    yield from _used(request.param)
 
 
-@pytest.fixture(scope="class")
-def triton_kernels():
-    """Runs the test with the Triton kernels, interpreted; few and small tests, please."""
-    from tests.builders import forced_kernels
+@pytest.fixture(params=["naive", "cpu", ON_CUDA], scope="class")
+def fast_kernels(request):
+    """The same without Triton's interpreter, for laws that are tried on many examples."""
+    yield from _used(request.param)
 
-    pytest.importorskip("triton")
-    with forced_kernels("triton"):
-        yield
+
+@pytest.fixture(params=["cpu scalar", "cpu avx2", "cpu avx512", "triton", ON_CUDA], scope="class")
+def twin(request):
+    """Runs the test with each fast implementation, every instruction set of C++ too: for comparisons with `naive`."""
+    yield from _used(request.param)
+
+
+def _used(name):
+    from tests.builders import use_kernels
+
+    with use_kernels(name):
+        yield name
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """Fast tests first, then slow ones, then those that need a server; GPU tests are skipped without a GPU.
+    """Fast tests first, then slow ones, then those that need a server; GPU tests only with `-m gpu`, and on a GPU.
 
     Where tests run on several workers, one of them has all servers: there is one at a time, and fixtures share it.
     """
@@ -73,10 +80,10 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if has_marker(item, "server"):
                 item.add_marker(pytest.mark.xdist_group("server"))
-    gpu_items = [item for item in items if has_marker(item, "gpu")]
-    if gpu_items and not cuda_is_available():
-        for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.option.markexpr != "gpu" or not cuda_is_available():
+        gpu_items = [item for item in items if has_marker(item, "gpu")]
+        config.hook.pytest_deselected(items=gpu_items)
+        items[:] = [item for item in items if item not in set(gpu_items)]
 
 
 def has_marker(item, name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.graphs import DecodeStep, capture
-from benchmarks.gpu_check.pool import NAN, Pool, Shape, make_config
+from benchmarks.gpu_check.pool import Pool, Shape, make_config
 from benchmarks.gpu_check.reference import check_attention
+from benchmarks.gpu_check.step import NAN, DecodeStep, capture
 from hybridkv_kernels import dispatch
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import ChunkScore
@@ -176,13 +177,13 @@ def _pool_tokens(workload: Workload) -> int:
 def _make_pool(workload: Workload, device: str, generator: torch.Generator) -> Pool:
     shape = workload.shape
     share = workload.num_dynamic / shape.num_kv_heads
-    num_chunks = workload.context // shape.page_size
+    num_pages = workload.context // shape.page_size
     return Pool(
         shape,
         workload.config,
         num_pages=_pool_tokens(workload) // shape.page_size + 2,
         # A request reserves pages for the case that all its heads are dynamic, and gives the rest back.
-        num_host_pages=int(num_chunks * (1 + share * workload.num_requests)) + 1,
+        num_host_pages=int(num_pages * (1 + share * workload.num_requests)) + 1,
         max_context=workload.context + 2 * shape.page_size,
         num_rows=2 * workload.num_requests,
         device=device,
@@ -265,11 +266,8 @@ def stock_milliseconds(pool: Pool, step: DecodeStep, dense: list[int], device: s
 def check_step(step: DecodeStep, rows: list[int]) -> float:
     """What was timed was right: largest relative error of the first and the last request, in the first and the last
     layer; on a GPU the pool is larger than 32 bits count."""
-    ends, errors = [0, len(rows) - 1], []
-    for layer_idx in (0, len(step.q) - 1):
-        q, out = step.q[layer_idx, ends], step.out[layer_idx, ends]
-        errors.append(check_attention(step.pool, layer_idx, q, [rows[i] for i in ends], out))
-    return max(errors)
+    places = itertools.product((0, len(step.q) - 1), (0, len(rows) - 1))
+    return max(check_attention(step.pool, at, step.q[at, i], rows[i], step.out[at, i]) for at, i in places)
 
 
 def token_lists(pool: Pool, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

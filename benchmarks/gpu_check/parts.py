@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
+import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
 from benchmarks.bench_memory import AdmissionLoad, admission_rows
-from benchmarks.gpu_check import bandwidth, graphs, ops, servers
-from benchmarks.gpu_check.pool import Shape
+from benchmarks.gpu_check import bandwidth, servers
 from benchmarks.gpu_check.reference import Mismatch
 from hybridkv_kernels import dispatch
 from sglang_hybridkv.config import ChunkScore
 
-LONG_PAGES = {"cpu": 12, "cuda": 40}
-INTERPRETER_SECONDS = 1800.0
-GRAPH_SHAPES = (
-    Shape(torch.bfloat16, 8, 7, 128),
-    Shape(torch.float32, 16, 2, 64),
-    Shape(torch.float16, 32, 16, 80, num_kv_heads=4),
-)
+KERNEL_SECONDS = 3600.0
+"""For the tests of the kernels. Compiling takes most of it, without a GPU interpreting."""
+ROOT = Path(__file__).parents[2]
 SERVER_LOAD = {
     "cpu": servers.Load((200, 333), 8),
     "cuda": servers.Load((200, 333, 1500, 2049, 4000, 8191), 64),
@@ -119,34 +116,44 @@ def _fault_of(row: Row) -> str:
     return f"{row.get('op', '')} {'; '.join(row['failures'])}".strip()
 
 
-def op_rows(context: Context) -> Iterator[Row]:
-    """On a GPU every kernel over the covering shapes. Else the C++ kernels, and the Triton kernels interpreted."""
-    for op in ops.OPS:
-        yield ops.check_op(op, ops.covering_shapes(), context.device, context.seed, LONG_PAGES[context.device])
-    if context.has_gpu:
-        if servers.has_flashinfer():
-            shapes = ops.flashinfer_shapes()
-            yield ops.check_op(ops.FLASHINFER, shapes, context.device, context.seed, LONG_PAGES[context.device])
-        return
-    environment = os.environ | {"TRITON_INTERPRET": "1", dispatch.ENVIRONMENT: "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.gpu_check.ops", str(context.seed)]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=INTERPRETER_SECONDS, check=False
-    )
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    yield from rows
+def kernel_rows(context: Context) -> Iterator[Row]:
+    """The tests of the kernels, on a GPU those of Triton's and FlashInfer's kernels there; a row a file of tests."""
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Mismatch(
+            f"the kernels are checked by their tests, which need pytest and hypothesis: no {missing[0]} here"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        # Without what pyproject.toml asks of pytest for our own runs, such as a plugin for timeouts.
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+        command += ["-m", "gpu" if context.has_gpu else "not gpu", f"--junitxml={report}", "tests/kernels"]
+        command += [f"--hypothesis-seed={context.seed}"]
+        environment = os.environ | {"HYBRIDKV_TEST_SEED": str(context.seed)}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=KERNEL_SECONDS, check=False
+        )
+        rows = list(rows_of_report(report)) if report.exists() else []
+    kernels = dispatch.describe(context.device, torch.bfloat16, 128, 7)
+    for row in rows:
+        yield row | {"device": context.device, "kernels": kernels, "seed": context.seed}
     if done.returncode and all(row["ok"] for row in rows):
-        last_words = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise Mismatch(f"interpreting the Triton kernels ended after {len(rows)} of {len(ops.OPS)}: {last_words}")
+        last_words = ((done.stdout + done.stderr).strip().splitlines() or ["no word"])[-1]
+        raise Mismatch(f"the tests of the kernels ended with status {done.returncode}: {last_words}")
 
 
-def graph_rows(context: Context) -> Iterator[Row]:
-    """The decode step while the batch changes; without a GPU the same calls, not captured."""
-    for index, shape in enumerate(GRAPH_SHAPES):
-        num_steps = 24 if context.has_gpu else 6
-        scores: tuple[ChunkScore, ...] = ("mean_max", "key_codes")
-        for chunk_score in scores:
-            yield graphs.check_shape(shape, context.device, context.seed + index, num_steps, chunk_score)
+def rows_of_report(report: Path) -> Iterator[Row]:
+    """A row for each file of tests in pytest's JUnit report: how many ran, how long, and the first that failed."""
+    files: dict[str, list[ElementTree.Element]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        files.setdefault(case.get("classname", "").split(".test_")[-1].split(".")[0], []).append(case)
+    for name, cases in files.items():
+        problems = [(case, fault) for case in cases for fault in (*case.iter("failure"), *case.iter("error"))]
+        failures = [f"{case.get('name')}: {fault.get('message')}" for case, fault in problems]
+        ran = sum(case.find("skipped") is None for case in cases)
+        seconds = sum(float(case.get("time", 0)) for case in cases)
+        row: Row = {"op": name, "cases": ran, "ok": not failures, "failures": failures[:5]}
+        yield row | {"failed_cases": len(failures), "seconds": round(seconds, 2)}
 
 
 def server_rows(context: Context) -> Iterator[Row]:
@@ -182,16 +189,10 @@ def _without_gpu(*what: str) -> Callable[[str], Sequence[str]]:
 
 PARTS = (
     Part(
-        "ops",
-        "every kernel against its reference",
-        op_rows,
-        _without_gpu("compiled Triton kernels, and FlashInfer: they need a GPU (Triton is interpreted on few shapes)"),
-    ),
-    Part(
-        "graphs",
-        "a captured decode step while the batch changes",
-        graph_rows,
-        _without_gpu("capture and replay: CUDA graphs need a GPU (the same calls run uncaptured)"),
+        "kernels",
+        "the tests of every kernel, and of a captured decode step while the batch changes",
+        kernel_rows,
+        _without_gpu("compiled Triton kernels, FlashInfer and CUDA graphs: they need a GPU (Triton is interpreted)"),
     ),
     Part("server", "servers beside stock", server_rows, lambda device: servers.setups(device)[1]),
     Part(

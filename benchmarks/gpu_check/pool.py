@@ -1,7 +1,4 @@
-"""A KV pool on any device, with compressed and dense requests in it that are decoded step by step.
-
-What nobody wrote is NaN: free pages, unused places, the slots of a prompt once it is compressed, unused host pages.
-"""
+"""A KV pool of random keys and values on any device, with dense and compressed requests in it, for timings."""
 
 from __future__ import annotations
 
@@ -9,14 +6,11 @@ import dataclasses
 
 import torch
 
-from hybridkv_kernels.head_pages import HeadPageLayout
 from sglang_hybridkv.cache.compress import ObservedPrompt
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
+from sglang_hybridkv.requests.geometry import covered_tokens, prompt_geometry
 from sglang_hybridkv.requests.ledger import Reservation
-
-NAN = float("nan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +37,9 @@ def make_config(shape: Shape, budget: float, dynamic_share: float, **changes) ->
 
 
 class Pool:
-    """Requests by row, from 1; row 0 is padding, whose one token is slot 0.
+    """Requests by row, from 1, at most `num_rows` of at most `max_context` tokens.
 
-    Parameters
-    ----------
-    shape, config : of the model and the compressor; their page sizes agree.
-    num_pages, num_host_pages : sizes; the dense prompt and its compressed pages are both there for a moment.
-    max_context : tokens of the longest request.
-    num_rows : requests at once.
-    device : "cpu" or "cuda".
-    generator : on that device.
+    The dense prompt and its compressed pages are both there for a moment. `generator` is on the `device`.
     """
 
     def __init__(
@@ -68,38 +55,20 @@ class Pool:
         generator: torch.Generator,
     ) -> None:
         self.shape, self.config, self.device, self.generator = shape, config, device, generator
-        self.compressor = HybridKV(config)
+        compressor = HybridKV(config)
+        compressor.bind(shape.num_layers, shape.num_kv_heads)
         page_size, layers, heads, head_dim = shape.page_size, shape.num_layers, shape.num_kv_heads, shape.head_dim
-        self.layout = HeadPageLayout(layers, heads, num_pages, page_size)
         sizes = (layers, num_pages * page_size, heads, head_dim)
-        self.keys, self.values = (torch.full(sizes, NAN, dtype=shape.dtype, device=device) for _ in range(2))
-        # Slot 0 is where padding rows read; SGLang's pool starts as zeros.
-        self.keys[:, :page_size], self.values[:, :page_size] = 0, 0
-        self.cache = CompressedCache.create(
-            self.keys,
-            self.values,
-            self.compressor,
-            num_rows=num_rows + 1,
-            max_prompt_tokens=max_context,
-            num_host_pages=num_host_pages,
-        )
-        memory = self.cache.memory
-        self.views, self.table, self.store, self.counters = (
-            memory.views,
-            memory.table,
-            memory.store,
-            self.cache.counters,
-        )
-        self.views.held_chunks.fill_(-1)
-        self.store.k_pages.fill_(NAN)
-        self.store.v_pages.fill_(NAN)
+        self.keys, self.values = (torch.zeros(sizes, dtype=shape.dtype, device=device) for _ in range(2))
+        sizes_of_cache = {"num_rows": num_rows + 1, "max_prompt_tokens": max_context, "num_host_pages": num_host_pages}
+        self.cache = CompressedCache.create(self.keys, self.values, compressor, **sizes_of_cache)
+        self.views, self.table, self.counters = self.cache.memory.views, self.cache.memory.table, self.cache.counters
         self.free = (torch.randperm(num_pages - 1, generator=generator, device=device) + 1).tolist()
         self.req_to_token = torch.zeros(num_rows + 1, max_context, dtype=torch.int32, device=device)
         self.scaling = head_dim**-0.5
         self.seq_lens = [1] + [0] * num_rows
         self.free_rows = list(range(num_rows, 0, -1))
         self._pages: dict[int, list[int]] = {}
-        self._reserved: dict[int, tuple[list[int], torch.Tensor]] = {}
 
     def randn(self, *sizes: int) -> torch.Tensor:
         """Gaussian numbers of the pool's type."""
@@ -136,8 +105,8 @@ class Pool:
 
     def compress(self, row: int, num_dynamic: int) -> None:
         """Compress the request; the first `num_dynamic` KV heads of each layer become dynamic."""
-        geometry = self._geometry(self.seq_lens[row])
-        reservation = self._reserve(row, geometry)
+        reservation = self._reserve(row)
+        geometry = reservation.geometry
         slots = self.req_to_token[row, : geometry.covered].long()
         heads = (self.shape.num_layers, self.shape.num_kv_heads)
         statistic = torch.ones(heads, device=self.device)
@@ -150,59 +119,28 @@ class Pool:
             torch.cuda.synchronize()
         self._commit(row, reservation)
 
-    def _geometry(self, length: int) -> PromptGeometry:
-        return prompt_geometry(
+    def _reserve(self, row: int) -> Reservation:
+        length, page_size = self.seq_lens[row], self.shape.page_size
+        geometry = prompt_geometry(
             length,
             self.config.budget,
-            page_size=self.shape.page_size,
-            head_pages_per_page=self.layout.head_pages_per_page,
-            summary_vectors=self.config.summary_vectors(covered_tokens(length, self.shape.page_size)),
+            page_size=page_size,
+            head_pages_per_page=self.cache.memory.layout.head_pages_per_page,
+            summary_vectors=self.config.summary_vectors(covered_tokens(length, page_size)),
         )
-
-    def _reserve(self, row: int, geometry: PromptGeometry) -> Reservation:
-        host_pages = self.store.alloc(geometry.num_host_pages)
-        assert host_pages is not None, "the host store of this check is too small"
-        return Reservation(
-            geometry=geometry,
-            pages=torch.tensor([self.free.pop() for _ in range(geometry.num_pages)]),
-            host_pages=host_pages,
-            prefilled=self.seq_lens[row],
-            spans=(),
-            may_retrieve=True,
-            outcome=torch.zeros(2, dtype=torch.int64),
-        )
+        host_pages = self.cache.memory.store.alloc(geometry.num_host_pages)
+        assert host_pages is not None, "the host store is too small"
+        pages = torch.tensor([self.free.pop() for _ in range(geometry.num_pages)])
+        return Reservation(geometry, pages, host_pages, length, (), True, torch.zeros(2, dtype=torch.int64))
 
     def _commit(self, row: int, reservation: Reservation) -> None:
-        """Give back the prompt's pages and what was reserved and not used, all of it NaN."""
-        geometry, per_page = reservation.geometry, self.layout.head_pages_per_page
-        num_dynamic = int(reservation.outcome[1])
+        """Give back the prompt's pages and what was reserved and not used."""
+        geometry, per_page = reservation.geometry, self.cache.memory.layout.head_pages_per_page
+        num_dynamic, num_pages = int(reservation.outcome[1]), geometry.num_prompt_pages
         used = geometry.pages_used(num_dynamic, per_page)
-        num_chunks = geometry.num_prompt_pages
-        self._give_back(self._pages[row][:num_chunks] + reservation.pages[used:].tolist())
-        self.req_to_token[row, : geometry.covered] = 0
-        self._pages[row][:num_chunks] = [0] * num_chunks
-        host_used = geometry.host_pages_used(num_dynamic, per_page)
-        for pages in (self.store.k_pages, self.store.v_pages):
-            by_page = pages.unflatten(0, (-1, per_page))
-            by_page[reservation.host_pages[host_used:]] = NAN
-        self.store.free(reservation.host_pages[host_used:])
-        self._reserved[row] = (reservation.pages[:used].tolist(), reservation.host_pages[:host_used])
-
-    def _give_back(self, pages: list[int]) -> None:
-        if pages:
-            by_page = (self.layout.num_layers, -1, self.shape.page_size, self.shape.num_kv_heads, self.shape.head_dim)
-            places = torch.tensor(pages, device=self.device)
-            self.keys.view(by_page)[:, places], self.values.view(by_page)[:, places] = NAN, NAN
-        self.free += pages
-
-    def remove(self, row: int) -> None:
-        """End a request: its row is dense and empty, its pages are NaN and free."""
-        pages, host_pages = self._reserved.pop(row, ([], torch.empty(0, dtype=torch.int64)))
-        self._give_back(pages + [page for page in self._pages.pop(row) if page])
-        self.store.free(host_pages)
-        self.cache.release(row)
-        self.seq_lens[row] = 0
-        self.free_rows.append(row)
+        self.free += self._pages[row][:num_pages] + reservation.pages[used:].tolist()
+        self._pages[row][:num_pages] = [0] * num_pages
+        self.cache.memory.store.free(reservation.host_pages[geometry.host_pages_used(num_dynamic, per_page) :])
 
     def lens(self, rows: list[int]) -> torch.Tensor:
         """[B], int64, on the device. Lengths of these requests."""

@@ -61,7 +61,7 @@ class HeadPageViews:
     ----------
     k_flat, v_flat : [L * slots * H, D]. Row (layer * slots + slot) * H + head.
     k_pages, v_pages : [M, P, D], the same memory; M = L * pages_per_layer * H.
-    held_chunks : [M, C], int32. Residency map: the chunks that a dynamic head's buffer page holds, C = P / chunk_size.
+    held_chunks : [M, P / chunk_size], int32. Residency map: the chunks that a dynamic head's buffer page holds.
     """
 
     layout: HeadPageLayout
@@ -85,9 +85,9 @@ class HeadPageViews:
         chunks = page_size // (chunk_size or page_size)
         return cls(
             layout=layout,
-            k_flat=keys.view(-1, head_dim),
+            k_flat=keys.view(-1, head_dim),  # [L * slots * H, D]
             v_flat=values.view(-1, head_dim),
-            k_pages=keys.view(-1, page_size, head_dim),
+            k_pages=keys.view(-1, page_size, head_dim),  # [M, P, D]
             v_pages=values.view(-1, page_size, head_dim),
             held_chunks=torch.zeros(num_head_pages, chunks, dtype=torch.int32, device=keys.device),
         )
@@ -135,11 +135,12 @@ class HeadPageTable:
     Attributes
     ----------
     pages : [R, max_pages], int32. The request's pages in its linear order.
-    num_pages, covered, num_chunks : [R], int32. Pages held; prompt tokens they stand for; those in pages.
+    num_pages : [R], int32. Pages held.
+    covered, num_prompt_pages : [R], int32. The page-aligned prompt that they stand for, in tokens and in pages of P.
     first_head_page, num_head_pages : [R, L, H], int32. Linear index and number of a head's kept or buffer pages.
     is_dynamic : [R, L, H], bool. first_summary_page : [R, L, H], int32, linear; dynamic heads only.
     host_pages : [R, max_host_pages], int32. host_rank : [R, L, H], int32. Place of a dynamic head in the host store:
-        its page c is linear index host_rank * num_chunks + c of the request's host pages.
+        page i of the prompt is linear index host_rank * num_prompt_pages + i of the request's host pages.
     """
 
     def __init__(self, num_rows: int, max_pages: int, max_host_pages: int, layout: HeadPageLayout, device):
@@ -149,7 +150,7 @@ class HeadPageTable:
         heads = (num_rows, layout.num_layers, layout.num_kv_heads)
         self.layout = layout
         self.pages, self.host_pages = zeros(num_rows, max_pages), zeros(num_rows, max_host_pages)
-        self.num_pages, self.covered, self.num_chunks = zeros(num_rows), zeros(num_rows), zeros(num_rows)
+        self.num_pages, self.covered, self.num_prompt_pages = zeros(num_rows), zeros(num_rows), zeros(num_rows)
         self.first_head_page, self.num_head_pages = zeros(*heads), zeros(*heads)
         self.first_summary_page, self.host_rank = zeros(*heads), zeros(*heads)
         self.is_dynamic = zeros(*heads, dtype=torch.bool)
@@ -158,7 +159,7 @@ class HeadPageTable:
         """Give `row` its pages before the forward that compresses it is launched; heads are empty until then."""
         self.pages[row, : len(pages)] = pages.to(torch.int32)
         self.host_pages[row, : len(host_pages)] = host_pages.to(torch.int32)
-        self.covered[row], self.num_chunks[row] = covered, covered // self.layout.page_size
+        self.covered[row], self.num_prompt_pages[row] = covered, covered // self.layout.page_size
         self.num_head_pages[row] = 0
         self.num_pages[row] = len(pages)
 
@@ -166,7 +167,7 @@ class HeadPageTable:
         """Make `row` dense again."""
         self.num_pages[row] = 0
         self.covered[row] = 0
-        self.num_chunks[row] = 0
+        self.num_prompt_pages[row] = 0
         self.num_head_pages[row] = 0
         self.is_dynamic[row] = False
 
@@ -177,10 +178,10 @@ class HeadPageTable:
         linear = torch.where(places < num_pages[:, None], first + places, first)
         return self.layout.head_page_ids(self.pages[row], linear)
 
-    def host_chunk_ids(self, row: int, layer_idx: int, heads: torch.Tensor, num_chunks: int) -> torch.Tensor:
-        """[E, C], int64: host head pages of all C pages of the dynamic `heads` [E] of one layer."""
-        chunks = torch.arange(num_chunks, device=heads.device)
-        linear = self.host_rank[row, layer_idx, heads].to(torch.int64)[:, None] * num_chunks + chunks
+    def host_page_ids(self, row: int, layer_idx: int, heads: torch.Tensor, num_prompt_pages: int) -> torch.Tensor:
+        """[E, num_prompt_pages], int64: host head pages of the prompt's pages, for dynamic `heads` [E] of one layer."""
+        pages = torch.arange(num_prompt_pages, device=heads.device)
+        linear = self.host_rank[row, layer_idx, heads].to(torch.int64)[:, None] * num_prompt_pages + pages
         return self.layout.host_page_ids(self.host_pages[row], linear)
 
     def summary_places(
@@ -197,6 +198,13 @@ class HeadPageTable:
         first = self.first_summary_page[row, layer_idx, heads].to(torch.int64)[:, None]
         ids = self.layout.head_page_ids(self.pages[row], first + vector // (2 * page_size))
         return ids, vector // page_size % 2, vector % page_size
+
+    def read_summaries(
+        self, views: HeadPageViews, row: int, layer_idx: int, heads: torch.Tensor, num_vectors: int
+    ) -> torch.Tensor:
+        """[E, num_vectors, D]: the first summary vectors of the dynamic `heads` [E] of one layer."""
+        ids, half, place = self.summary_places(row, layer_idx, heads, num_vectors)
+        return torch.where((half == 0)[:, None], views.k_pages[ids, place], views.v_pages[ids, place])
 
     def check_rows(self, req_rows: torch.Tensor, layer_idx: int) -> None:
         """ValueError when a page, or a place in the pages, of one of these requests is out of range; debug mode."""
@@ -217,15 +225,15 @@ class HeadPageTable:
             heads = self.is_dynamic[row, layer_idx].nonzero().squeeze(1)
             if len(heads) == 0:
                 continue
-            num_chunks = int(self.num_chunks[row])
+            num_prompt_pages = int(self.num_prompt_pages[row])
             ids = self.buffer_page_ids(row, layer_idx, heads, self.num_head_pages[row, layer_idx, heads])
-            checks.check_range(f"views.held_chunks[{row}]", views.held_chunks[ids], num_chunks)
-            pages = -(-num_chunks * num_vectors // (2 * self.layout.page_size))
+            checks.check_range(f"views.held_chunks[{row}]", views.held_chunks[ids], num_prompt_pages)
+            pages = -(-num_prompt_pages * num_vectors // (2 * self.layout.page_size))
             limit = int(self.num_pages[row]) * self.layout.head_pages_per_page - pages + 1
             first = self.first_summary_page[row, layer_idx, heads]
             checks.check_range(f"table.first_summary_page[{row}]", first, limit)
 
     def clear_all(self) -> None:
         """Make every row dense."""
-        for tensor in (self.num_pages, self.covered, self.num_chunks, self.num_head_pages, self.is_dynamic):
+        for tensor in (self.num_pages, self.covered, self.num_prompt_pages, self.num_head_pages, self.is_dynamic):
             tensor.zero_()

@@ -6,11 +6,10 @@ import dataclasses
 
 import torch
 
+from hybridkv_kernels.chunks import KEY_CODES, encode_keys, summarize_chunks, top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable
-from hybridkv_kernels.select_chunks import KEY_CODES, encode_keys, forced_chunks, summarize_chunks, top_chunks
 from sglang_hybridkv.cache.memory import CacheMemory
-from sglang_hybridkv.cache.retrieval import forced_chunk_counts
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
 from sglang_hybridkv.config import RetrievalConfig
@@ -139,7 +138,7 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     chunk_size = config.tokens_per_chunk
     counts = plan.num_head_pages.flatten() * (page_size // chunk_size)
     scores = chunk_salience(observation.salience, chunk_size).flatten(0, 1)
-    forced = forced_chunks(scores.shape[1], counts, *forced_chunk_counts(config))
+    forced = config.retrieval.forced_chunks(scores.shape[1], counts)
     chunks = top_chunks(scores.masked_fill(forced, float("inf")), counts)
     dynamic = chunks.repeat_interleave(chunk_size, dim=1).view_as(static)
     return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
@@ -239,7 +238,7 @@ def _offload_layer(memory: CacheMemory, config: RetrievalConfig, row: int, slots
     page_size, num_pages = memory.layout.page_size, len(slots) // memory.layout.page_size
     rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])  # [E, N]
     keys, values = views.k_flat[rows], views.v_flat[rows]  # [E, N, D]
-    host_ids = table.host_chunk_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)  # [E, pages]
+    host_ids = table.host_page_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)  # [E, pages]
     store.k_pages[host_ids] = keys.unflatten(1, (num_pages, page_size)).to(store.k_pages.device)
     store.v_pages[host_ids] = values.unflatten(1, (num_pages, page_size)).to(store.v_pages.device)
     _write_summaries(memory, row, layer_idx, heads, _summaries(config, keys, values))

@@ -162,7 +162,7 @@ class CompressedCache:
             req_to_token,
             seq_lens,
             scaling=scaling,
-            estimate=self.compressor.estimate,
+            retrieval=self.compressor.config.retrieval,
         )
 
     def release(self, row: int) -> None:

@@ -120,12 +120,6 @@ class Compressor:
     def __init__(self, config: CompressorConfig):
         self.config = config
 
-    @property
-    def estimate(self) -> str | None:
-        """Chunk score whose means stand for what is not retrieved, as `decode_attn` takes it; None to leave it out."""
-        config = self.config
-        return config.chunk_score if isinstance(config, RetrievalConfig) and config.estimates else None
-
     def bind(self, num_layers: int, num_kv_heads: int, fingerprint: str | None = None) -> None:
         """Meet the model, in the launcher and in the scheduler; ValueError in one sentence when it does not fit.
 

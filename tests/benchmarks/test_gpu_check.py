@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -14,174 +13,87 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.gpu_check import bandwidth, graphs, ops, parts, servers
+from benchmarks.gpu_check import bandwidth, parts, servers
 from benchmarks.gpu_check.__main__ import exit_status, make_table
 from benchmarks.gpu_check.bandwidth import quotients, unmet
 from benchmarks.gpu_check.parts import PARTS, Context, Part, chosen_parts, run_part
 from benchmarks.gpu_check.pool import Pool, Shape, make_config
-from benchmarks.gpu_check.reference import Mismatch, PoolState, check_attention, check_retrieval
+from benchmarks.gpu_check.reference import Mismatch, check_attention
 from benchmarks.gpu_check.servers import Answer, compare, judge
 from tests.builders import fresh_generator
 
-SMALL = Shape(torch.float32, 8, 2, 64)
 CONTEXT = Context("cpu", lambda: pytest.fail("no server is started"), 5)
 
 
-def small_pool(**changes):
-    """A compressed request with a static and a dynamic head, and a dense one."""
-    pool = Pool(
-        SMALL,
-        make_config(SMALL, 0.3, 0.5, **changes),
-        num_pages=80,
-        num_host_pages=60,
-        max_context=300,
-        device="cpu",
-        generator=fresh_generator(),
-    )
+class TestKernels:
+    """The part that runs the tests of the kernels, on tests of its own."""
+
+    def rows(self, monkeypatch, tmp_path, code):
+        (tmp_path / "tests" / "kernels").mkdir(parents=True)
+        (tmp_path / "tests" / "kernels" / "test_some_op.py").write_text(code)
+        monkeypatch.setattr(parts, "ROOT", tmp_path)
+        return list(parts.kernel_rows(CONTEXT))
+
+    def test_a_row_says_what_ran_and_what_failed(self, monkeypatch, tmp_path):
+        code = "import os, pytest\ndef test_a(): pass\ndef test_b(): assert 1 + 1 == 3\ndef test_c(): pytest.skip('')\n"
+        code += "def test_seed(): assert os.environ['HYBRIDKV_TEST_SEED'] == '5'\n"
+        (row,) = self.rows(monkeypatch, tmp_path, code)
+        assert (row["op"], row["cases"], row["ok"], row["failed_cases"], row["seed"]) == ("some_op", 3, False, 1, 5)
+        assert row["failures"][0].startswith("test_b: ")
+        json.dumps(row)
+
+    def test_sound_kernels_pass(self, monkeypatch, tmp_path):
+        (row,) = self.rows(monkeypatch, tmp_path, "def test_a(): pass\n")
+        assert row["ok"]
+
+    def test_tests_of_a_gpu_are_left_out_without_one(self, monkeypatch, tmp_path):
+        code = "import pytest\n@pytest.mark.gpu\ndef test_a(): pass\n"
+        with pytest.raises(Mismatch, match="ended with status 5"):
+            self.rows(monkeypatch, tmp_path, code)
+
+    def test_tests_that_cannot_be_collected_fail(self, monkeypatch, tmp_path):
+        (row,) = self.rows(monkeypatch, tmp_path, "import no_such_package\n")
+        assert not row["ok"]
+
+    def test_without_pytest_one_sentence_says_so(self, monkeypatch):
+        monkeypatch.setattr(parts.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(Mismatch, match="their tests, which need pytest and hypothesis: no pytest here"):
+            list(parts.kernel_rows(CONTEXT))
+
+
+def attended(dtype=torch.float32):
+    """A pool with a compressed and a dense request, a query and the attention of both."""
+    shape = Shape(dtype, 8, 2, 64)
+    sizes = {"num_pages": 80, "num_host_pages": 60, "max_context": 300}
+    pool = Pool(shape, make_config(shape, 0.3, 0.5), **sizes, device="cpu", generator=fresh_generator())
     rows = [pool.add(170), pool.add(19)]
     pool.compress(rows[0], 1)
     pool.append_token(rows[0])
-    return pool, rows
-
-
-@pytest.fixture(params=["mean_max", "key_codes"])
-def step(request):
-    """A pool after one retrieval of layer 0: pool, state before, queries and rows."""
-    pool, rows = small_pool(chunk_score=request.param)
-    before, q = PoolState.of(pool), pool.queries(2)
+    q = pool.queries(2)
     pool.retrieve(0, q, torch.tensor(rows))
-    return pool, before, q, rows
-
-
-class TestShapes:
-    def test_every_pair_of_values_occurs(self):
-        shapes = ops.covering_shapes()
-        names = ("dtype", "page_size", "group_size", "head_dim")
-        values = dict(zip(names, (ops.DTYPES, ops.PAGE_SIZES, ops.GROUP_SIZES, ops.HEAD_DIMS), strict=True))
-        for one, other in itertools.combinations(names, 2):
-            seen = {(getattr(shape, one), getattr(shape, other)) for shape in shapes}
-            assert seen == set(itertools.product(values[one], values[other]))
-
-    def test_lengths_surround_a_page(self):
-        assert set(ops.ragged_lengths(8, 50)) == {1, 7, 8, 9, 50}
-
-
-class TestOps:
-    @pytest.mark.parametrize("op", ops.OPS)
-    def test_kernels_of_the_cpu_pass(self, op):
-        row = ops.check_op(op, [SMALL, Shape(torch.bfloat16, 16, 7, 80)], "cpu", fresh_generator().initial_seed(), 6)
-        assert row["ok"], row["failures"]
-        assert row["cases"] == 2
-        assert all(0 <= error < 0.1 for error in row["max_error"].values())
-
-    @pytest.mark.parametrize("op", ops.OPS)
-    def test_a_kernel_that_writes_nothing_fails(self, op):
-        def broken(*args, **kwargs):
-            if op in ("compact_kv", "retrieve_chunks"):
-                return None
-            if op == "fetch_chunks":
-                return torch.tensor(0)
-            if op == "score_heads":
-                return torch.empty(2), torch.empty(2, args[2].shape[0])
-            return torch.empty_like(args[0])
-
-        callers = {"retrieve_chunks": "sglang_hybridkv.cache.retrieval", "decode_attn": "benchmarks.gpu_check.pool"}
-        where = callers.get(op, "benchmarks.gpu_check.ops")
-        if op == "select_chunks":
-
-            def broken(q, summaries, counts, **rest):  # as many as wanted, but not the best
-                return torch.arange(summaries.shape[1]) >= (summaries.shape[1] - counts)[:, None]
-
-        with mock.patch(f"{where}.{op}", broken):
-            row = ops.check_op(op, [SMALL], "cpu", fresh_generator().initial_seed(), 40)
-        assert not row["ok"]
-        assert row["failed_cases"] == 1
-        assert "seed" in row["failures"][0]
-
-    @pytest.mark.slow
-    def test_triton_kernels_interpreted_in_a_process_of_their_own_pass(self):
-        pytest.importorskip("triton")
-        environment = os.environ | {"TRITON_INTERPRET": "1", "HYBRIDKV_KERNELS": "triton"}
-        command = [sys.executable, "-m", "benchmarks.gpu_check.ops", "1", "compact_kv"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
-        assert [(row["op"], row["ok"]) for row in rows] == [("compact_kv", True)]
-        assert "interpreted" in rows[0]["kernels"]
+    return pool, q, rows, pool.attend(0, q, torch.tensor(rows), pool.lens(rows))
 
 
 class TestReference:
-    def test_a_sound_step_passes(self, step):
-        pool, before, q, rows = step
-        check_retrieval(pool, before, {0: q}, rows)
-        lens = pool.lens(rows)
-        assert check_attention(pool, 0, q, rows, pool.attend(0, q, torch.tensor(rows), lens)) < 1e-5
+    def test_sound_attention_passes(self):
+        pool, q, rows, out = attended()
+        assert all(check_attention(pool, 0, q[i], row, out[i]) < 1e-5 for i, row in enumerate(rows))
 
-    def test_wrong_attention_is_seen(self, step):
-        pool, _, q, rows = step
-        out = pool.attend(0, q, torch.tensor(rows), pool.lens(rows))
+    def test_wrong_attention_is_seen(self):
+        pool, q, rows, out = attended()
         out[1, 0, 0] += 1e-3
         with pytest.raises(Mismatch, match="largest relative error"):
-            check_attention(pool, 0, q, rows, out)
+            check_attention(pool, 0, q[1], rows[1], out[1])
         out[1, 0, 0] = float("nan")
         with pytest.raises(Mismatch, match="1 outputs are not finite"):
-            check_attention(pool, 0, q, rows, out)
+            check_attention(pool, 0, q[1], rows[1], out[1])
 
-    def test_a_row_that_is_not_the_host_stores_is_seen(self, step):
-        pool, before, q, rows = step
-        pages = pool.table.buffer_page_ids(rows[0], 0, torch.tensor([0]), pool.table.num_head_pages[rows[0], 0, :1])
-        pool.views.v_pages[pages[0, 0], 3, 5] += 1
-        with pytest.raises(Mismatch, match="values: 1 of"):
-            check_retrieval(pool, before, {0: q}, rows)
-
-    def test_a_write_to_another_page_is_seen(self, step):
-        pool, before, q, rows = step
-        pool.keys[1, int(pool.req_to_token[rows[1], 4]), 1, 0] += 1
-        with pytest.raises(Mismatch, match="keys of other pages"):
-            check_retrieval(pool, before, {0: q}, rows)
-
-    def test_a_chunk_that_is_not_the_best_is_seen(self, step):
-        pool, before, q, rows = step
-        with pytest.raises(Mismatch, match="a chunk was left out"):
-            check_retrieval(pool, before, {0: -q}, rows)
-
-    def test_wrong_counters_are_seen(self, step):
-        pool, before, q, rows = step
-        pool.counters[1] += 1
-        with pytest.raises(Mismatch, match="counted"):
-            check_retrieval(pool, before, {0: q}, rows)
-
-
-class TestPool:
-    def test_nothing_is_lost_when_requests_come_and_go(self):
-        pool, rows = small_pool()
-        for row in rows:
-            pool.remove(row)
-        assert sorted(pool.free) == list(range(1, 80))
-        assert pool.store.available() == 60
-        assert pool.keys[:, 8:].isnan().all()
-        assert not pool.table.num_pages.any()
-
-
-class TestGraphs:
-    @pytest.mark.parametrize("chunk_score", ["mean_max", "key_codes"])
-    def test_a_changing_batch_passes(self, chunk_score):
-        row = graphs.check_shape(SMALL, "cpu", fresh_generator().initial_seed(), 5, chunk_score)
-        assert row["ok"]
-        assert not row["captured"]
-
-    def test_a_step_that_forgets_its_batch_is_seen(self):
-        """As a graph does that reads rows from memory that nobody updates."""
-        launch = graphs.DecodeStep.launch
-
-        def stale(self):
-            rows = self.rows.clone()
-            self.rows.fill_(0)
-            launch(self)
-            self.rows.copy_(rows)
-
-        with mock.patch.object(graphs.DecodeStep, "launch", stale), pytest.raises(Mismatch):
-            graphs.check_shape(SMALL, "cpu", fresh_generator().initial_seed(), 5)
+    def test_pages_that_are_given_back_are_nobody_s(self):
+        pool, _, rows, _ = attended()
+        held = [page for row in rows for page in pool._pages[row] if page]
+        used = pool.table.pages[rows[0], : int(pool.table.num_pages[rows[0]])].tolist()
+        assert len(set(pool.free + held)) == len(pool.free + held)
+        assert not set(held) & set(used)
 
 
 class TestBandwidth:
@@ -232,19 +144,21 @@ class TestBandwidth:
         pytest.importorskip("triton")
         code = """
 import torch
-from benchmarks.gpu_check import bandwidth, graphs
+from benchmarks.gpu_check import bandwidth
 from benchmarks.gpu_check.pool import Pool, Shape, make_config
 from benchmarks.gpu_check.reference import check_attention
+from benchmarks.gpu_check.step import DecodeStep
 shape = Shape(torch.float32, 8, 2, 64)
 generator = torch.Generator().manual_seed(5)
 sizes = {"num_pages": 60, "num_host_pages": 40, "max_context": 200}
 pool = Pool(shape, make_config(shape, 0.5, 0.5), **sizes, device="cpu", generator=generator)
 rows = [pool.add(length) for length in (5, 17, 33)]
-step = graphs.DecodeStep(pool, len(rows))
+step = DecodeStep(pool, len(rows))
 step.load(rows)
 bandwidth.sglang_decode(pool, step, rows)()
 for layer_idx, q in enumerate(step.q):
-    check_attention(pool, layer_idx, q, rows, step.out[layer_idx])
+    for i, row in enumerate(rows):
+        check_attention(pool, layer_idx, q[i], row, step.out[layer_idx, i])
 """
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(
@@ -301,22 +215,17 @@ class TestServers:
 
 
 def part_of(rows: Callable[[Context], Iterator[dict]], skipped=()) -> Part:
-    return Part("ops", "a part", rows, lambda device: skipped)
+    return Part("kernels", "a part", rows, lambda device: skipped)
 
 
 class TestParts:
     def test_correctness_comes_before_timings_whatever_was_asked(self):
-        assert [part.name for part in chosen_parts("concurrency, bandwidth,graphs,ops,server")] == [
-            "ops",
-            "graphs",
-            "server",
-            "bandwidth",
-            "concurrency",
-        ]
+        names = [part.name for part in chosen_parts("concurrency, bandwidth,kernels,server")]
+        assert names == ["kernels", "server", "bandwidth", "concurrency"]
 
-    @pytest.mark.parametrize("names", ["", "ops,", "ops,speed"])
+    @pytest.mark.parametrize("names", ["", "kernels,", "kernels,speed"])
     def test_unknown_parts_are_refused_in_words(self, names):
-        with pytest.raises(ValueError, match="legal: ops, graphs, server, bandwidth, concurrency"):
+        with pytest.raises(ValueError, match="legal: kernels, server, bandwidth, concurrency"):
             chosen_parts(names)
 
     def test_without_a_gpu_every_part_says_what_it_leaves_out(self):
@@ -351,16 +260,6 @@ class TestParts:
     def test_a_part_without_a_row_has_not_passed(self):
         outcome = run_part(part_of(lambda context: iter(())), CONTEXT, lambda row: None)
         assert (outcome.status, outcome.fault) == ("failed", "no check ran")
-
-    @pytest.mark.parametrize("printed", ["", '{"op": "compact_kv", "ok": true}\n'])
-    def test_interpreted_kernels_that_end_early_fail_the_part(self, printed):
-        done = subprocess.CompletedProcess([], 1, printed, "ImportError: no triton\n")
-        with (
-            mock.patch.object(parts.ops, "OPS", {}),
-            mock.patch.object(subprocess, "run", return_value=done),
-            pytest.raises(Mismatch, match="no triton"),
-        ):
-            list(parts.op_rows(CONTEXT))
 
     def test_rows_of_a_small_machine_have_no_quotients_to_quote(self):
         tiny = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1)

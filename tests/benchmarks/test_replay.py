@@ -14,7 +14,7 @@ from benchmarks.quality.cases import CONTEXTS
 from benchmarks.quality.models import TINY_MODEL
 from benchmarks.replay import Prompt, Replay, ReplayedModel, compress, everything, observe
 from benchmarks.scenes import ask, draw_scene, user_message
-from hybridkv_kernels.select_chunks import CHUNK_SCORES
+from hybridkv_kernels.chunks import CHUNK_SCORES
 from sglang_hybridkv.requests.spans import VisualSpan
 from tests.builders import TinyPool, fresh_generator, full_attention, make_compressor
 

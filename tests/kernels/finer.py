@@ -1,4 +1,4 @@
-"""Chunk scores of ours, for the tests of select_chunks and retrieve_chunks."""
+"""Chunk scores of ours, for the tests."""
 
 import torch
 

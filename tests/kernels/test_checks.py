@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 import torch
 
 from hybridkv_kernels import checks
+from tests.kernels import shapes
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,10 @@ def test_same(other):
     checks.check_same("x", torch.empty(3), "y", torch.empty(1))
     with pytest.raises(ValueError, match=r"^x: expected .* like y, got torch.float32 on cpu$"):
         checks.check_same("x", torch.empty(3), "y", other)
+
+
+def test_the_covering_shapes_have_every_pair_of_values():
+    values = (shapes.DTYPES, shapes.PAGE_SIZES, shapes.GROUP_SIZES, shapes.HEAD_DIMS)
+    for one, other in itertools.combinations(range(4), 2):
+        seen = {(shape[one], shape[other]) for shape in shapes.covering_shapes()}
+        assert seen == set(itertools.product(values[one], values[other]))

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from hybridkv_kernels.decode_attn import flashinfer
+from hybridkv_kernels.decode_attn import flashinfer, naive
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from tests.builders import TinyPool, forced_kernels, fresh_generator, head_page, make_views
 from tests.flashinfer_double import BatchDecodeDouble, merge_state
+from tests.kernels.shapes import covering_shapes
 
 NOWHERE = 2**30  # a page far outside the pool: whoever reads it fails
 WORKSPACE = torch.empty(64, dtype=torch.uint8)
@@ -162,3 +163,27 @@ def test_more_rows_than_the_table_has_are_refused():
     decode = flashinfer.HeadPageDecode(pool.table, pool.views, 2, WORKSPACE, BatchDecodeDouble)
     with pytest.raises(ValueError, match="max_batch_size: expected at most 9, got 10"):
         decode.init_graphs(10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["cuda"], indirect=True)
+@pytest.mark.parametrize("shape", [s for s in covering_shapes() if flashinfer.shape_obstacle(s[0], s[3]) is None])
+def test_flashinfer_s_own_kernels_attend_to_the_head_pages(kernels, shape):
+    """Each compressed request without its tail; a dense one and padding are beside it."""
+    wrapper_class = pytest.importorskip("flashinfer").BatchDecodeWithPagedKVCacheWrapper
+    dtype, page_size, group_size, head_dim = shape
+    pool, prompts = make_pool(page_size, group_size, dtype, head_dim)
+    rows = torch.tensor([p.row for p in prompts] + [0])
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8)
+    with torch.device("cpu"):  # a server has no other default
+        decode = flashinfer.HeadPageDecode(pool.table, pool.views, group_size, workspace, wrapper_class)
+        decode.plan(rows, pool.table.num_head_pages[rows].cpu(), in_graph=False)
+    compressed = pool.table.num_pages[rows].nonzero().squeeze(1)
+    covered = pool.table.covered[rows[compressed]]
+    for layer in range(pool.layout.num_layers):
+        q = pool.queries(len(rows))
+        out, lse = decode.run(layer, q, pool.scaling)
+        assert lse[compressed].isfinite().all()
+        where = (pool.views, pool.table, layer, rows[compressed], pool.req_to_token, covered)
+        expected = naive.decode_attn(q[compressed], *where, pool.scaling)
+        torch.testing.assert_close(out[compressed], expected, atol=2e-2, rtol=2e-2)

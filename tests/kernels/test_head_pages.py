@@ -93,12 +93,12 @@ def test_bind_and_clear_touch_one_row(table):
     table.bind(2, torch.tensor([4, 1, 9]), torch.tensor([3]), covered=40)
     assert table.pages[2, :3].tolist() == [4, 1, 9]
     assert table.host_pages[2, :1].tolist() == [3]
-    assert (int(table.num_pages[2]), int(table.covered[2]), int(table.num_chunks[2])) == (3, 40, 5)
+    assert (int(table.num_pages[2]), int(table.covered[2]), int(table.num_prompt_pages[2])) == (3, 40, 5)
     assert not table.num_head_pages[2].any(), "heads are empty until the forward has compressed"
     table.is_dynamic[2] = True
     table.bind(3, torch.tensor([5]), torch.tensor([], dtype=torch.int64), covered=8)
     table.clear(2)
-    for tensor in (table.num_pages, table.covered, table.num_chunks, table.num_head_pages, table.is_dynamic):
+    for tensor in (table.num_pages, table.covered, table.num_prompt_pages, table.num_head_pages, table.is_dynamic):
         assert not tensor[2].any()
     assert int(table.num_pages[3]) == 1
     table.clear_all()

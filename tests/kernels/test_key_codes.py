@@ -5,13 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.select_chunks import count_vectors, encode_keys
-from hybridkv_kernels.select_chunks.naive import read_codes, score_tokens_by_query
-from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from tests.builders import LAWS, TinyPool, fresh_generator
+from hybridkv_kernels.chunks import Retrieval, encode_keys, read_codes
+from hybridkv_kernels.retrieve_chunks.naive import score_tokens_by_query
+from tests.builders import LAWS, fresh_generator
 from tests.kernels.finer import coded_keys
+from tests.kernels.shapes import DTYPES
+from tests.kernels.test_retrieve_chunks import dynamic_pool
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CODES = Retrieval(0, 0, "key_codes", 1)
 
 
 @st.composite
@@ -30,7 +31,7 @@ def keys_of(draw):
 def test_a_code_is_the_nearest_of_four_values(keys):
     """Half a step off at most within two steps of the centre, the outermost value beyond."""
     vectors = encode_keys(keys)
-    assert vectors.shape == (len(keys), count_vectors("key_codes", keys.shape[1], 1), keys.shape[2])
+    assert vectors.shape == (len(keys), CODES.count_vectors(keys.shape[1]), keys.shape[2])
     assert vectors.dtype == keys.dtype
     centre, step, steps = read_codes(vectors)
     offset = keys.float() - centre
@@ -55,8 +56,7 @@ def test_scores_are_products_with_the_coded_keys(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_keys_and_queries_and_one_that_is_no_number_leave_the_others_found(dtype):
     """A product beyond fp16's range, and a key of NaN, which only static heads would ever show."""
-    values = {"page_size": 8, "min_head_pages": 1, "min_prompt_tokens": 1, "max_dynamic_heads": 1.0, "budget": 0.1}
-    pool = TinyPool(fresh_generator(), HybridKVConfig(**values, num_sink_tokens=0, recent_window=0), dtype=dtype)
+    pool = dynamic_pool(dtype, budget=0.1, num_sink_tokens=0, recent_window=0)
     prompt = pool.add_prompt(160)
     prompt.keys[0, :, :, 0] *= 300
     prompt.keys[0, :, 33] = float("inf")
@@ -83,11 +83,9 @@ def test_codes_are_those_of_the_plain_formula():
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk_size", [1, 4])
+@pytest.mark.parametrize("chunk_size", [1, 4, 8])
 def test_a_query_finds_the_one_token_that_it_points_at(chunk_size, dtype):
-    values = {"page_size": 8, "min_head_pages": 1, "min_prompt_tokens": 1, "max_dynamic_heads": 1.0, "budget": 0.1}
-    config = HybridKVConfig(**values, chunk_size=chunk_size, num_sink_tokens=0, recent_window=0)
-    pool = TinyPool(fresh_generator(), config, dtype=dtype)
+    pool = dynamic_pool(dtype, budget=0.1, chunk_size=chunk_size, num_sink_tokens=0, recent_window=0)
     prompt = pool.add_prompt(160)
     direction = pool.randn(32).sign()
     prompt.keys[0, :, 77] += 2 * direction
@@ -106,4 +104,4 @@ def test_bad_keys_are_named():
     with pytest.raises(ValueError, match="^k: expected a multiple of 8 tokens, got 12"):
         encode_keys(torch.zeros(1, 12, 4))
     with pytest.raises(ValueError, match="^num_tokens: expected a multiple of 8 for key_codes, got 12"):
-        count_vectors("key_codes", 12, 1)
+        CODES.count_vectors(12)

@@ -170,6 +170,7 @@ class Serving:
 
     def expected(self, batch, queries):
         """The same by the reference, from what the pool holds after the step."""
+        retrieval = self.cache.compressor.config.retrieval
         return [
             naive.decode_attn(
                 q.view(len(q), -1, self.head_dim),
@@ -180,7 +181,7 @@ class Serving:
                 self.req_to_token,
                 batch.seq_lens,
                 self.head_dim**-0.5,
-                self.cache.compressor.estimate,
+                retrieval.num_means if retrieval is not None else 0,
             ).view(len(q), -1)
             for layer_idx, (q, _, _) in enumerate(queries)
         ]

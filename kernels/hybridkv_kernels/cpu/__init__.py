@@ -54,7 +54,7 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS[best_isa()]
 
 
-def call(function: str, arguments: ctypes.Structure, isa: int | None = None) -> None:
-    """Run a kernel; `isa` forces an instruction set of INSTRUCTION_SETS that the machine must have."""
-    done = getattr(library(), function)(ctypes.byref(arguments), best_isa() if isa is None else isa)
+def call(function: str, arguments: ctypes.Structure) -> None:
+    """Run a kernel with the best instruction set of this machine."""
+    done = getattr(library(), function)(ctypes.byref(arguments), best_isa())
     assert done, f"{function} has no kernel for arguments that `obstacle` let pass"

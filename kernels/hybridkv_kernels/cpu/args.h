@@ -3,7 +3,7 @@
 #include <cstdint>
 
 constexpr int kMaxGroup = 16;
-constexpr int kCodedTokens = 8, kCodeHeader = 2;  // of key codes; select_chunks/naive.py says what they are
+constexpr int kCodedTokens = 8, kCodeHeader = 2;  // of key codes; chunks.py says what they are
 
 extern "C" {
 
@@ -18,7 +18,7 @@ struct DecodeArgs {
   const int32_t* covered;         // [rows]
   const int32_t* first_head_page; // [rows, num_layers, num_kv_heads]
   const int32_t* num_head_pages;  // [rows, num_layers, num_kv_heads]
-  const int32_t* num_chunks;      // [rows]; this and the next three are read where chunks are estimated
+  const int32_t* num_prompt_pages; // [rows]; this and the next three are read where chunks, pages then, are estimated
   const int32_t* first_summary_page; // [rows, num_layers, num_kv_heads]
   const uint8_t* is_dynamic;      // [rows, num_layers, num_kv_heads]
   const int32_t* held_chunks;        // [head pages]
@@ -28,7 +28,7 @@ struct DecodeArgs {
   int64_t max_pages, max_context, split_rows;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
   int32_t type, num_threads;
-  int32_t estimate_vectors;       // mean keys a chunk, followed by as many mean values; 0: nothing is estimated
+  int32_t num_means;              // mean keys a chunk, followed by as many mean values; 0: nothing is estimated
   float scaling;
 };
 
@@ -49,13 +49,13 @@ struct RetrieveArgs {
   int32_t* held_chunks;              // [head pages, page_size / chunk_size], in place
   int64_t* counters;                 // [2], in place
   const int32_t *pages, *host_pages; // [rows, max_pages], [rows, max_host_pages]
-  const int32_t *num_pages, *num_chunks;                                   // [rows]
+  const int32_t *num_pages, *num_prompt_pages;                             // [rows]
   const int32_t *first_head_page, *num_head_pages, *first_summary_page, *host_rank; // [rows, num_layers, num_kv_heads]
   const uint8_t* is_dynamic;         // [rows, num_layers, num_kv_heads]
   const int64_t* req_rows;           // [batch]
   int64_t max_pages, max_host_pages;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
-  int32_t type, num_threads, chunk_score, chunk_size, summary_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
+  int32_t type, num_threads, chunk_score, chunk_size, score_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
 };
 
 enum HkStatistic : int32_t {

@@ -3,9 +3,9 @@
 import torch
 
 from hybridkv_kernels import checks, dispatch, gpu
+from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.decode_attn import cpu, naive
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import check_score, summary_vectors
 
 _IMPLEMENTATIONS = {"naive": naive.decode_attn, "cpu": cpu.decode_attn, "triton": gpu.twin("decode_attn")}
 
@@ -20,7 +20,7 @@ def decode_attn(
     seq_lens: torch.Tensor,
     *,
     scaling: float,
-    estimate: str | None = None,
+    retrieval: Retrieval | None = None,
 ) -> torch.Tensor:
     """Attention output of one new token per request, compressed or dense, in one call.
 
@@ -34,11 +34,10 @@ def decode_attn(
     req_to_token : [R, max_context], int32, contiguous. Token slots; read in [covered, seq_len) only.
     seq_lens : [B], integer. Logical lengths, the new token included; each at least covered + 1.
     scaling : factor of q . k before the softmax.
-    estimate : None, or the chunk score, one of `select_chunks.ESTIMATING_SCORES`, of summaries that carry mean values
-        (`summarize_chunks` with v). Each chunk that a dynamic head's buffer does not hold, by
-        `views.held_chunks`, then takes part through its V means: logit scaling * q . mean_key + log(P / V),
-        value mean_value. Static heads and dense requests have nothing to estimate. Where every chunk is resident the
-        result is that of None, bit for bit.
+    retrieval : how dynamic heads retrieve; None is as one that does not estimate. Where `retrieval.estimate`, each
+        chunk that a dynamic head's buffer does not hold, by `views.held_chunks`, takes part through its V means:
+        logit scaling * q . mean_key + log(P / V), value mean_value. Static heads and dense requests have nothing to
+        estimate. Where every chunk is resident the result is that without, bit for bit.
 
     Returns
     -------
@@ -52,9 +51,10 @@ def decode_attn(
     Notes
     -----
     Every page of a head is full: budgets are whole pages and the rest of the prompt is in the tail. The order of
-    pages does not matter. Cost: bytes of the kept pages and of the tail; with `estimate` C * 2 V * D elements a dynamic
-    head more, C being its chunks that are not resident. `naive` syncs; it is not capturable. Source of `estimate`: the
-    estimation zone of RetroInfer (arXiv 2505.02922), with chunks in place of its clusters and every one of them in it.
+    pages does not matter. `naive` syncs; it is not capturable. Cost: bytes of the kept pages and of the tail; where
+    chunks are estimated C * 2 V * D elements a dynamic head more, C being its chunks that are not resident. Source of
+    the estimate: the estimation zone of RetroInfer (arXiv 2505.02922), with chunks in place of its clusters, all of
+    them.
     """
     layout = table.layout
     checks.check_shape("q", q, (None, None, None))
@@ -66,15 +66,17 @@ def decode_attn(
     checks.check_shape("req_to_token", req_to_token, (None, None))
     checks.check_dtype("req_to_token", req_to_token, (torch.int32,))
     checks.check_contiguous("req_to_token", req_to_token)
-    if estimate is not None:
-        check_score("estimate", estimate, estimate=True)
-        views.check_chunks(table.layout.page_size)
+    num_means = 0
+    if retrieval is not None and retrieval.estimate:
+        retrieval.check(layout.page_size)
+        views.check_chunks(retrieval.chunk_size)
+        num_means = retrieval.num_means
     if checks.is_debug():
         table.check_rows(req_rows, layer_idx)
-        if estimate is not None:
-            table.check_summaries(req_rows, layer_idx, summary_vectors(estimate, estimate=True), views)
+        if num_means:
+            table.check_summaries(req_rows, layer_idx, 2 * num_means, views)
         slots_per_layer = layout.pages_per_layer * layout.page_size
         for row, covered, seq_len in zip(req_rows, table.covered[req_rows.long()], seq_lens, strict=True):
             checks.check_range(f"req_to_token[{int(row)}]", req_to_token[row, covered:seq_len], slots_per_layer)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // layout.num_kv_heads)
-    return _IMPLEMENTATIONS[chosen](q, views, table, layer_idx, req_rows, req_to_token, seq_lens, scaling, estimate)
+    return _IMPLEMENTATIONS[chosen](q, views, table, layer_idx, req_rows, req_to_token, seq_lens, scaling, num_means)

@@ -68,7 +68,7 @@ struct Work {
 
 // Chunks, ascending, of one dynamic head of the request in `row` that its buffer does not hold.
 static inline std::vector<int32_t> absent_chunks(const DecodeArgs& a, int64_t row, int64_t head) {
-  std::vector<uint8_t> is_resident(size_t(a.num_chunks[row]), 0);
+  std::vector<uint8_t> is_resident(size_t(a.num_prompt_pages[row]), 0);
   for (int64_t place = 0; place < a.num_head_pages[head]; ++place)
     is_resident[size_t(a.held_chunks[head_page(a, row, a.first_head_page[head] + place)])] = 1;
   std::vector<int32_t> absent;
@@ -85,7 +85,7 @@ void decode_attn(const DecodeArgs& a) {
   const int64_t layer_offset = int64_t(a.layer_idx) * a.pages_per_layer * a.page_size * a.num_kv_heads * D;
   const Storage *k_rows = k_pages + layer_offset, *v_rows = v_pages + layer_offset;
   const int group = a.num_q_heads / a.num_kv_heads;
-  const int64_t vectors = a.estimate_vectors;
+  const int64_t vectors = a.num_means;
 
   std::vector<std::vector<int32_t>> absent(size_t(a.batch) * a.num_kv_heads);
 #pragma omp parallel for schedule(dynamic) num_threads(a.num_threads) if (vectors > 0)

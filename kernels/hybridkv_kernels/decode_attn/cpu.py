@@ -8,17 +8,15 @@ import torch
 
 from hybridkv_kernels import cpu
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import summary_vectors
 
 SPLIT_ROWS = 1024  # rows of one unit of work: long enough to amortise the merge, short enough to share out
 
 _POINTERS = (
-    "q out k_flat v_flat pages num_pages covered first_head_page num_head_pages num_chunks first_summary_page "
+    "q out k_flat v_flat pages num_pages covered first_head_page num_head_pages num_prompt_pages first_summary_page "
     "is_dynamic held_chunks req_to_token req_rows seq_lens"
 )
 _SIZES = (
-    "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
-    "estimate_vectors"
+    "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads num_means"
 )
 
 
@@ -42,12 +40,9 @@ def decode_attn(
     req_to_token: torch.Tensor,
     seq_lens: torch.Tensor,
     scaling: float,
-    estimate: str | None = None,
-    *,
-    isa: int | None = None,
-    split_rows: int = SPLIT_ROWS,
+    num_means: int = 0,
 ) -> torch.Tensor:
-    """Arguments and result as the public function's; `isa` and `split_rows` are for tests."""
+    """As the public function; `num_means` mean keys of a chunk, and as many values, estimate it where it is absent."""
     q = q.contiguous()
     out = torch.empty_like(q)
     req_rows, seq_lens = req_rows.to(torch.int64), seq_lens.to(torch.int64)
@@ -65,7 +60,7 @@ def decode_attn(
                 table.covered,
                 table.first_head_page,
                 table.num_head_pages,
-                table.num_chunks,
+                table.num_prompt_pages,
                 table.first_summary_page,
                 table.is_dynamic,
                 views.held_chunks,
@@ -76,7 +71,7 @@ def decode_attn(
         ),
         table.pages.shape[1],
         req_to_token.shape[1],
-        split_rows,
+        SPLIT_ROWS,
         q.shape[0],
         q.shape[1],
         layout.num_kv_heads,
@@ -87,8 +82,8 @@ def decode_attn(
         q.shape[2],
         cpu.ELEMENT_TYPES[q.dtype],
         torch.get_num_threads(),
-        0 if estimate is None else summary_vectors(estimate),
+        num_means,
         scaling,
     )
-    cpu.call("hk_decode", arguments, isa)
+    cpu.call("hk_decode", arguments)
     return out

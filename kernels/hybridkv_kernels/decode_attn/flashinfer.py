@@ -66,7 +66,7 @@ def head_page_entries(table: HeadPageTable, req_rows: torch.Tensor, num_head_pag
     num_head_pages : [B, L, H], int32, on the CPU. `table.num_head_pages` as the host knows it; 0 for dense requests.
     """
     layout, device = table.layout, req_rows.device
-    counts = num_head_pages.permute(1, 0, 2).reshape(layout.num_layers, -1)
+    counts = num_head_pages.permute(1, 0, 2).reshape(layout.num_layers, -1)  # [B, L, H] -> [L, B * H]
     ends = counts.flatten().cumsum(0)
     indptr = torch.zeros(layout.num_layers, counts.shape[1] + 1, dtype=torch.int32)
     indptr[:, 1:] = ends.view_as(counts)
@@ -172,8 +172,8 @@ class HeadPageDecode:
 
     def run(self, layer_idx: int, q: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention [B, H * G, D] of `q` over the head pages, and its log-sum-exp [B, H * G], base 2; capturable."""
-        pools = (self.views.k_pages.unsqueeze(2), self.views.v_pages.unsqueeze(2))
-        grouped = q.view(-1, self.group_size, q.shape[2])
+        pools = (self.views.k_pages.unsqueeze(2), self.views.v_pages.unsqueeze(2))  # [M, P, 1, D]
+        grouped = q.view(-1, self.group_size, q.shape[2])  # [B, H * G, D] -> [B * H, G, D]
         out, lse = self._wrappers[layer_idx].run(grouped, pools, q_scale=scaling, return_lse=True)
         return out.view_as(q), lse.view(q.shape[:2])
 
@@ -222,7 +222,7 @@ def merge(
     FlashInfer's `merge_state` starts a thread block with all heads of a token, too many for some models: here its
     tokens are the (request, KV head) pairs.
     """
-    shape = (-1, group_size, out_a.shape[2])
+    shape = (-1, group_size, out_a.shape[2])  # [B * H, G, D]
     merged, _ = merge_state(out_a.view(shape), lse_a.view(shape[:2]), out_b.view(shape), lse_b.view(shape[:2]))
     return merged.view_as(out_a)
 

@@ -18,7 +18,6 @@ import triton.language as tl
 from hybridkv_kernels import gpu
 from hybridkv_kernels.gpu.head_pages import dot, head_page_ids, summary_rows
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import summary_vectors
 
 # Splits that the plan aims at, a processor: one fewer than its registers and shared memory let run at once, which
 # leaves room for the short splits that entries end in, and keeps enough loads in flight.
@@ -39,7 +38,7 @@ def _plan(
     seq_lens,
     num_pages,
     covered,
-    num_chunks,
+    num_prompt_pages,
     num_head_pages,
     is_dynamic,
     num_entries,
@@ -66,7 +65,7 @@ def _plan(
         row = tl.load(req_rows + entry // H, mask=mask, other=0).to(tl.int64)
         _, rows = _exact_rows(entry, row, mask, seq_lens, num_pages, covered, num_head_pages, layer_idx, L, H, P)
         if V > 0:
-            means = _mean_rows(entry, row, mask, num_pages, num_chunks, is_dynamic, layer_idx, L, H, V)
+            means = _mean_rows(entry, row, mask, num_pages, num_prompt_pages, is_dynamic, layer_idx, L, H, V)
             rows = tl.where(is_exact, rows, means)
         blocks = tl.cdiv(rows, BLOCK_ROWS)
         # Kept for the second pass, which replaces it.
@@ -114,7 +113,7 @@ def _mean_rows(
     row,
     mask,
     num_pages,
-    num_chunks,
+    num_prompt_pages,
     is_dynamic,
     layer_idx,
     L: tl.constexpr,
@@ -125,7 +124,7 @@ def _mean_rows(
     is_compressed = tl.load(num_pages + row, mask=mask, other=0) > 0
     head = (row * L + layer_idx) * H + entry % H
     estimates = tl.load(is_dynamic + head, mask=mask & is_compressed, other=0) != 0
-    return tl.load(num_chunks + row, mask=mask & estimates, other=0) * V
+    return tl.load(num_prompt_pages + row, mask=mask & estimates, other=0) * V
 
 
 @triton.jit
@@ -298,7 +297,7 @@ def _attend_means(
     split_blocks,
     pages,
     num_pages,
-    num_chunks,
+    num_prompt_pages,
     first_summary_page,
     is_dynamic,
     req_rows,
@@ -327,7 +326,7 @@ def _attend_means(
         return
     entry, place = _find_entry(first_split, split, num_entries, BLOCK_ENTRIES)
     row = tl.load(req_rows + entry // H).to(tl.int64)
-    rows = _mean_rows(entry, row, entry >= 0, num_pages, num_chunks, is_dynamic, layer_idx, L, H, V)
+    rows = _mean_rows(entry, row, entry >= 0, num_pages, num_prompt_pages, is_dynamic, layer_idx, L, H, V)
     begin, end = _split_range(place, rows, split_blocks, BLOCK_ROWS)
 
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -426,11 +425,9 @@ def decode_attn(
     req_to_token: torch.Tensor,
     seq_lens: torch.Tensor,
     scaling: float,
-    estimate: str | None = None,
-    *,
-    num_splits: int | None = None,
+    num_means: int = 0,
 ) -> torch.Tensor:
-    """Arguments and result as the public function's; `num_splits`, how finely to cut, is for tests.
+    """As the public function; `num_means` mean keys of a chunk, and as many values, estimate it where it is absent.
 
     Requests of length 0, as CUDA graphs pad with, read nothing; their output is 0. Capturable: no sync, and sizes
     follow from the shapes of the arguments.
@@ -439,10 +436,9 @@ def decode_attn(
     out = torch.empty_like(q)
     layout, (batch, num_q_heads, head_dim) = table.layout, q.shape
     num_entries, group = batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
-    num_splits = num_splits or SPLITS_PER_PROCESSOR * gpu.num_processors(q.device)
-    vectors = 0 if estimate is None else summary_vectors(estimate)
-    kinds = 1 if estimate is None else 2
-    max_chunks = req_to_token.shape[1] // layout.page_size
+    num_splits = SPLITS_PER_PROCESSOR * gpu.num_processors(q.device)
+    kinds = 2 if num_means else 1
+    max_chunks = req_to_token.shape[1] // layout.page_size  # chunks are pages where they are estimated
     is_dynamic = table.is_dynamic.view(torch.uint8)
     model = {"L": layout.num_layers, "H": layout.num_kv_heads}
     heads = {"G": group, "D": head_dim}
@@ -465,7 +461,7 @@ def decode_attn(
         seq_lens,
         table.num_pages,
         table.covered,
-        table.num_chunks,
+        table.num_prompt_pages,
         table.num_head_pages,
         is_dynamic,
         num_entries,
@@ -473,7 +469,7 @@ def decode_attn(
         layer_idx,
         **model,
         P=layout.page_size,
-        V=vectors,
+        V=num_means,
         BLOCK_ROWS=BLOCK_ROWS,
         BLOCK_ENTRIES=BLOCK_ENTRIES,
     )
@@ -507,7 +503,7 @@ def decode_attn(
         num_warps=num_warps,
         num_stages=num_stages,
     )
-    if estimate is not None:
+    if num_means:
         is_resident = torch.zeros(num_entries, max_chunks, dtype=torch.uint8, device=q.device)
         _mark_resident[(num_entries, MARK_PROGRAMS)](
             is_resident,
@@ -536,12 +532,12 @@ def decode_attn(
             split_blocks[1:],
             table.pages,
             table.num_pages,
-            table.num_chunks,
+            table.num_prompt_pages,
             table.first_summary_page,
             is_dynamic,
             req_rows,
             scaling * math.log2(math.e),
-            math.log2(layout.page_size / vectors),
+            math.log2(layout.page_size / num_means),
             num_entries,
             layer_idx,
             table.pages.shape[1],
@@ -550,7 +546,7 @@ def decode_attn(
             **model,
             **heads,
             P=layout.page_size,
-            V=vectors,
+            V=num_means,
             BLOCK_ROWS=BLOCK_ROWS,
             **tiles,
             num_warps=num_warps,
@@ -565,7 +561,7 @@ def decode_attn(
         first_split,
         first_split[-1],
         **heads,
-        V=vectors,
+        V=num_means,
         BLOCK_D=block_d,
         BLOCK_SPLITS=BLOCK_SPLITS,
     )

@@ -23,9 +23,9 @@ def extend_attn(
     for row, prefix_len, extend_len in zip(req_rows.tolist(), prefix_lens, extend_lens, strict=True):
         if not extend_len:  # torch's flash attention divides by the number of queries
             continue
-        queries = q[start : start + extend_len].transpose(0, 1)
+        queries = q[start : start + extend_len].transpose(0, 1)  # [H * G, T, D]
         slots = req_to_token[row, : prefix_len + extend_len]
-        keys, values = k_rows[slots].transpose(0, 1), v_rows[slots].transpose(0, 1)
+        keys, values = k_rows[slots].transpose(0, 1), v_rows[slots].transpose(0, 1)  # [H, N, D]
         attended, weight = _new_tokens(queries, keys[:, prefix_len:], values[:, prefix_len:], scaling)
         if prefix_len:
             cached = _prefix(queries, keys[:, :prefix_len], values[:, :prefix_len], scaling)
@@ -45,7 +45,7 @@ def _new_tokens(q, keys, values, scaling):
 
 def _prefix(q, keys, values, scaling):
     """The same over the prefix: the G queries of a KV head and token are G rows of one long query."""
-    packed = q.reshape(keys.shape[0], -1, q.shape[-1])
+    packed = q.reshape(keys.shape[0], -1, q.shape[-1])  # [H * G, T, D] -> [H, G * T, D]
     out, weight = _flash(packed[None], keys[None], values[None], 0.0, False, scale=scaling)
     return out[0].reshape(q.shape), weight[0].reshape(q.shape[:2])
 

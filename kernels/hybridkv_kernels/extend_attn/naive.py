@@ -16,9 +16,10 @@ def extend_attn(
     """Arguments and result as the public function's."""
     out, start = torch.empty_like(q), 0
     for row, prefix_len, extend_len in zip(req_rows.tolist(), prefix_lens, extend_lens, strict=True):
-        queries = q[start : start + extend_len].transpose(0, 1)
+        queries = q[start : start + extend_len].transpose(0, 1)  # [H * G, T, D]
         slots = req_to_token[row, : prefix_len + extend_len]
         group = q.shape[1] // k_rows.shape[1]
+        # [N, H, D] -> [H, N, D], each head as often as it has queries.
         keys, values = (rows[slots].transpose(0, 1).repeat_interleave(group, dim=0) for rows in (k_rows, v_rows))
         positions = torch.arange(prefix_len + extend_len, device=q.device)
         causal = positions <= positions[prefix_len:, None]

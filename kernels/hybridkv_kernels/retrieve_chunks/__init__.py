@@ -3,9 +3,9 @@
 import torch
 
 from hybridkv_kernels import checks, dispatch, gpu
+from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks import cpu, naive
-from hybridkv_kernels.select_chunks import check_chunk_size, check_score
 
 _IMPLEMENTATIONS = {"naive": naive.retrieve_chunks, "cpu": cpu.retrieve_chunks, "triton": gpu.twin("retrieve_chunks")}
 
@@ -19,12 +19,7 @@ def retrieve_chunks(
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
-    *,
-    num_sink_chunks: int,
-    num_recent_chunks: int,
-    chunk_score: str,
-    chunk_size: int,
-    estimate: bool = False,
+    retrieval: Retrieval,
 ) -> None:
     """Score the chunks of every dynamic head from its summary vectors, choose the top ones, and fetch what is missing.
 
@@ -37,10 +32,7 @@ def retrieve_chunks(
     counters : [2], int64, in place. Chunks chosen by score, and those of them that were resident already.
     layer_idx : layer within the pool, from 0.
     req_rows : [B], integer. Rows of `table`.
-    num_sink_chunks, num_recent_chunks : as in `select_chunks`.
-    chunk_score : one of CHUNK_SCORES. "key_codes" takes the best token of a chunk, by the codes of `encode_keys`.
-    chunk_size : tokens of a chunk, a divisor of the page size. A buffer of n pages holds n * page_size / chunk_size.
-    estimate : the summaries carry mean values, too (`summarize_chunks` with v); they are skipped here.
+    retrieval : how chunks are scored and which are always resident; its mean values, if any, are skipped here.
 
     Raises
     ------
@@ -49,8 +41,12 @@ def retrieve_chunks(
 
     Notes
     -----
-    Cost: the summaries once, and 2 P D itemsize bytes a missing chunk over the host link. Source: HybridKV
-    (arXiv 2604.05887), its chunk-wise retrieval.
+    A head's buffer then holds the forced chunks and the best of the others, exactly; among equal scores the earlier
+    chunk wins. Cost: the summaries once, and 2 T D itemsize bytes a missing chunk of T tokens over the host link.
+    Source: HybridKV (arXiv 2604.05887), its chunk-wise retrieval; Quest (arXiv 2406.10774); ArkVale (NeurIPS 2024).
+    "mean2_max" and "mean4_max" score finer than they move: the mean of 16 neighbours that have nothing in common
+    describes each of them badly. "mean_spread" (ours) expects more of a chunk whose keys differ: max over the group of
+    q . mean, without element 0, plus SPREAD_WEIGHT |q| spread, in the memory of "mean_max".
     """
     checks.check_shape("q", q, (None, None, None))
     checks.check_dtype("q", q, checks.FLOATS)
@@ -63,24 +59,9 @@ def retrieve_chunks(
     checks.check_shape("counters", counters, (2,))
     checks.check_dtype("counters", counters, (torch.int64,))
     checks.check_shape("req_rows", req_rows, (q.shape[0],))
-    check_score("chunk_score", chunk_score, estimate=estimate)
-    check_chunk_size(chunk_size, table.layout.page_size, chunk_score, estimate=estimate)
-    views.check_chunks(chunk_size)
+    retrieval.check(table.layout.page_size)
+    views.check_chunks(retrieval.chunk_size)
     if checks.is_debug():
         table.check_rows(req_rows, layer_idx)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // table.layout.num_kv_heads)
-    _IMPLEMENTATIONS[chosen](
-        q,
-        views,
-        table,
-        k_host_pages,
-        v_host_pages,
-        counters,
-        layer_idx,
-        req_rows,
-        num_sink_chunks,
-        num_recent_chunks,
-        chunk_score,
-        chunk_size,
-        estimate,
-    )
+    _IMPLEMENTATIONS[chosen](q, views, table, k_host_pages, v_host_pages, counters, layer_idx, req_rows, retrieval)

@@ -136,7 +136,7 @@ struct DynamicHead {
     for (int64_t c = 0; c < num_chunks; ++c) {
       float score = -std::numeric_limits<float>::infinity();
       const int64_t first = c * a.stored_vectors;
-      for (int64_t v = first; v < first + a.summary_vectors; v += is_box ? 2 : 1) {
+      for (int64_t v = first; v < first + a.score_vectors; v += is_box ? 2 : 1) {
         load_row<T, D>(summary(v), low);
         if (is_box) load_row<T, D>(summary(v + 1), high);
         score = std::max(score, chunk_score<D>(a, q, q_norm, group, low, high));
@@ -218,7 +218,7 @@ void retrieve_chunks(const RetrieveArgs& a) {
     const int64_t head = (row * a.num_layers + a.layer_idx) * a.num_kv_heads + e % a.num_kv_heads;
     if (a.num_pages[row] == 0 || !a.is_dynamic[head]) continue;
     const int64_t in_page = a.page_size / a.chunk_size;
-    const DynamicHead<T, D> dynamic{a, row, head, a.num_chunks[row] * in_page, a.num_head_pages[head] * in_page};
+    const DynamicHead<T, D> dynamic{a, row, head, a.num_prompt_pages[row] * in_page, a.num_head_pages[head] * in_page};
     std::vector<float> scores(size_t(dynamic.num_chunks));
     dynamic.score(static_cast<const typename T::Storage*>(a.q) + e * group * D, group, scores);
     chosen += dynamic.num_selected - dynamic.force(scores);

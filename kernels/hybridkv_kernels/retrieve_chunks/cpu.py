@@ -7,17 +7,17 @@ import ctypes
 import torch
 
 from hybridkv_kernels import cpu
+from hybridkv_kernels.chunks import CHUNK_SCORES, Retrieval
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import CHUNK_SCORES, KEY_CODES, summary_vectors
-from hybridkv_kernels.select_chunks.naive import as_plain_score
+from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
 
 _POINTERS = (
-    "q k_flat v_flat k_host v_host held_chunks counters pages host_pages num_pages num_chunks first_head_page "
+    "q k_flat v_flat k_host v_host held_chunks counters pages host_pages num_pages num_prompt_pages first_head_page "
     "num_head_pages first_summary_page host_rank is_dynamic req_rows"
 )
 _SIZES = (
     "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
-    "chunk_score chunk_size summary_vectors stored_vectors num_sink_chunks num_recent_chunks"
+    "chunk_score chunk_size score_vectors stored_vectors num_sink_chunks num_recent_chunks"
 )
 
 
@@ -40,16 +40,10 @@ def retrieve_chunks(
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
-    num_sink_chunks: int,
-    num_recent_chunks: int,
-    chunk_score: str,
-    chunk_size: int,
-    estimate: bool = False,
-    *,
-    isa: int | None = None,
+    retrieval: Retrieval,
 ) -> None:
-    """Arguments as the public function's; `isa` is for tests."""
-    q, chunk_score = as_plain_score(q, chunk_score)
+    """Arguments as the public function's."""
+    q, chunk_score = as_plain_score(q, retrieval.chunk_score)
     q, req_rows = q.contiguous(), req_rows.to(torch.int64)
     layout = table.layout
     arguments = RetrieveArgs(
@@ -66,7 +60,7 @@ def retrieve_chunks(
                 table.pages,
                 table.host_pages,
                 table.num_pages,
-                table.num_chunks,
+                table.num_prompt_pages,
                 table.first_head_page,
                 table.num_head_pages,
                 table.first_summary_page,
@@ -88,10 +82,10 @@ def retrieve_chunks(
         cpu.ELEMENT_TYPES[q.dtype],
         torch.get_num_threads(),
         CHUNK_SCORES.index(chunk_score),
-        chunk_size,
-        0 if chunk_score == KEY_CODES else summary_vectors(chunk_score),
-        0 if chunk_score == KEY_CODES else summary_vectors(chunk_score, estimate=estimate),
-        num_sink_chunks,
-        num_recent_chunks,
+        retrieval.chunk_size,
+        retrieval.score_vectors,
+        retrieval.stored_vectors,
+        retrieval.num_sink_chunks,
+        retrieval.num_recent_chunks,
     )
-    cpu.call("hk_retrieve", arguments, isa)
+    cpu.call("hk_retrieve", arguments)

@@ -1,11 +1,15 @@
-"""Readable reference of `retrieve_chunks`: one request at a time, its dynamic heads at once."""
+"""Readable reference of `retrieve_chunks`: score the chunks, choose the best, fetch what is missing.
+
+One request at a time, its dynamic heads at once. Buffer places, slots of the pool and slots of the host store are
+counted in chunks, of which a head page has page_size / chunk_size.
+"""
 
 import torch
 
-from hybridkv_kernels.fetch_chunks import fetch_chunks
+from hybridkv_kernels.chunks import KEY_CODES, Retrieval, read_codes, top_chunks
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import KEY_CODES, count_vectors, forced_chunks, summary_vectors
-from hybridkv_kernels.select_chunks.naive import as_plain_score, choose_chunks, score_chunks, score_coded_chunks
+
+SPREAD_WEIGHT = 0.5  # of a chunk's spread along the query, beside q . mean key
 
 
 def retrieve_chunks(
@@ -17,38 +21,35 @@ def retrieve_chunks(
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
-    num_sink_chunks: int,
-    num_recent_chunks: int,
-    chunk_score: str,
-    chunk_size: int,
-    estimate: bool = False,
+    retrieval: Retrieval,
 ) -> None:
     """Arguments as the public function's."""
-    page_size, head_dim = table.layout.page_size, q.shape[-1]
+    head_dim, in_page = q.shape[-1], table.layout.page_size // retrieval.chunk_size
     pages = (views.k_pages, views.v_pages, k_host_pages, v_host_pages)
-    k_chunks, v_chunks, k_host_chunks, v_host_chunks = (x.view(-1, chunk_size, head_dim) for x in pages)
+    # The same memory by chunks: [M, P, D] -> [M * P / T, T, D].
+    k_chunks, v_chunks, k_host_chunks, v_host_chunks = (x.view(-1, retrieval.chunk_size, head_dim) for x in pages)
     for i, row in enumerate(req_rows.tolist()):
         heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
         if len(heads) == 0:
             continue
-        num_pages = int(table.num_chunks[row])
-        queries = q[i].view(table.layout.num_kv_heads, -1, head_dim)[heads]
-        scores = score_row(queries, views, table, row, layer_idx, heads, chunk_score, chunk_size, estimate)
+        queries = q[i].view(table.layout.num_kv_heads, -1, head_dim)[heads]  # [E, G, D]
+        scores = score_row(queries, views, table, row, layer_idx, heads, retrieval)
         counts = table.num_head_pages[row, layer_idx, heads].to(torch.int64)
-        num_selected = counts * (page_size // chunk_size)
-        selected = choose_chunks(scores, num_selected, num_sink_chunks, num_recent_chunks)
+        num_selected = counts * in_page
+        forced = retrieval.forced_chunks(scores.shape[1], num_selected)
+        selected = choose_chunks(scores, forced, num_selected)
+        num_prompt_pages = int(table.num_prompt_pages[row])
         moved = fetch_chunks(
             selected,
-            chunk_places(table.buffer_page_ids(row, layer_idx, heads, counts), page_size // chunk_size),
+            chunk_places(table.buffer_page_ids(row, layer_idx, heads, counts), in_page),
             num_selected,
             views.held_chunks.view(-1),
             k_chunks,
             v_chunks,
-            chunk_places(table.host_chunk_ids(row, layer_idx, heads, num_pages), page_size // chunk_size),
+            chunk_places(table.host_page_ids(row, layer_idx, heads, num_prompt_pages), in_page),
             k_host_chunks,
             v_host_chunks,
         )
-        forced = forced_chunks(selected.shape[1], num_selected, num_sink_chunks, num_recent_chunks)
         by_score = num_selected.sum() - forced.sum()
         counters += torch.stack((by_score, by_score - moved))
 
@@ -66,25 +67,120 @@ def score_row(
     row: int,
     layer_idx: int,
     heads: torch.Tensor,
-    chunk_score: str,
-    chunk_size: int,
-    estimate: bool,
+    retrieval: Retrieval,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """[E, C], dtype: how much the query groups q [E, G, D] of the dynamic `heads` [E] want each chunk of a request."""
-    num_tokens = int(table.num_chunks[row]) * table.layout.page_size
-    stored = count_vectors(chunk_score, num_tokens, chunk_size, estimate=estimate)
-    vectors = read_vectors(views, table, row, layer_idx, heads, stored)
+    num_tokens, chunk_score = int(table.num_prompt_pages[row]) * table.layout.page_size, retrieval.chunk_score
+    vectors = table.read_summaries(views, row, layer_idx, heads, retrieval.count_vectors(num_tokens))
     if chunk_score == KEY_CODES:
-        return score_coded_chunks(q, vectors, chunk_size, dtype)
-    summaries = vectors.unflatten(1, (num_tokens // chunk_size, -1))[:, :, : summary_vectors(chunk_score)]
+        return score_coded_chunks(q, vectors, retrieval.chunk_size, dtype)
+    # [E, C * stored, D] -> [E, C, stored, D], of which the score reads the first V.
+    summaries = vectors.unflatten(1, (num_tokens // retrieval.chunk_size, -1))[:, :, : retrieval.score_vectors]
     q, chunk_score = as_plain_score(q, chunk_score)
     return score_chunks(q.to(dtype), summaries.to(dtype), chunk_score)
 
 
-def read_vectors(
-    views: HeadPageViews, table: HeadPageTable, row: int, layer_idx: int, heads: torch.Tensor, count: int
+def score_coded_chunks(
+    q: torch.Tensor, vectors: torch.Tensor, chunk_size: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """[E, count, D]: the first summary vectors of the dynamic `heads` [E] of one layer."""
-    ids, half, place = table.summary_places(row, layer_idx, heads, count)
-    return torch.where((half == 0)[:, None], views.k_pages[ids, place], views.v_pages[ids, place])
+    """[E, C], dtype: the best q . key of any query of the group and any of the `chunk_size` tokens of each chunk."""
+    scores = score_tokens_by_query(q, vectors, dtype)
+    by_chunk = scores.masked_fill(scores.isnan(), float("-inf")).unflatten(2, (-1, chunk_size))  # [E, G, C, T]
+    return by_chunk.amax(dim=(1, 3))
+
+
+def score_tokens_by_query(q: torch.Tensor, vectors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[E, G, N], dtype: q [E, G, D] times the keys that `encode_keys` made vectors [E, 2 + N / 8, D] of.
+
+    The step goes to the query, which is rounded to its dtype again: then every device multiplies the same numbers.
+    """
+    centre, step, steps = read_codes(vectors)
+    limit = torch.finfo(q.dtype).max
+    scaled = (q.float() * step).clamp(-limit, limit).to(q.dtype).to(dtype)
+    return (q.to(dtype) * centre).sum(dim=-1, keepdim=True) + scaled @ steps.to(dtype).transpose(1, 2)
+
+
+def as_plain_score(q: torch.Tensor, chunk_score: str) -> tuple[torch.Tensor, str]:
+    """The query and the chunk score that select the same chunks, where "mean_spread" is "mean_max" of another query.
+
+    Its summary carries the spread of the chunk in place of element 0, and so does this query SPREAD_WEIGHT |q|: the
+    product is that of all other elements plus the weighted spread. Element 0 is the fastest of RoPE, whose mean over a
+    chunk of text says least; the tokens of an image, which M-RoPE does not tell apart there, lose one element of D.
+    """
+    if chunk_score != "mean_spread":
+        return q, chunk_score
+    q = q.clone()
+    weighted = SPREAD_WEIGHT * q.norm(dim=-1, dtype=None if q.dtype == torch.float64 else torch.float32)
+    q[..., 0] = weighted.clamp(max=torch.finfo(q.dtype).max)
+    return q, "mean_max"
+
+
+def score_chunks(q: torch.Tensor, summaries: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """[E, C], fp32: how much the query group q [E, G, D] may want each chunk, by its summary [E, C, V, D]."""
+    return join_group(score_chunks_by_query(q, summaries, chunk_score), chunk_score)
+
+
+def score_chunks_by_query(q: torch.Tensor, summaries: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """[E, G, C], fp32: how much each query may want each chunk."""
+    q, chunk_score = as_plain_score(q, chunk_score)
+    if chunk_score == "quest":  # upper bound of q . k over the box of the chunk's keys
+        low, high = summaries.unbind(dim=2)
+        return q.clamp(min=0) @ high.transpose(1, 2) + q.clamp(max=0) @ low.transpose(1, 2)
+    if chunk_score == "arkvale":  # centre of the box plus half its extent seen from the query
+        low, high = summaries.unbind(dim=2)
+        centre, extent = (high + low) / 2, (high - low).norm(dim=-1) / 2
+        return q @ centre.transpose(1, 2) + q.norm(dim=-1, keepdim=True) * extent.unsqueeze(1) / 2
+    by_vector = q @ summaries.flatten(1, 2).transpose(1, 2)  # [E, G, C * V]
+    return by_vector.unflatten(2, summaries.shape[1:3]).amax(dim=3)
+
+
+def join_group(by_query: torch.Tensor, chunk_score: str) -> torch.Tensor:
+    """[E, C]: what the queries of a group [E, G, C] want together."""
+    return by_query.mean(dim=1) if chunk_score == "mean_mean" else by_query.amax(dim=1)
+
+
+def choose_chunks(scores: torch.Tensor, forced: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor:
+    """[E, C], bool: `forced` chunks and the best of the others, num_selected[e] in all; NaN is the least of all."""
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    return top_chunks(scores.masked_fill(forced, float("inf")), num_selected)
+
+
+def fetch_chunks(
+    selected: torch.Tensor,
+    places: torch.Tensor,
+    num_places: torch.Tensor,
+    held_chunks: torch.Tensor,
+    k_chunks: torch.Tensor,
+    v_chunks: torch.Tensor,
+    host_places: torch.Tensor,
+    k_host_chunks: torch.Tensor,
+    v_host_chunks: torch.Tensor,
+) -> torch.Tensor:
+    """Make the buffers of E dynamic heads hold exactly their `selected` chunks; returns how many moved, int64.
+
+    The slots whose chunk nobody wants are paired, head by head, with the chunks that no slot holds.
+
+    Parameters
+    ----------
+    selected : [E, C], bool. num_places[e] entries of row e are True.
+    places : [E, S], int64. Slots of each buffer; columns from num_places[e] on are not read. num_places : [E].
+    held_chunks : [slots], int32, in place. k_chunks, v_chunks : [slots, T, D], in place. The pool by chunks.
+    host_places : [E, C], int64. Where each chunk lies in the host store, k_host_chunks, v_host_chunks : [.., T, D].
+
+    Notes
+    -----
+    A chunk that stays keeps its place, so a buffer is not in position order.
+    """
+    in_buffer = torch.arange(places.shape[1], device=selected.device) < num_places[:, None]
+    held = held_chunks[places].to(torch.int64).masked_fill(~in_buffer, 0)
+    resident = torch.zeros_like(selected, dtype=torch.int32).scatter_add_(1, held, in_buffer.to(torch.int32)) > 0
+    missing_head, missing_chunk = (selected & ~resident).nonzero(as_tuple=True)
+    victim_head, victim_place = (in_buffer & ~selected.gather(1, held)).nonzero(as_tuple=True)
+    assert torch.equal(missing_head, victim_head), "a buffer must have as many places as its head selects chunks"
+    dst = places[victim_head, victim_place]
+    src = host_places[missing_head, missing_chunk].to(k_host_chunks.device)
+    k_chunks[dst] = k_host_chunks[src].to(k_chunks.device)
+    v_chunks[dst] = v_host_chunks[src].to(v_chunks.device)
+    held_chunks[dst] = missing_chunk.to(torch.int32)
+    return torch.tensor(len(missing_head), device=selected.device)

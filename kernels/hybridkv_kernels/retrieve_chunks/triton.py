@@ -1,7 +1,6 @@
 """Triton twin of `retrieve_chunks`: three launches a layer whose grids depend on shapes only.
 
-1. Score: programs of an entry (request, KV head) share its chunks, write the ordered image of each score, and clear the
-   mark beside it.
+1. Score, in `triton_score`: programs of an entry (request, KV head) share its chunks.
 2. Choose: one program an entry finds the threshold, marks the chosen chunks that the buffer holds, lists the slots that
    hold others, and lists the chosen chunks without a mark: both in order, which is the pairing of `naive`.
 3. Fetch: programs of an entry share these lists and read the host rows through their pinned address (zero copy). A
@@ -10,208 +9,25 @@
 Buffer places, slots of the pool and slots of the host store are counted in chunks, of which a head page has C.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids, summary_rows
+from hybridkv_kernels.chunks import Retrieval
+from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids
+from hybridkv_kernels.gpu.top import load_images, top_block, top_threshold
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
-from hybridkv_kernels.select_chunks import KEY_CODES, summary_vectors
-from hybridkv_kernels.select_chunks.naive import CODE_HEADER, CODED_TOKENS, as_plain_score
-from hybridkv_kernels.select_chunks.triton import (
-    MANTISSA_BITS,
-    chunk_images,
-    coded_query,
-    coded_scores,
-    forced_counts,
-    group_score,
-    load_group,
-    load_images,
-    per_query_scores,
-    score_constants,
-    select_block,
-    top_threshold,
-)
+from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
+from hybridkv_kernels.retrieve_chunks.triton_score import VARYING, forced_counts, load_entry, score_launch
 
 _COPY_BLOCK = 2048  # elements of keys, and as many of values, that a program copies at once
-_CODED_TOKENS, _CODE_HEADER = tl.constexpr(CODED_TOKENS), tl.constexpr(CODE_HEADER)
-_VARYING = ("layer_idx", "pages_per_layer", "max_pages", "num_sinks", "num_recent")
 _TARGET_PROGRAMS = 1024  # of 4 warps, of a launch: they fill a large GPU, and those with nothing to do cost little
-
-
-@triton.jit
-def _entry(req_rows, is_dynamic, layer_idx, L: tl.constexpr, H: tl.constexpr):
-    """Row of the program's request, index of its head in [R, L, H] tables, and whether it is a dynamic head."""
-    entry = tl.program_id(0)
-    row = tl.load(req_rows + entry // H).to(tl.int64)
-    head = (row * L + layer_idx) * H + entry % H
-    return row, head, tl.load(is_dynamic + head) != 0
 
 
 @triton.jit
 def _chunk_slots(pages, first, place, mask, pages_per_layer, L: tl.constexpr, H: tl.constexpr, C: tl.constexpr):
     """Slots of the pool, int64, at buffer places `place` of an entry whose head pages begin at `first`."""
     return head_page_ids(pages, first + place // C, mask, pages_per_layer, L, H) * C + place % C
-
-
-@triton.jit
-def _load_summaries(
-    k_flat,
-    v_flat,
-    pages,
-    first,
-    vector,
-    mask,
-    pages_per_layer,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    P: tl.constexpr,
-    L: tl.constexpr,
-    H: tl.constexpr,
-):
-    """[BC, BD]: summary vectors `vector` [BC] of an entry, zero where not `mask`."""
-    row, in_values = summary_rows(pages, first, vector, mask, pages_per_layer, L, H, P)
-    start, d = tl.where(in_values, v_flat + row * D, k_flat + row * D), tl.arange(0, BD)
-    return tl.load(start[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_vector(
-    k_flat,
-    v_flat,
-    pages,
-    first,
-    vector: tl.constexpr,
-    pages_per_layer,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    P: tl.constexpr,
-    L: tl.constexpr,
-    H: tl.constexpr,
-):
-    """[BD], fp32: one summary vector of an entry."""
-    place, mask = tl.full([1], vector, tl.int32), tl.full([1], 1, tl.int1)
-    return tl.sum(
-        _load_summaries(k_flat, v_flat, pages, first, place, mask, pages_per_layer, D, BD, P, L, H).to(tl.float32), 0
-    )
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def _score_kernel(
-    queries,
-    k_flat,
-    v_flat,
-    all_pages,
-    all_num_pages,
-    num_head_pages,
-    first_summary_page,
-    is_dynamic,
-    req_rows,
-    image_rows,
-    mark_rows,
-    layer_idx,
-    pages_per_layer,
-    max_pages,
-    max_chunks,
-    num_sinks,
-    num_recent,
-    L: tl.constexpr,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    BG: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
-    VECTORS: tl.constexpr,
-    STORED: tl.constexpr,
-    SCORE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    entry = tl.program_id(0).to(tl.int64)
-    row, head, is_mine = _entry(req_rows, is_dynamic, layer_idx, L, H)
-    if not is_mine:
-        return
-    num_chunks, num_selected = tl.load(all_num_pages + row) * C, tl.load(num_head_pages + head) * C
-    pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
-    q = load_group(queries, entry * G, D, G, BG, BD)
-    step: tl.constexpr = 2 if SCORE == "quest" or SCORE == "arkvale" else 1
-    for tile in range(tl.program_id(1), tl.cdiv(num_chunks, BC), tl.num_programs(1)):
-        chunk = tile * BC + tl.arange(0, BC)
-        inside = chunk < num_chunks
-        best = tl.full([BG, BC], -float("inf"), tl.float32)
-        for i in tl.static_range(0, VECTORS, step):
-            vector = chunk * STORED + i
-            low = _load_summaries(k_flat, v_flat, pages, first, vector, inside, pages_per_layer, D, BD, P, L, H)
-            high = low
-            if step == 2:
-                high = _load_summaries(
-                    k_flat, v_flat, pages, first, vector + 1, inside, pages_per_layer, D, BD, P, L, H
-                )
-            best = tl.maximum(best, per_query_scores(q, low, high, SCORE, INTERPRETED))
-        score = group_score(best, G, BG, SCORE)
-        image = chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
-        tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
-        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def _score_codes_kernel(
-    queries,
-    k_flat,
-    v_flat,
-    all_pages,
-    all_num_pages,
-    num_head_pages,
-    first_summary_page,
-    is_dynamic,
-    req_rows,
-    image_rows,
-    mark_rows,
-    layer_idx,
-    pages_per_layer,
-    max_pages,
-    max_chunks,
-    num_sinks,
-    num_recent,
-    L: tl.constexpr,
-    H: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    BG: tl.constexpr,
-    BD: tl.constexpr,
-    BC: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """The same where single tokens are scored by key codes, 8 of them a summary vector; BC is whole vectors."""
-    entry = tl.program_id(0).to(tl.int64)
-    row, head, is_mine = _entry(req_rows, is_dynamic, layer_idx, L, H)
-    if not is_mine:
-        return
-    num_chunks, num_selected = tl.load(all_num_pages + row) * C, tl.load(num_head_pages + head) * C
-    pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
-    q = load_group(queries, entry * G, D, G, BG, BD)
-    CHUNK: tl.constexpr = P // C
-    WORDS: tl.constexpr = BC * CHUNK // _CODED_TOKENS
-    centre = _load_vector(k_flat, v_flat, pages, first, 0, pages_per_layer, D, BD, P, L, H)
-    step = _load_vector(k_flat, v_flat, pages, first, 1, pages_per_layer, D, BD, P, L, H)
-    scaled, constant = coded_query(q, centre, step, INTERPRETED)
-    num_words = num_chunks * CHUNK // _CODED_TOKENS
-    for tile in range(tl.program_id(1), tl.cdiv(num_chunks, BC), tl.num_programs(1)):
-        chunk, word = tl.arange(0, BC) + tile * BC, tl.arange(0, WORDS) + tile * WORDS
-        inside, vector = chunk < num_chunks, word + _CODE_HEADER
-        words = _load_summaries(k_flat, v_flat, pages, first, vector, word < num_words, pages_per_layer, D, BD, P, L, H)
-        words = words.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True)
-        score = coded_scores(words, scaled, constant, CHUNK, G, MANTISSA, INTERPRETED)
-        image = chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
-        tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
-        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
 
 
 @triton.jit
@@ -227,11 +43,11 @@ def _last_tie(images, num_chunks, threshold, wanted, BLOCK: tl.constexpr):
     return last
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def _choose_kernel(
     held_chunks,
     all_pages,
-    all_num_pages,
+    all_num_prompt_pages,
     first_head_page,
     num_head_pages,
     is_dynamic,
@@ -254,11 +70,11 @@ def _choose_kernel(
     BLOCK: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64)
-    row, head, is_mine = _entry(req_rows, is_dynamic, layer_idx, L, H)
+    row, head, is_mine = load_entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
         tl.store(all_num_moved + entry, 0)
         return
-    num_chunks, num_selected = tl.load(all_num_pages + row) * C, tl.load(num_head_pages + head) * C
+    num_chunks, num_selected = tl.load(all_num_prompt_pages + row) * C, tl.load(num_head_pages + head) * C
     first, pages = tl.load(first_head_page + head), all_pages + row * max_pages
     lists = entry * max_chunks
     images, marks = image_rows + lists, mark_rows + lists
@@ -301,7 +117,7 @@ def _fetch_kernel(
     held_chunks,
     all_host_pages,
     host_rank,
-    all_num_pages,
+    all_num_prompt_pages,
     req_rows,
     missing,
     reused,
@@ -322,7 +138,7 @@ def _fetch_kernel(
     if num_moved == 0:
         return
     row = tl.load(req_rows + entry // H).to(tl.int64)
-    first = tl.load(host_rank + (row * L + layer_idx) * H + entry % H) * tl.load(all_num_pages + row)
+    first = tl.load(host_rank + (row * L + layer_idx) * H + entry % H) * tl.load(all_num_prompt_pages + row)
     host_pages = all_host_pages + row * max_host_pages
     for tile in range(tl.program_id(1), tl.cdiv(num_moved, CHUNKS), tl.num_programs(1)):
         i = tile * CHUNKS + tl.arange(0, CHUNKS)
@@ -350,11 +166,7 @@ def retrieve_chunks(
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
-    num_sink_chunks: int,
-    num_recent_chunks: int,
-    chunk_score: str,
-    chunk_size: int,
-    estimate: bool = False,
+    retrieval: Retrieval,
 ) -> None:
     """Arguments as the public function's; on a CUDA device the host store is pinned.
 
@@ -364,9 +176,9 @@ def retrieve_chunks(
     layout, batch, max_host_pages = table.layout, q.shape[0], table.host_pages.shape[1]
     if max_host_pages == 0:
         return
-    q, chunk_score = as_plain_score(q, chunk_score)
+    q, _ = as_plain_score(q, retrieval.chunk_score)
     num_entries, head_dim = batch * layout.num_kv_heads, q.shape[2]
-    chunks_per_page = layout.page_size // chunk_size
+    chunks_per_page = layout.page_size // retrieval.chunk_size
     max_chunks = triton.cdiv(max_host_pages * chunks_per_page, 16) * 16  # rows that begin at whole vectors of loads
     shape = {"L": layout.num_layers, "H": layout.num_kv_heads, "C": chunks_per_page}
     scratch = torch.empty(4, num_entries, max_chunks, dtype=torch.int32, device=q.device)
@@ -375,14 +187,14 @@ def retrieve_chunks(
     is_dynamic = table.is_dynamic.view(torch.uint8)
     shared = max(1, _TARGET_PROGRAMS // num_entries)
     group = q.shape[1] // layout.num_kv_heads
-    score, constants = _score_launch(q, chunk_score, chunk_size, group, estimate)
+    score, constants = score_launch(q, group, retrieval)
     programs = min(shared * 4 // constants["num_warps"], triton.cdiv(max_chunks, constants["BC"]))
     score[(num_entries, programs)](
         q.contiguous(),
         views.k_flat,
         views.v_flat,
         table.pages,
-        table.num_chunks,
+        table.num_prompt_pages,
         table.num_head_pages,
         table.first_summary_page,
         is_dynamic,
@@ -393,8 +205,8 @@ def retrieve_chunks(
         layout.pages_per_layer,
         table.pages.shape[1],
         max_chunks,
-        num_sink_chunks,
-        num_recent_chunks,
+        retrieval.num_sink_chunks,
+        retrieval.num_recent_chunks,
         **shape,
         P=layout.page_size,
         **constants,
@@ -402,7 +214,7 @@ def retrieve_chunks(
     _choose_kernel[(num_entries,)](
         views.held_chunks,
         table.pages,
-        table.num_chunks,
+        table.num_prompt_pages,
         table.first_head_page,
         table.num_head_pages,
         is_dynamic,
@@ -417,13 +229,13 @@ def retrieve_chunks(
         layout.pages_per_layer,
         table.pages.shape[1],
         max_chunks,
-        num_sink_chunks,
-        num_recent_chunks,
+        retrieval.num_sink_chunks,
+        retrieval.num_recent_chunks,
         **shape,
-        BLOCK=select_block(max_chunks),
+        BLOCK=top_block(max_chunks),
         num_warps=16,
     )
-    chunk_elements = chunk_size * head_dim
+    chunk_elements = retrieval.chunk_size * head_dim
     block = min(_COPY_BLOCK, triton.next_power_of_2(chunk_elements))
     copied = _COPY_BLOCK // block
     _fetch_kernel[(num_entries, min(shared, triton.cdiv(max_chunks, copied)))](
@@ -434,7 +246,7 @@ def retrieve_chunks(
         views.held_chunks,
         table.host_pages,
         table.host_rank,
-        table.num_chunks,
+        table.num_prompt_pages,
         req_rows,
         missing,
         reused,
@@ -447,17 +259,3 @@ def retrieve_chunks(
         BLOCK=block,
         CHUNKS=copied,
     )
-
-
-def _score_launch(
-    q: torch.Tensor, chunk_score: str, chunk_size: int, group: int, estimate: bool
-) -> tuple[triton.JITFunction, dict[str, Any]]:
-    """The kernel that scores chunks so, with its constants and options."""
-    constants = score_constants(q.dtype, q.shape[2], group) | {"num_stages": 2}
-    if chunk_score == KEY_CODES:
-        # A vector is read once for its 8 tokens; the matrix product of a warp takes 16 of them.
-        vectors = 16 if q.dtype == torch.float32 else 32
-        constants |= {"BC": vectors * CODED_TOKENS // chunk_size, "BG": max(8, triton.next_power_of_2(group))}
-        return _score_codes_kernel, constants | {"MANTISSA": MANTISSA_BITS[q.dtype], "num_warps": 2}
-    vectors, stored = summary_vectors(chunk_score), summary_vectors(chunk_score, estimate=estimate)
-    return _score_kernel, constants | {"VECTORS": vectors, "STORED": stored, "SCORE": chunk_score, "num_warps": 4}

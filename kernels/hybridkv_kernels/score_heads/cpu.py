@@ -36,10 +36,8 @@ def score_heads(
     capture_fraction: float,
     num_sinks: int = 0,
     num_recent: int = 0,
-    *,
-    isa: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments and result as the public function's; `isa` is for tests."""
+    """Arguments and result as the public function's."""
     q, k = q.contiguous(), k.contiguous()
     slots = None if slots is None else slots.contiguous()
     num_tokens, num_kv_heads = len(k if slots is None else slots), k.shape[1]
@@ -68,5 +66,5 @@ def score_heads(
         mass_fraction,
         HIT_LEVEL,
     )
-    cpu.call("hk_score", arguments, isa)
+    cpu.call("hk_score", arguments)
     return values, salience

@@ -74,7 +74,7 @@ def query_attention(q: torch.Tensor, k: torch.Tensor, scaling: float) -> tuple[t
     """Probabilities [H, G, W, N], and the causal mask [W, N]."""
     num_rows, num_tokens, num_kv_heads = q.shape[0], k.shape[0], k.shape[1]
     q_HGWD = q.float().view(num_rows, num_kv_heads, -1, q.shape[-1]).permute(1, 2, 0, 3)
-    logits = q_HGWD @ k.float().permute(1, 2, 0).unsqueeze(1) * scaling
+    logits = q_HGWD @ k.float().permute(1, 2, 0).unsqueeze(1) * scaling  # [H, G, W, D] @ [H, 1, D, N]
     causal = causal_mask(num_rows, num_tokens, k.device)
     return logits.masked_fill(~causal, float("-inf")).softmax(dim=-1), causal
 
@@ -103,8 +103,8 @@ def hit_cv(probs: torch.Tensor, causal: torch.Tensor, chunk_size: int) -> torch.
     low, high = (ordered[..., rank : rank + 1] for rank in hit_ranks(num_tokens))
     hits = (probs >= low + HIT_LEVEL * (high - low)) & causal & (probs > 0)
     pad = -num_tokens % chunk_size
-    chunks = torch.nn.functional.pad(hits, (0, pad)).view(num_kv_heads, num_rows, -1, chunk_size)
-    rows_per_chunk = chunks.any(dim=-1).sum(dim=1).float()
+    chunks = torch.nn.functional.pad(hits, (0, pad)).view(num_kv_heads, num_rows, -1, chunk_size)  # [H, W, C, T]
+    rows_per_chunk = chunks.any(dim=-1).sum(dim=1).float()  # [H, C]
     cv = rows_per_chunk.std(dim=-1, correction=0) / rows_per_chunk.mean(dim=-1).clamp(min=1e-9)
     return cv / (1.0 + cv)
 
@@ -128,6 +128,7 @@ def capture(queries: torch.Tensor, num_kept: int, num_sinks: int, num_recent: in
         return queries.new_zeros(queries.shape[:3])
     probs, queries = queries.mean(dim=1).nan_to_num(0.0), queries.nan_to_num(0.0)
     kept = wanted_keys(probs, num_sinks, num_recent).argsort(dim=-1, descending=True, stable=True)[..., :num_kept]
+    # kept [H, W, num_kept] -> [H, G, W, num_kept], the same keys for all queries of a group.
     return queries.gather(-1, kept.unsqueeze(1).expand(-1, queries.shape[1], -1, -1)).sum(dim=-1).clamp(max=1.0)
 
 

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from hybridkv_kernels import gpu
 from hybridkv_kernels.gpu.head_pages import dot
+from hybridkv_kernels.gpu.top import top_images
 from hybridkv_kernels.score_heads import naive
-from hybridkv_kernels.select_chunks.triton import top_images
 
 _TARGET_PROGRAMS = 512
 _SIGN, _NOT_SIGN = -(2**63), 2**63 - 1
@@ -219,7 +219,7 @@ def score_heads(
 
 def _kept_keys(probs: torch.Tensor, num_kept: int, num_sinks: int, num_recent: int) -> torch.Tensor:
     """[H, W, N], bool: the `num_kept` keys of `naive.capture` for each row; ties go to the earlier key."""
-    bits = naive.wanted_keys(probs, num_sinks, num_recent).flatten(0, 1).view(torch.int64)
+    bits = naive.wanted_keys(probs, num_sinks, num_recent).flatten(0, 1).view(torch.int64)  # [H * W, N]
     # Larger numbers get larger images: the sign bit is flipped, and of negative numbers all others, too.
     images = bits ^ ((bits >> 63) & _NOT_SIGN) ^ _SIGN
     counts = torch.full((len(images),), num_kept, dtype=torch.int32, device=probs.device)

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.retrieve_chunks.naive import read_vectors
-from hybridkv_kernels.select_chunks import encode_keys
+from hybridkv_kernels.chunks import encode_keys
 from sglang_hybridkv.cache.compress import digest_plan
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
@@ -259,7 +258,7 @@ def test_summaries_survive_their_way_through_head_pages(case):
         heads = pool.table.is_dynamic[prompt.row, layer].nonzero().squeeze(1)
         if len(heads) == 0:
             continue
-        read = read_vectors(pool.views, pool.table, prompt.row, layer, heads, vectors)
+        read = pool.table.read_summaries(pool.views, prompt.row, layer, heads, vectors)
         keys = prompt.keys[layer, heads, : geometry.covered]
         if score == "key_codes":
             assert torch.equal(read.view(torch.int32), encode_keys(keys).view(torch.int32)), "bit by bit"

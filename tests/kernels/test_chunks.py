@@ -1,3 +1,5 @@
+"""Summaries of chunks, their scores, which are forced and which are the best, by the reference and for themselves."""
+
 import itertools
 
 import pytest
@@ -5,61 +7,33 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.select_chunks import (
+from hybridkv_kernels.chunks import (
     ESTIMATING_SCORES,
+    KEY_CODES,
     SUMMARY_SCORES,
-    forced_chunks,
-    select_chunks,
+    Retrieval,
     summarize_chunks,
     summary_vectors,
     top_chunks,
 )
-from hybridkv_kernels.select_chunks.naive import score_chunks
+from hybridkv_kernels.retrieve_chunks.naive import fetch_chunks, score_chunks
 from tests.builders import LAWS, fresh_generator, plain_forced
-from tests.kernels.finer import plain_scores
-
-scores_of = st.sampled_from(SUMMARY_SCORES)
 
 
 @st.composite
 def buffers(draw):
-    """Keys [E, C, P, D], queries [E, G, D], chunks to choose, and the numbers of forced chunks."""
+    """Keys [E, C, T, D] and queries [E, G, D]."""
     heads, chunks, group = draw(st.integers(1, 4)), draw(st.integers(1, 20)), draw(st.sampled_from([1, 2, 4, 7, 8]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
     keys = torch.randn(heads, chunks, 8, 16, generator=generator)
-    q = torch.randn(heads, group, 16, generator=generator)
-    counts = draw(st.lists(st.integers(1, chunks), min_size=heads, max_size=heads))
-    return keys, q, torch.tensor(counts), draw(st.integers(0, 5)), draw(st.integers(0, 5))
-
-
-@LAWS
-@given(buffers(), scores_of)
-def test_the_best_chunks_by_brute_force_over_the_exact_keys(buffer, chunk_score):
-    keys, q, counts, num_sinks, num_recent = buffer
-    selected = select_chunks(
-        q,
-        summarize_chunks(keys, chunk_score),
-        counts,
-        num_sink_chunks=num_sinks,
-        num_recent_chunks=num_recent,
-        chunk_score=chunk_score,
-    )
-    assert selected.sum(1).tolist() == counts.tolist()
-    for head, count in enumerate(counts.tolist()):
-        chosen = set(selected[head].nonzero().flatten().tolist())
-        forced = plain_forced(keys.shape[1], count, num_sinks, num_recent)
-        assert forced <= chosen
-        scores = plain_scores(keys[head], q[head], chunk_score)
-        by_score, dropped = chosen - forced, set(range(keys.shape[1])) - chosen
-        if by_score and dropped:
-            assert min(scores[c] for c in by_score) >= max(scores[c] for c in dropped) - 1e-4
+    return keys, torch.randn(heads, group, 16, generator=generator)
 
 
 @LAWS
 @given(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 9), st.integers(0, 9))
 def test_forced_chunks_leave_one_place_to_the_score(num_chunks, counts, num_sinks, num_recent):
     counts = [min(count, num_chunks) for count in counts]
-    forced = forced_chunks(num_chunks, torch.tensor(counts), num_sinks, num_recent)
+    forced = Retrieval(num_sinks, num_recent, "mean_max", 8).forced_chunks(num_chunks, torch.tensor(counts))
     for row, count in zip(forced, counts, strict=True):
         # Windows larger than the prompt overlap; nothing is counted twice then.
         if num_sinks + num_recent <= num_chunks:
@@ -70,7 +44,7 @@ def test_forced_chunks_leave_one_place_to_the_score(num_chunks, counts, num_sink
 @LAWS
 @given(buffers())
 def test_quest_bounds_every_key_of_a_chunk(buffer):
-    keys, _q, *_ = buffer
+    keys, _q = buffer
     summaries = summarize_chunks(keys, "quest")
     low, high = summaries.unbind(2)
     assert (low[:, :, None] <= keys).all()
@@ -102,7 +76,7 @@ def test_mean_values_follow_the_keys_and_are_of_the_same_parts(buffer, chunk_sco
     keys, vectors = buffer[0], summary_vectors(chunk_score)
     values = keys.flip(0, 1, 2, 3) * 3 + 1
     summaries = summarize_chunks(keys, chunk_score, values)
-    assert summaries.shape[2] == summary_vectors(chunk_score, estimate=True) == 2 * vectors
+    assert summaries.shape[2] == Retrieval(0, 0, chunk_score, 8, True).stored_vectors == 2 * vectors
     assert torch.equal(summaries[:, :, :vectors], summarize_chunks(keys, chunk_score))
     for part, start in enumerate(range(0, 8, 8 // vectors)):
         expected = values[:, :, start : start + 8 // vectors].mean(2)
@@ -112,7 +86,7 @@ def test_mean_values_follow_the_keys_and_are_of_the_same_parts(buffer, chunk_sco
 @LAWS
 @given(buffers())
 def test_finer_scores_lie_between_the_mean_and_the_best_key(buffer):
-    keys, q, *_ = buffer
+    keys, q = buffer
     scores = [score_chunks(q, summarize_chunks(keys, name), name) for name in ("mean_max", "mean2_max", "mean4_max")]
     scores.append((q[:, None] @ keys.transpose(2, 3)).flatten(2).amax(2))
     for coarse, fine in itertools.pairwise(scores):
@@ -141,15 +115,8 @@ def test_a_needle_that_its_neighbours_cancel_is_found_by_the_finer_score():
     keys = torch.full((1, 10, 16, 16), 0.01)
     keys[0, 6, 5], keys[0, 6, 12] = needle, -needle
     for chunk_score, expected in (("mean_max", 0), ("mean2_max", 6), ("mean4_max", 6)):
-        selected = select_chunks(
-            needle.expand(1, 1, 16),
-            summarize_chunks(keys, chunk_score),
-            torch.tensor([1]),
-            num_sink_chunks=0,
-            num_recent_chunks=0,
-            chunk_score=chunk_score,
-        )
-        assert selected[0].nonzero().flatten().tolist() == [expected], chunk_score
+        scores = score_chunks(needle.expand(1, 1, 16), summarize_chunks(keys, chunk_score), chunk_score)
+        assert top_chunks(scores, torch.tensor([1]))[0].nonzero().flatten().tolist() == [expected], chunk_score
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -181,45 +148,50 @@ def test_ties_go_to_the_earlier_chunk_in_long_rows_too():
     assert chosen[1, 0]
 
 
-def test_all_chunks_when_all_fit():
-    generator = fresh_generator()
-    keys, q = torch.randn(2, 6, 8, 16, generator=generator), torch.randn(2, 3, 16, generator=generator)
-    selected = select_chunks(
-        q,
-        summarize_chunks(keys, "quest"),
-        torch.tensor([6, 6]),
-        num_sink_chunks=1,
-        num_recent_chunks=1,
-        chunk_score="quest",
-    )
-    assert selected.all()
+@pytest.mark.parametrize("kernels", ["triton", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 300])
+@pytest.mark.parametrize("values", [2, 9, 2**40])
+def test_top_images_over_tiles_equals_a_stable_sort(kernels, monkeypatch, values, length, dtype):
+    """Few different values make many ties; the images' bits are unsigned, so half of them look negative."""
+    from hybridkv_kernels.gpu import top
+
+    monkeypatch.setattr(top, "top_block", lambda num_columns: 32)
+    most = min(values, 2**31 - 1 if dtype == torch.int32 else values)
+    numbers = torch.randint(0, most, (2, length), generator=fresh_generator())
+    order = numbers.double()
+    sign = torch.iinfo(dtype).min
+    images = torch.where(numbers % 2 == 0, numbers, numbers + sign).to(dtype)  # odd numbers get the highest bit
+    order += torch.where(numbers % 2 == 0, 0.0, 2.0**50)
+    for counts in ([1, length // 2 + 1], [length, length - 1]):
+        counts = torch.tensor(counts, dtype=torch.int32).clamp(min=1, max=max(length, 1))
+        got = top.top_images(images, counts)
+        assert got.dtype == torch.bool
+        assert torch.equal(got, top_chunks(order, counts))
+
+
+def test_a_selection_of_another_size_than_its_buffer_is_an_error():
+    rows, places = torch.zeros(3, 4, 8), torch.tensor([[0, 1]])
+    held, selected = torch.tensor([0, 1, 2], dtype=torch.int32), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(AssertionError, match="as many places as its head selects"):
+        fetch_chunks(selected, places, torch.tensor([2]), held, rows, rows, torch.tensor([[0, 1, 2]]), rows, rows)
 
 
 @pytest.mark.parametrize(
-    ("name", "bad"),
+    ("retrieval", "name"),
     [
-        ("q", torch.zeros(2, 8)),
-        ("q", torch.zeros(2, 3, 8, dtype=torch.int32)),
-        ("summaries", torch.zeros(2, 5, 2, 8)),
-        ("summaries", torch.zeros(3, 5, 1, 8)),
-        ("summaries", torch.zeros(2, 5, 1, 4)),
-        ("summaries", torch.zeros(2, 5, 1, 8, dtype=torch.float16)),
-        ("summaries", torch.zeros(2, 5, 1, 8, device="meta")),
-        ("num_selected", torch.ones(3, dtype=torch.int64)),
-        ("chunk_score", "best"),
+        (Retrieval(1, 1, "best", 8), "chunk_score"),
+        (Retrieval(1, 1, KEY_CODES, 8, estimate=True), "chunk_score"),
+        (Retrieval(1, 1, "mean_max", 3), "chunk_size"),
+        (Retrieval(1, 1, "mean_max", 0), "chunk_size"),
+        (Retrieval(1, 1, "mean_max", 4, estimate=True), "chunk_size"),
+        (Retrieval(1, 1, "mean_max", 1), "chunk_size"),
+        (Retrieval(1, 1, "quest", 2), "chunk_size"),
     ],
 )
-def test_bad_arguments_are_named(name, bad):
-    arguments = {
-        "q": torch.zeros(2, 3, 8),
-        "summaries": torch.zeros(2, 5, 1, 8),
-        "num_selected": torch.ones(2, dtype=torch.int64),
-        "num_sink_chunks": 1,
-        "num_recent_chunks": 1,
-        "chunk_score": "mean_max",
-    }
+def test_a_retrieval_that_cannot_be_is_named(retrieval, name):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
-        select_chunks(**arguments | {name: bad})
+        retrieval.check(8)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +200,7 @@ def test_bad_arguments_are_named(name, bad):
         (torch.zeros(2, 5, 8), "mean_max", "k"),
         (torch.zeros(2, 5, 8, 4, dtype=torch.int8), "mean_max", "k"),
         (torch.zeros(2, 5, 8, 4), "worst", "chunk_score"),
+        (torch.zeros(2, 5, 8, 4), "mean3_max", "chunk_score"),
         (torch.zeros(2, 5, 6, 4), "mean4_max", "k"),
         (torch.zeros(2, 5, 7, 4), "mean2_max", "k"),
     ],
@@ -249,8 +222,3 @@ def test_bad_chunks_are_named(k, chunk_score, name):
 def test_values_unlike_the_keys_are_named(v):
     with pytest.raises(ValueError, match=r"^v: expected .*, got "):
         summarize_chunks(torch.zeros(2, 5, 8, 4), "mean_max", v)
-
-
-def test_a_score_without_summaries_is_named():
-    with pytest.raises(ValueError, match=r"^chunk_score: expected one of mean_max, .*, got 'mean3_max'"):
-        summary_vectors("mean3_max")

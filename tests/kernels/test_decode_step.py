@@ -1,0 +1,100 @@
+"""Retrieval and attention of one decode step, replayed while requests come, go, grow and are compressed.
+
+On a GPU the step is a CUDA graph, captured with a batch of padding rows; elsewhere it is the same calls.
+"""
+
+import random
+
+import pytest
+import torch
+
+from benchmarks.gpu_check.step import capture
+from hybridkv_kernels.decode_attn import decode_attn
+from hybridkv_kernels.retrieve_chunks import retrieve_chunks
+from tests.builders import NAN, TinyPool, eager_config, fresh_generator, full_attention
+from tests.kernels.test_decode_attn import TOLERANCE
+from tests.kernels.test_retrieve_chunks import check_buffer, check_selection
+
+BATCH_SIZE, MOST_RUNNING, PROMPT_PAGES = 5, 6, 12
+
+
+class Step:
+    """All layers of a batch of fixed size, from and to tensors that stay where they are."""
+
+    def __init__(self, pool):
+        self.pool, layers = pool, range(pool.layout.num_layers)
+        self.q = torch.stack([pool.queries(BATCH_SIZE) for _ in layers])
+        self.out = torch.full_like(self.q, NAN)
+        self.rows, self.lens = torch.zeros(BATCH_SIZE, dtype=torch.int64), torch.ones(BATCH_SIZE, dtype=torch.int64)
+        self.run = capture(self.launch) if self.q.is_cuda else self.launch
+
+    def launch(self):
+        pool = self.pool
+        for layer, q in enumerate(self.q):
+            host = (pool.store.k_pages, pool.store.v_pages)
+            retrieve_chunks(q, pool.views, pool.table, *host, pool.counters, layer, self.rows, pool.config.retrieval)
+            arguments = (q, pool.views, pool.table, layer, self.rows, pool.req_to_token, self.lens)
+            self.out[layer] = decode_attn(*arguments, scaling=pool.scaling, retrieval=pool.config.retrieval)
+
+    def load(self, prompts):
+        padding = BATCH_SIZE - len(prompts)
+        self.rows.copy_(torch.tensor([prompt.row for prompt in prompts] + [0] * padding))
+        self.lens.copy_(torch.tensor([prompt.seq_len for prompt in prompts] + [1] * padding))
+        self.q.copy_(self.pool.randn(*self.q.shape))
+        self.out.fill_(NAN)
+
+
+class Traffic:
+    """Requests of which no two batches are composed alike."""
+
+    def __init__(self, pool, seed):
+        self.pool, self.random, self.running = pool, random.Random(seed), []
+
+    def next_batch(self):
+        """At most a batch of them, each one token longer."""
+        page_size = self.pool.config.page_size
+        if len(self.running) > 3:
+            self.pool.remove(self.running.pop(self.random.randrange(len(self.running))))
+        while len(self.running) < self.random.randint(1, MOST_RUNNING):
+            prompt = self.pool.add_prompt(self.random.randint(4 * page_size, PROMPT_PAGES * page_size))
+            if self.random.random() < 0.75:
+                heads = self.pool.layout.num_layers, self.pool.layout.num_kv_heads
+                self.pool.compress(prompt, self.pool.rand(*heads).round())
+            self.running.append(prompt)
+        batch = self.random.sample(self.running, self.random.randint(1, min(BATCH_SIZE, len(self.running))))
+        for prompt in batch:
+            self.pool.append_token(prompt)
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("dtype", "page_size", "group_size", "head_dim"),
+    [(torch.float32, 16, 2, 64), (torch.bfloat16, 8, 7, 128), (torch.float16, 32, 16, 80)],
+)
+@pytest.mark.parametrize("chunk_score", ["mean_max", "key_codes"])
+def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype, page_size, group_size, head_dim):
+    config = eager_config(budget=0.3, theta=0.5, page_size=page_size, chunk_score=chunk_score)
+    generator, shape = fresh_generator(), {"dtype": dtype, "group_size": group_size, "head_dim": head_dim}
+    pool = TinyPool(generator, config, **shape, pages=240, host_pages=120)
+    pool.keys[:, :page_size], pool.values[:, :page_size] = 0, 0  # where padding rows read; SGLang's pool has zeros, too
+    step, traffic, compositions = Step(pool), Traffic(pool, generator.initial_seed()), set()
+    num_steps = 24 if fast_kernels == "cuda" else 6
+    rtol, atol = TOLERANCE[dtype]
+    for _ in range(num_steps):
+        batch = traffic.next_batch()
+        compositions.add(tuple(prompt.row for prompt in batch))
+        step.load(batch)
+        step.run()
+        for layer, i in [(layer, i) for layer in range(pool.layout.num_layers) for i in range(len(batch))]:
+            prompt, q = batch[i], step.q[layer, i]
+            keep = torch.ones(pool.layout.num_kv_heads, prompt.seq_len, dtype=torch.bool)
+            if prompt.reservation:
+                keep[:, : prompt.reservation.geometry.covered] = False
+                for head in range(pool.layout.num_kv_heads):
+                    check_buffer(pool, prompt, layer, head)
+                    keep[head, pool.held_tokens(prompt, layer, head)] = True
+                if dtype == torch.float32:  # the summaries of other types are rounded
+                    check_selection(pool, prompt, layer, q)
+            expected = full_attention(q, prompt.keys[layer], prompt.values[layer], pool.scaling, keep)
+            torch.testing.assert_close(step.out[layer, i].double(), expected, rtol=rtol, atol=atol)
+    assert len(compositions) > num_steps // 2, "the batches were composed alike"
