@@ -82,7 +82,7 @@ def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype
     rtol, atol = TOLERANCE[dtype]
     for _ in range(num_steps):
         batch = traffic.next_batch()
-        compositions.add(tuple(prompt.row for prompt in batch))
+        compositions.add(tuple((prompt.row, prompt.seq_len) for prompt in batch))
         step.load(batch)
         step.run()
         for layer, i in [(layer, i) for layer in range(pool.layout.num_layers) for i in range(len(batch))]:
