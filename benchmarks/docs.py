@@ -29,7 +29,7 @@ Settings are given to a server in one of these ways:
 
 ```
 python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-budget 0.2
-python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-config '{{"host_store_bytes": 17179869184}}'
+python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-config '{{"page_size": 16}}'
 python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-config @settings.json
 ```
 

@@ -6,13 +6,12 @@ import dataclasses
 
 import torch
 
-from hybridkv_kernels.chunks import KEY_CODES, encode_keys, summarize_chunks, top_chunks
+from hybridkv_kernels.chunks import KEY_CODES, Retrieval, encode_keys, summarize_chunks, top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable
 from sglang_hybridkv.cache.memory import CacheMemory
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
-from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.requests.spans import VisualSpan, text_mask
@@ -97,8 +96,8 @@ def compress_prompt(
     for layer_idx in range(memory.layout.num_layers):
         if compressor.merges and not plan.kept[layer_idx].all():
             _merge_layer(memory, compressor, row, slots, plan, layer_idx)
-        if isinstance(compressor.config, RetrievalConfig):
-            _offload_layer(memory, compressor.config, row, slots, layer_idx)
+        if compressor.config.retrieval is not None:
+            _offload_layer(memory, compressor.config.retrieval, row, slots, layer_idx)
     num_dynamic = is_dynamic.sum()
     outcome = torch.stack((is_dynamic.numel() - num_dynamic, num_dynamic))
     reservation.outcome.copy_(outcome, non_blocking=True)
@@ -132,13 +131,13 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     rank = torch.full_like(order, order.shape[-1]).scatter_(-1, order, places)
     static = rank < (plan.num_head_pages * page_size).unsqueeze(-1)
-    config = compressor.config
-    if not isinstance(config, RetrievalConfig):
+    retrieval = compressor.config.retrieval
+    if retrieval is None:
         return static
-    chunk_size = config.tokens_per_chunk
+    chunk_size = retrieval.chunk_size
     counts = plan.num_head_pages.flatten() * (page_size // chunk_size)
     scores = chunk_salience(observation.salience, chunk_size).flatten(0, 1)
-    forced = config.retrieval.forced_chunks(scores.shape[1], counts)
+    forced = retrieval.forced_chunks(scores.shape[1], counts)
     chunks = top_chunks(scores.masked_fill(forced, float("inf")), counts)
     dynamic = chunks.repeat_interleave(chunk_size, dim=1).view_as(static)
     return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
@@ -230,7 +229,7 @@ def _merge_layer(
     views.k_flat[destination], views.v_flat[destination] = keys[kept], values[kept]
 
 
-def _offload_layer(memory: CacheMemory, config: RetrievalConfig, row: int, slots: torch.Tensor, layer_idx: int) -> None:
+def _offload_layer(memory: CacheMemory, retrieval: Retrieval, row: int, slots: torch.Tensor, layer_idx: int) -> None:
     views, table, store = memory.views, memory.table, memory.store
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if len(heads) == 0:
@@ -241,15 +240,15 @@ def _offload_layer(memory: CacheMemory, config: RetrievalConfig, row: int, slots
     host_ids = table.host_page_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)  # [E, pages]
     store.k_pages[host_ids] = keys.unflatten(1, (num_pages, page_size)).to(store.k_pages.device)
     store.v_pages[host_ids] = values.unflatten(1, (num_pages, page_size)).to(store.v_pages.device)
-    _write_summaries(memory, row, layer_idx, heads, _summaries(config, keys, values))
+    _write_summaries(memory, row, layer_idx, heads, _summaries(retrieval, keys, values))
 
 
-def _summaries(config: RetrievalConfig, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _summaries(retrieval: Retrieval, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[E, vectors, D]: what the device keeps of keys and values [E, covered, D] to choose, or to estimate, chunks."""
-    if config.chunk_score == KEY_CODES:
+    if retrieval.chunk_score == KEY_CODES:
         return encode_keys(keys)
-    k, v = (x.unflatten(1, (-1, config.tokens_per_chunk)) for x in (keys, values))
-    return summarize_chunks(k, config.chunk_score, v if config.estimates else None).flatten(1, 2)
+    k, v = (x.unflatten(1, (-1, retrieval.chunk_size)) for x in (keys, values))
+    return summarize_chunks(k, retrieval.chunk_score, v if retrieval.estimate else None).flatten(1, 2)
 
 
 def _write_summaries(memory: CacheMemory, row: int, layer_idx: int, heads: torch.Tensor, vectors: torch.Tensor) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from hybridkv_kernels.decode_attn import decode_attn
+from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.cache.compress import ObservedPrompt, compress_prompt
 from sglang_hybridkv.cache.memory import CacheMemory, make_memory
 from sglang_hybridkv.cache.observation import PromptObserver
 from sglang_hybridkv.cache.prefetch import QueryPrefetch
-from sglang_hybridkv.cache.retrieval import retrieve
 from sglang_hybridkv.compressors.base import Compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.ledger import Reservation
@@ -26,6 +26,7 @@ class CompressedCache:
     ----------
     memory : pool views, table and host store.
     compressor : bound to the model.
+    retrieval : how its dynamic heads retrieve; None where no head is dynamic.
     bound : reservations by row, from `bind` to `release`.
     observer : queries and scores of prompts that are being prefilled.
     counters : [2], int64, on the pool's device. Chunks that queries chose, and those of them that were resident.
@@ -34,6 +35,7 @@ class CompressedCache:
 
     def __init__(self, memory: CacheMemory, compressor: Compressor):
         self.memory, self.compressor = memory, compressor
+        self.retrieval = compressor.config.retrieval
         self.bound: dict[int, Reservation] = {}
         self.observer = PromptObserver(compressor, memory.layout.num_layers)
         keys = memory.views.k_pages
@@ -116,11 +118,11 @@ class CompressedCache:
         -----
         No host sync, fixed shapes: capturable.
         """
-        config = self.compressor.config
-        if not isinstance(config, RetrievalConfig):
+        if self.retrieval is None:
             return
-        memory = self.memory
-        retrieve(q, memory.views, memory.table, memory.store, self.counters, layer_idx, req_rows, config)
+        views, table, store = self.memory.views, self.memory.table, self.memory.store
+        pages = (store.k_pages, store.v_pages)
+        retrieve_chunks(q, views, table, *pages, self.counters, layer_idx, req_rows, self.retrieval)
 
     def retrieve_first(self, layer_idx: int, q: torch.Tensor, req_rows: torch.Tensor) -> torch.Tensor | None:
         """`retrieve` before a layer attends: all rows, or with prefetch those that it has to correct.
@@ -162,7 +164,7 @@ class CompressedCache:
             req_to_token,
             seq_lens,
             scaling=scaling,
-            retrieval=self.compressor.config.retrieval,
+            retrieval=self.retrieval,
         )
 
     def release(self, row: int) -> None:

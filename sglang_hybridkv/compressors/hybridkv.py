@@ -53,8 +53,8 @@ class HybridKVConfig(RetrievalConfig):
         "worst_capture+hit_cv",
         description="statistic S of a head, from 0 to 1; a head is static when S >= theta (inferred). Of two "
         "statistics joined by +, the heads that are among the lowest in either are dynamic. 'hit_cv' is high when all "
-        "observed queries hit the same few chunks, 'stability' is what consecutive queries have in common, 'capture' is "
-        "the probability that a pruned head would keep on average, and 'worst_capture' that of its worst query",
+        "observed queries hit the same few chunks, 'stability' is what consecutive queries have in common, 'capture' "
+        "is the probability that a pruned head would keep on average, and 'worst_capture' that of its worst query",
     )
     theta: Annotated[float, Field(ge=0.0, le=1.01)] = Field(
         1.01,
