@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from benchmarks.gpu_check import bandwidth, parts, servers
 from benchmarks.gpu_check.__main__ import exit_status, make_table
 from benchmarks.gpu_check.bandwidth import quotients, unmet
 from benchmarks.gpu_check.parts import PARTS, Context, Part, chosen_parts, run_part
-from benchmarks.gpu_check.pool import Pool, Shape, make_config
-from benchmarks.gpu_check.reference import Mismatch, check_attention
+from benchmarks.gpu_check.pool import Pool, Shape, first_heads, make_config
+from benchmarks.gpu_check.reference import Mismatch
 from benchmarks.gpu_check.servers import Answer, compare, judge
+from sglang_hybridkv.cache.compressed_cache import CompressedCache
+from sglang_hybridkv.compressors.hybridkv import HybridKV
 from tests.builders import fresh_generator
 
 CONTEXT = Context("cpu", lambda: pytest.fail("no server is started"), 5)
@@ -61,39 +64,17 @@ class TestKernels:
             list(parts.kernel_rows(CONTEXT))
 
 
-def attended(dtype=torch.float32):
-    """A pool with a compressed and a dense request, a query and the attention of both."""
-    shape = Shape(dtype, 8, 2, 64)
+def test_pages_that_are_given_back_are_nobody_s():
+    shape = Shape(torch.float32, 8, 2, 64)
     sizes = {"num_pages": 80, "num_host_pages": 60, "max_context": 300}
-    pool = Pool(shape, make_config(shape, 0.3, 0.5), **sizes, device="cpu", generator=fresh_generator())
-    rows = [pool.add(170), pool.add(19)]
-    pool.compress(rows[0], 1)
-    pool.append_token(rows[0])
-    q = pool.queries(2)
-    pool.retrieve(0, q, torch.tensor(rows))
-    return pool, q, rows, pool.attend(0, q, torch.tensor(rows), pool.lens(rows))
-
-
-class TestReference:
-    def test_sound_attention_passes(self):
-        pool, q, rows, out = attended()
-        assert all(check_attention(pool, 0, q[i], row, out[i]) < 1e-5 for i, row in enumerate(rows))
-
-    def test_wrong_attention_is_seen(self):
-        pool, q, rows, out = attended()
-        out[1, 0, 0] += 1e-3
-        with pytest.raises(Mismatch, match="largest relative error"):
-            check_attention(pool, 0, q[1], rows[1], out[1])
-        out[1, 0, 0] = float("nan")
-        with pytest.raises(Mismatch, match="1 outputs are not finite"):
-            check_attention(pool, 0, q[1], rows[1], out[1])
-
-    def test_pages_that_are_given_back_are_nobody_s(self):
-        pool, _, rows, _ = attended()
-        held = [page for row in rows for page in pool._pages[row] if page]
-        used = pool.table.pages[rows[0], : int(pool.table.num_pages[rows[0]])].tolist()
-        assert len(set(pool.free + held)) == len(pool.free + held)
-        assert not set(held) & set(used)
+    pool = Pool(shape, HybridKV(make_config(shape, 0.3, 0.5)), **sizes, generator=fresh_generator())
+    requests = [pool.add_prompt(170), pool.add_prompt(19)]
+    pool.compress(requests[0], first_heads(shape, 1))
+    pool.append_token(requests[0])
+    assert pool.table.is_dynamic[requests[0].row].tolist() == [[True, False]] * 2
+    pages = pool.free + requests[0].reservation.pages.tolist() + [p for each in requests for p in each.pages if p]
+    assert sorted(pages) == list(range(1, 80))
+    pool.cache.check_integrity()
 
 
 class TestBandwidth:
@@ -130,12 +111,16 @@ class TestBandwidth:
         assert row["stock_kernel"] == "ours, dense"
         assert 0 <= row["chunk_hit_rate"] <= 1
 
-    def test_a_baseline_that_computes_something_else_is_not_timed(self):
-        def wrong(pool, layer_idx, q, rows, lens):
-            return torch.ones_like(q)
+    @pytest.mark.parametrize(("change", "message"), [(0.1, "largest relative error"), (math.nan, "are not finite")])
+    def test_a_baseline_that_computes_something_else_is_not_timed(self, change, message):
+        """Nor one that computes no number."""
+        tiny, attend = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1), CompressedCache.attend
 
-        tiny = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1)
-        with mock.patch.object(Pool, "attend", wrong), pytest.raises(Mismatch, match="largest relative error"):
+        def wrong(cache, layer_idx, q, rows, *args):
+            is_dense = not cache.memory.table.num_pages[rows].any()
+            return attend(cache, layer_idx, q, rows, *args) + (change if is_dense else 0.0)
+
+        with mock.patch.object(CompressedCache, "attend", wrong), pytest.raises(Mismatch, match=message):
             bandwidth.measure(tiny, "cpu", 3)
 
     @pytest.mark.slow
@@ -146,19 +131,17 @@ class TestBandwidth:
 import torch
 from benchmarks.gpu_check import bandwidth
 from benchmarks.gpu_check.pool import Pool, Shape, make_config
-from benchmarks.gpu_check.reference import check_attention
 from benchmarks.gpu_check.step import DecodeStep
+from sglang_hybridkv.compressors.hybridkv import HybridKV
 shape = Shape(torch.float32, 8, 2, 64)
 generator = torch.Generator().manual_seed(5)
 sizes = {"num_pages": 60, "num_host_pages": 40, "max_context": 200}
-pool = Pool(shape, make_config(shape, 0.5, 0.5), **sizes, device="cpu", generator=generator)
-rows = [pool.add(length) for length in (5, 17, 33)]
-step = DecodeStep(pool, len(rows))
-step.load(rows)
-bandwidth.sglang_decode(pool, step, rows)()
-for layer_idx, q in enumerate(step.q):
-    for i, row in enumerate(rows):
-        check_attention(pool, layer_idx, q[i], row, step.out[layer_idx, i])
+pool = Pool(shape, HybridKV(make_config(shape, 0.5, 0.5)), **sizes, generator=generator)
+requests = [pool.add_prompt(length) for length in (5, 17)]
+step = DecodeStep(pool, len(requests))
+step.load(requests)
+bandwidth.sglang_decode(pool, step, requests)()
+bandwidth.check_step(step, requests)
 """
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(

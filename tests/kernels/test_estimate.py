@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ class EstimatingPool(TinyPool):
     def chunks(self, prompt, layer, head):
         """Exact keys and values [C, P, D] of one head."""
         covered = prompt.reservation.geometry.covered
-        return [rows[layer, head, :covered].view(-1, P, self.head_dim) for rows in (prompt.keys, prompt.values)]
+        return [rows[layer, head, :covered].view(-1, P, self.shape.head_dim) for rows in (prompt.keys, prompt.values)]
 
     def summary_row(self, prompt, layer, head, vector):
         """[D]: place of a summary vector, in K page, V page, next K page of the head's summary pages."""
@@ -55,14 +56,15 @@ class EstimatingPool(TinyPool):
         return [chunk for chunk in range(prompt.reservation.geometry.num_prompt_pages) if chunk not in held]
 
     def attend(self, prompts, layer, q, estimate=True):
-        with poisoned_memory(integers=(NOWHERE, NOWHERE + 1)):
-            return super().attend(prompts, layer, q, self.config.retrieval if estimate else None)
+        retrieval = self.cache.retrieval if estimate else None
+        with poisoned_memory(integers=(NOWHERE, NOWHERE + 1)), mock.patch.object(self.cache, "retrieval", retrieval):
+            return super().attend(prompts, layer, q)
 
     def expected(self, prompt, layer, q):
         """[H * G, D], fp64: each mean as the rows it stands for, all of them equal."""
         parts = summary_vectors(self.config.chunk_score)
         outputs = []
-        for head, query in enumerate(q.view(self.layout.num_kv_heads, self.group_size, self.head_dim)):
+        for head, query in enumerate(q.view(self.layout.num_kv_heads, self.shape.group_size, self.shape.head_dim)):
             if prompt.reservation is None:
                 rows = [prompt.keys[layer, head], prompt.values[layer, head]]
             else:
@@ -70,7 +72,7 @@ class EstimatingPool(TinyPool):
                 tail = (prompt.keys[layer, head, covered:], prompt.values[layer, head, covered:])
                 exact = self.held_rows(prompt, layer, head)
                 means = [
-                    rows[absent].double().unflatten(1, (parts, -1)).mean(2).to(self.dtype).flatten(0, 1)
+                    rows[absent].double().unflatten(1, (parts, -1)).mean(2).to(self.shape.dtype).flatten(0, 1)
                     for rows in self.chunks(prompt, layer, head)
                 ]
                 rows = [
@@ -81,9 +83,9 @@ class EstimatingPool(TinyPool):
         return torch.cat(outputs)
 
     def check(self, prompts, layer, q):
-        rtol, atol = TOLERANCE[self.dtype]
+        rtol, atol = TOLERANCE[self.shape.dtype]
         out = self.attend(prompts, layer, q)
-        assert out.dtype == self.dtype
+        assert out.dtype == self.shape.dtype
         for mine, prompt, query in zip(out, prompts, q, strict=True):
             torch.testing.assert_close(mine.double(), self.expected(prompt, layer, query), rtol=rtol, atol=atol)
 
@@ -133,9 +135,8 @@ def test_with_every_chunk_resident_nothing_changes_and_no_summary_is_read(dtype,
 def test_chunks_of_equal_rows_give_full_attention_whatever_is_resident(budget, dtype, chunk_score):
     pool = EstimatingPool(budget=budget, chunk_score=chunk_score, dtype=dtype, group_size=3)
     prompt = pool.add_prompt(24 * P)
-    for rows, stored in ((prompt.keys, pool.keys), (prompt.values, pool.values)):
-        rows.copy_(rows[:, :, ::P].repeat_interleave(P, dim=2))
-        stored[:, pool.req_to_token[prompt.row, : 24 * P].long()] = rows.transpose(1, 2)
+    prompt.keys, prompt.values = (x[:, :, ::P].repeat_interleave(P, dim=2) for x in (prompt.keys, prompt.values))
+    pool.rewrite(prompt)
     pool.compress(prompt, torch.zeros(2, 2))
     pool.append_token(prompt)
     rtol, atol = TOLERANCE[dtype]
@@ -218,8 +219,7 @@ def test_a_broad_head_comes_closer_to_full_attention(chunk_score):
     prompt = pool.add_prompt(30 * P)
     prompt.keys *= 0.1
     prompt.values += torch.linspace(-3, 3, 30 * P)[:, None]
-    slots = pool.req_to_token[prompt.row, : 30 * P].long()
-    pool.keys[:, slots], pool.values[:, slots] = prompt.keys.transpose(1, 2), prompt.values.transpose(1, 2)
+    pool.rewrite(prompt)
     pool.compress(prompt, torch.zeros(2, 2))
     pool.append_token(prompt)
     q = pool.queries(1)
@@ -299,7 +299,7 @@ def test_scores_that_cannot_estimate_are_named(chunk_score):
     retrieval = dataclasses.replace(pool.config.retrieval, chunk_score=chunk_score)
     legal = ", ".join(ESTIMATING_SCORES)
     message = f"^chunk_score: expected one of {legal} where chunks are estimated, got '{chunk_score}'$"
-    pool.config = pool.compressor.config = pool.config.model_copy(update={"chunk_score": chunk_score})
+    pool.cache.retrieval = retrieval
     for call in (
         lambda: pool.attend(prompts, 0, q),
         lambda: pool.retrieve(prompts, 0, q),

@@ -55,7 +55,7 @@ def check_selection(pool, prompt, layer, q):
         held = set(pool.mapped_chunks(prompt, layer, head))
         forced = plain_forced(covered // size, len(held), sinks, recent)
         assert forced <= held
-        chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.head_dim)
+        chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.shape.head_dim)
         scores = plain_scores(chunks, grouped[head], config.chunk_score)
         chosen, dropped = held - forced, set(range(covered // size)) - held
         if chosen and dropped:
