@@ -166,32 +166,6 @@ def head_page(pool_LSHD: torch.Tensor, page: int, layer_idx: int, kv_head: int, 
     return rows.reshape(rows.shape[1], page_size, rows.shape[2])[kv_head]
 
 
-def plain_scores(keys, q, chunk_score):
-    """Score of each chunk of one head, from the keys themselves, in fp64 and by the published formulas."""
-    scores = []
-    for chunk in keys.double():
-        mean, low, high = chunk.mean(0), chunk.amin(0), chunk.amax(0)
-        per_query = []
-        for query in q.double():
-            if chunk_score == "quest":
-                per_query.append(torch.maximum(query * low, query * high).sum())
-            elif chunk_score == "arkvale":
-                per_query.append(query @ (low + high) / 2 + query.norm() * (high - low).norm() / 4)
-            else:
-                per_query.append(query @ mean)
-        scores.append(float(torch.stack(per_query).mean() if chunk_score == "mean_mean" else max(per_query)))
-    return scores
-
-
-def plain_forced(num_chunks, count, num_sinks, num_recent):
-    """Sinks, then the last chunks, until one place is left; all of it when there is only one."""
-    forced = []
-    for chunk in [*range(num_sinks), *range(num_chunks - 1, num_chunks - 1 - num_recent, -1)]:
-        if 0 <= chunk < num_chunks and chunk not in forced and len(forced) < max(count - 1, 1):
-            forced.append(chunk)
-    return set(forced)
-
-
 class TinyPool(Pool):
     """A small pool in which all that is nobody's is NaN: foreign, free and given-back pages, here and on the host.
 

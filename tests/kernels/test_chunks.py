@@ -17,7 +17,8 @@ from hybridkv_kernels.chunks import (
     top_chunks,
 )
 from hybridkv_kernels.retrieve_chunks.naive import fetch_chunks, score_chunks
-from tests.builders import LAWS, fresh_generator, plain_forced
+from tests.builders import LAWS, fresh_generator
+from tests.kernels.plain import plain_forced
 
 
 @st.composite

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hybridkv_kernels.chunks import Retrieval, encode_keys, read_codes
 from hybridkv_kernels.retrieve_chunks.naive import score_tokens_by_query
 from tests.builders import LAWS, fresh_generator
-from tests.kernels.finer import coded_keys
+from tests.kernels.plain import coded_keys
 from tests.kernels.shapes import DTYPES
 from tests.kernels.test_retrieve_chunks import dynamic_pool
 
