@@ -101,11 +101,8 @@ def quotients(
 
 def unmet(row: Row) -> list[str]:
     """Criteria that a row of the full workload misses."""
-    missed = []
-    for name, least in (("bandwidth_share", MIN_COPY_SHARE), ("bound_share", MIN_BOUND_SHARE)):
-        if row[name] < least:
-            missed.append(f"{name} is {row[name]:.2f}, expected at least {least}")
-    return missed
+    limits = {"bandwidth_share": MIN_COPY_SHARE, "bound_share": MIN_BOUND_SHARE}
+    return [f"{name} is {row[name]:.2f}, expected at least {x}" for name, x in limits.items() if row[name] < x]
 
 
 def measure(workload: Workload, device: str, seed: int) -> Row:
@@ -132,7 +129,7 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     }
     step = DecodeStep(pool, workload.num_requests)
     step.load(compressed)
-    decode = _captured(lambda: _attend(step), device)
+    decode = _captured(lambda: step.attend_all(step.rows, step.lens), device)
     decode_ms = milliseconds(decode, device, workload.num_steps)
     error = check_step(step, compressed)
     before = pool.counters.clone()
@@ -193,11 +190,6 @@ def _captured(launch: Callable[[], None], device: str) -> Callable[[], None]:
     return capture(launch) if device == "cuda" else launch
 
 
-def _attend(step: DecodeStep) -> None:
-    for layer_idx in range(len(step.q)):
-        step.attend(layer_idx, step.rows, step.lens)
-
-
 def _drift(step: DecodeStep) -> None:
     """Queries of the next step, like those of the last one, so that part of the wanted chunks is there."""
     noise = step.pool.randn(*step.q.shape)
@@ -205,7 +197,7 @@ def _drift(step: DecodeStep) -> None:
 
 
 def milliseconds(
-    run: Callable[[], None], device: str, repeats: int, between: Callable[[], None] = lambda: None
+    run: Callable[[], Any], device: str, repeats: int, between: Callable[[], None] = lambda: None
 ) -> float:
     """Median time of `run`; `between` is not timed."""
     times = []
@@ -231,12 +223,8 @@ def copy_bandwidth(num_bytes: int, device: str, repeats: int) -> float:
     """GB/s, read and write both counted, of a copy on the device that moves `num_bytes` in all."""
     source = torch.ones(num_bytes // 4, dtype=torch.int16, device=device)
     target = torch.empty_like(source)
-    elapsed = milliseconds(lambda: _copy(target, source), device, repeats)
+    elapsed = milliseconds(lambda: target.copy_(source), device, repeats)
     return 2 * source.nbytes / elapsed / 1e6
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)
 
 
 def stock_milliseconds(
@@ -244,12 +232,7 @@ def stock_milliseconds(
 ) -> dict[str, float]:
     """Full attention of the same requests, by kernel: our own on dense requests, on a GPU SGLang's besides."""
     rows, lens = pool.rows(dense), pool.lens(dense)
-
-    def own() -> None:
-        for layer_idx in range(len(step.q)):
-            step.attend(layer_idx, rows, lens)
-
-    launches: dict[str, Callable[[], None]] = {"ours, dense": own}
+    launches: dict[str, Callable[[], None]] = {"ours, dense": lambda: step.attend_all(rows, lens)}
     if device == "cuda":
         launches["sglang triton"] = sglang_decode(pool, step, dense)
         if importlib.util.find_spec("flashinfer") is not None:

@@ -32,6 +32,11 @@ class DecodeStep:
             self.pool.cache.retrieve(layer_idx, q, self.rows)
             self.attend(layer_idx, self.rows, self.lens)
 
+    def attend_all(self, rows: torch.Tensor, lens: torch.Tensor) -> None:
+        """`attend` in all layers, without retrieval."""
+        for layer_idx in range(len(self.q)):
+            self.attend(layer_idx, rows, lens)
+
     def attend(self, layer_idx: int, rows: torch.Tensor, lens: torch.Tensor) -> None:
         """Decode attention of one layer, of the batch or of other requests."""
         pool, q = self.pool, self.q[layer_idx]

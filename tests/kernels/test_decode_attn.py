@@ -224,15 +224,12 @@ def test_an_empty_batch_is_refused():
         decode_attn(**arguments)
 
 
-def changed(name, change):
-    """Arguments of which one, or one view of the pool, is changed."""
-    arguments = Batch(MIXED).arguments(0)
-    owner, _, view = name.partition(".")
-    if view:
-        arguments[owner] = dataclasses.replace(arguments[owner], **{view: change(getattr(arguments[owner], view))})
-    else:
-        arguments[name] = change(arguments[name])
-    return arguments
+def changed(arguments, name, change):
+    """`arguments` of which one, or a field of one, as in "views.k_pages", is changed."""
+    owner, _, field = name.partition(".")
+    given = arguments[owner]
+    new = dataclasses.replace(given, **{field: change(getattr(given, field))}) if field else change(given)
+    return arguments | {owner: new}
 
 
 def strided(tensor):
@@ -270,7 +267,7 @@ def strided(tensor):
 )
 def test_bad_arguments_are_named(name, change):
     with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
-        decode_attn(**changed(name, change))
+        decode_attn(**changed(Batch(MIXED).arguments(0), name, change))
 
 
 @pytest.mark.parametrize(

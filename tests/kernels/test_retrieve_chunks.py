@@ -24,6 +24,7 @@ from tests.builders import (
 )
 from tests.kernels.plain import plain_forced, plain_scores
 from tests.kernels.shapes import DTYPES, each_model_shape
+from tests.kernels.test_decode_attn import changed
 
 P = 8
 # Chunk score and size; None is the default, for key codes single tokens and for the others pages.
@@ -235,13 +236,8 @@ def test_bad_arguments_are_named(name, change):
     prompt = pool.add_prompt(20 * P)
     pool.compress(prompt)
     arguments = arguments_of(pool, [prompt], 0, pool.queries(1))
-    owner, _, field = name.partition(".")
-    if field:
-        arguments[owner] = dataclasses.replace(arguments[owner], **{field: change(getattr(arguments[owner], field))})
-    else:
-        arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=rf"^{name.removeprefix('retrieval.')}: expected .*, got "):
-        retrieve_chunks(**arguments)
+        retrieve_chunks(**changed(arguments, name, change))
 
 
 # Every fast implementation against the reference: from the same state to the same state, bit by bit.
