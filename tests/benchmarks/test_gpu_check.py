@@ -111,7 +111,6 @@ class TestBandwidth:
 
     @pytest.mark.parametrize(("change", "message"), [(0.1, "largest relative error"), (math.nan, "are not finite")])
     def test_a_baseline_that_computes_something_else_is_not_timed(self, change, message):
-        """Nor one that computes no number."""
         tiny, attend = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1), CompressedCache.attend
 
         def wrong(cache, layer_idx, q, rows, *args):
