@@ -24,8 +24,7 @@ def random_texts(count, num_words=6):
 class TestLaws:
     def test_right_answers_score_highest_and_foreign_ones_nothing(self, metric):
         texts = random_texts(8)
-        perfect = score(metric, texts, [(text,) for text in texts])
-        assert perfect == pytest.approx(1)
+        assert score(metric, texts, [(text,) for text in texts]) == pytest.approx(1)
         assert score(metric, ["zzz qqq kkk vvv"] * 8, [(text,) for text in texts]) < 0.01
 
     def test_scores_lie_between_0_and_1_and_more_references_never_hurt(self, metric):
