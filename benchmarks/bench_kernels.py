@@ -7,22 +7,23 @@ from step to step as in decoding, so that part of the chunks a dynamic head want
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.gpu_check.pool import Pool, Shape, make_config
+from benchmarks.gpu_check.pool import Pool, Request, Shape, first_heads, make_config
 from benchmarks.provenance import run_metadata
 from hybridkv_kernels import dispatch
+from sglang_hybridkv.compressors.hybridkv import HybridKV
 
 NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, PAGE_SIZE = 4, 7, 128, 16
 DYNAMIC_HEADS = {"static": 0, "hybrid": 1, "dynamic": NUM_KV_HEADS}
@@ -30,50 +31,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYERS = {2048: 28, 8192: 16, 32768: 6}
 
 
-@dataclass
-class Case:
-    """Two prompts of the same length in one pool: one dense, one compressed, and queries for both."""
-
-    pool: Pool
-    dense: int
-    compressed: int
-    queries: torch.Tensor
-
-    def full(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
-        """Attend to every row of the prompt."""
-        return self._attend(layer_idx, q, self.dense)
-
-    def retrieve(self, layer_idx: int, q: torch.Tensor) -> None:
-        """Bring the chunk buffers up to date."""
-        self.pool.retrieve(layer_idx, q, torch.tensor([self.compressed]))
-
-    def attend(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
-        """Attend to head pages and one row of tail."""
-        return self._attend(layer_idx, q, self.compressed)
-
-    def _attend(self, layer_idx: int, q: torch.Tensor, row: int) -> torch.Tensor:
-        return self.pool.attend(layer_idx, q, torch.tensor([row]), self.pool.lens([row]))
-
-
-def make_case(context: int, budget: float, dtype: torch.dtype, variant: str, similarity: float, steps: int) -> Case:
-    """Fill a pool with random keys and values, and compress one prompt with equal budgets for all heads."""
-    num_layers, num_dynamic, num_pages = LAYERS.get(context, 8), DYNAMIC_HEADS[variant], context // PAGE_SIZE
-    shape = Shape(dtype, PAGE_SIZE, GROUP_SIZE, HEAD_DIM, num_layers, NUM_KV_HEADS)
+def make_pool(context: int, budget: float, dtype: torch.dtype, num_dynamic: int) -> tuple[Pool, Request, Request]:
+    """A pool of random keys and values, and in it a dense prompt and a compressed one, with equal head budgets."""
+    num_pages = context // PAGE_SIZE
+    shape = Shape(dtype, PAGE_SIZE, GROUP_SIZE, HEAD_DIM, LAYERS.get(context, 8), NUM_KV_HEADS)
     pool = Pool(
         shape,
-        make_config(shape, budget, num_dynamic / NUM_KV_HEADS),
+        HybridKV(make_config(shape, budget, num_dynamic / NUM_KV_HEADS)),
         # Both prompts, and what is reserved for the compressed one: its budget, and at most half of it as summaries.
         num_pages=math.ceil((2.5 + budget) * num_pages) + 4,
         num_host_pages=num_pages + 1,
         max_context=context + PAGE_SIZE,
         num_rows=2,
-        device="cpu",
         generator=torch.Generator().manual_seed(0),
     )
-    dense, compressed = pool.add(context), pool.add(context)
-    pool.compress(compressed, num_dynamic)
+    dense, compressed = pool.add_prompt(context), pool.add_prompt(context)
+    pool.compress(compressed, first_heads(shape, num_dynamic))
     pool.append_token(compressed)
-    return Case(pool, dense, compressed, drifting_queries(steps, num_layers, similarity).to(dtype))
+    return pool, dense, compressed
 
 
 def drifting_queries(steps: int, num_layers: int, similarity: float) -> torch.Tensor:
@@ -84,10 +59,10 @@ def drifting_queries(steps: int, num_layers: int, similarity: float) -> torch.Te
     return noise
 
 
-def packed_sdpa(case: Case) -> Callable[[int, torch.Tensor], torch.Tensor]:
+def packed_sdpa(pool: Pool, dense: Request) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """Full attention by torch with the group packed into the query rows, over keys that are contiguous already."""
-    slots = case.pool.req_to_token[case.dense, : case.pool.seq_lens[case.dense]].long()
-    layers = [[rows[slots].transpose(0, 1)[None] for rows in case.pool.views.layer_rows(i)] for i in (0, 1, 2)]
+    slots = pool.req_to_token[dense.row, : dense.seq_len].long()
+    layers = [[rows[slots].transpose(0, 1)[None] for rows in pool.views.layer_rows(i)] for i in (0, 1, 2)]
 
     def attend(layer_idx: int, q: torch.Tensor) -> torch.Tensor:
         keys, values = layers[layer_idx % len(layers)]
@@ -97,27 +72,32 @@ def packed_sdpa(case: Case) -> Callable[[int, torch.Tensor], torch.Tensor]:
     return attend
 
 
-def time_steps(case: Case, functions: dict[str, Callable[[int, torch.Tensor], Any]]) -> dict[str, float]:
+def time_steps(queries: torch.Tensor, functions: dict[str, Callable[[int, torch.Tensor], Any]]) -> dict[str, float]:
     """Median milliseconds a layer of each function; they take turns step by step, so that noise hits all alike."""
-    num_layers = case.queries.shape[1]
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for step, queries in enumerate(case.queries):
+    for step, layers in enumerate(queries):
         for name, function in functions.items():
             start = time.perf_counter()
-            for layer_idx in range(num_layers):
-                function(layer_idx, queries[layer_idx])
+            for layer_idx, q in enumerate(layers):
+                function(layer_idx, q)
             if step:  # the first one warms up
-                seconds[name].append((time.perf_counter() - start) / num_layers)
+                seconds[name].append((time.perf_counter() - start) / len(layers))
     return {name: statistics.median(values) * 1e3 for name, values in seconds.items()}
 
 
 def measure(context: int, budget: float, dtype: str, variant: str, similarity: float, steps: int) -> dict[str, Any]:
     """One row: a step of the variant beside full attention."""
     torch.manual_seed(0)
-    case = make_case(context, budget, DTYPES[dtype], variant, similarity, steps)
-    functions = {"full": case.full, "sdpa": packed_sdpa(case), "retrieve": case.retrieve, "attend": case.attend}
-    ms = time_steps(case, functions)
-    chosen, hit = case.pool.counters.tolist()
+    pool, dense, compressed = make_pool(context, budget, DTYPES[dtype], DYNAMIC_HEADS[variant])
+    queries = drifting_queries(steps, pool.shape.num_layers, similarity).to(DTYPES[dtype])
+    functions = {
+        "full": functools.partial(pool.attend, [dense]),
+        "sdpa": packed_sdpa(pool, dense),
+        "retrieve": functools.partial(pool.retrieve, [compressed]),
+        "attend": functools.partial(pool.attend, [compressed]),
+    }
+    ms = time_steps(queries, functions)
+    chosen, hit = pool.counters.tolist()
     total, full = ms["retrieve"] + ms["attend"], min(ms["full"], ms["sdpa"])
     row = {"bench": "decode_attn", "variant": variant, "context": context, "budget": budget, "dtype": dtype}
     row |= {"threads": torch.get_num_threads(), "ms": round(total, 4), "full_ms": round(full, 4)}

@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from benchmarks.gpu_check.pool import Shape
 from hybridkv_kernels import gpu
 from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
@@ -36,26 +37,14 @@ from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageV
 ARCHITECTURES = (80, 90, 100)
 GATED_ARCHITECTURES = (80, 90)
 MAX_REGISTERS = 128
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NUM_LAYERS, NUM_KV_HEADS, NUM_REQUESTS = 28, 4, 2
+LAYERS_AND_HEADS = {"num_layers": 28, "num_kv_heads": 4}
+NUM_REQUESTS = 2
 LONG = 4096  # chunks or tokens of a prompt
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a kernel is compiled for."""
-
-    dtype: str = "bf16"
-    head_dim: int = 128
-    group: int = 7
-    page_size: int = 16
-
-    def __str__(self) -> str:
-        return f"{self.dtype} D{self.head_dim} G{self.group} P{self.page_size}"
-
-    @property
-    def num_q_heads(self) -> int:
-        return NUM_KV_HEADS * self.group
+def shape_of(dtype: torch.dtype = torch.bfloat16, **changes: int) -> Shape:
+    """The head layout of Qwen2.5-VL-7B, with some changes."""
+    return Shape(**{"dtype": dtype, "page_size": 16, "group_size": 7, "head_dim": 128, **LAYERS_AND_HEADS} | changes)
 
 
 @dataclass(frozen=True)
@@ -94,21 +83,32 @@ class Usage:
         return None
 
 
-def tiny_pool(shape: Shape, chunk_size: int | None = None) -> tuple[HeadPageViews, HeadPageTable]:
+def zeros(shape: Shape, *sizes: int) -> torch.Tensor:
+    """A tensor [*sizes, D] of the shape's type."""
+    return torch.zeros(*sizes, shape.head_dim, dtype=shape.dtype)
+
+
+def queries(shape: Shape, count: int) -> torch.Tensor:
+    """[count, H * G, D]."""
+    return zeros(shape, count, shape.num_kv_heads * shape.group_size)
+
+
+def tiny_pool(
+    shape: Shape, max_prompt_pages: int, chunk_size: int | None = None
+) -> tuple[HeadPageViews, HeadPageTable]:
     """A pool and a table of which only types, shapes and alignment matter."""
-    layout = HeadPageLayout(NUM_LAYERS, NUM_KV_HEADS, 3, shape.page_size)
-    sizes = (NUM_LAYERS, layout.pages_per_layer * shape.page_size, NUM_KV_HEADS, shape.head_dim)
-    keys, values = (torch.zeros(sizes, dtype=DTYPES[shape.dtype]) for _ in "kv")
+    layout = HeadPageLayout(shape.num_layers, shape.num_kv_heads, 3, shape.page_size)
+    keys, values = (zeros(shape, shape.num_layers, 3 * shape.page_size, shape.num_kv_heads) for _ in "kv")
     views = HeadPageViews.over(layout, keys, values, chunk_size)
-    return views, HeadPageTable(NUM_REQUESTS + 1, 16, 16, layout, "cpu")
+    return views, HeadPageTable(NUM_REQUESTS + 1, 16, max_prompt_pages, layout, "cpu")
 
 
 def decode_attn(num_means: int = 0) -> Callable[[Shape], Any]:
     """Decode attention over a pool of this shape."""
 
     def call(shape: Shape) -> Any:
-        views, table = tiny_pool(shape)
-        q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
+        views, table = tiny_pool(shape, 16)
+        q = queries(shape, NUM_REQUESTS)
         rows, lens = torch.ones(NUM_REQUESTS, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
         slots = torch.zeros(NUM_REQUESTS + 1, 64, dtype=torch.int32)
         return gpu.load_twin("decode_attn")(q, views, table, 0, rows, slots, lens, 1.0, num_means)
@@ -121,9 +121,8 @@ def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | 
 
     def call(shape: Shape) -> Any:
         size = chunk_size or shape.page_size
-        views = tiny_pool(shape, size)[0]
-        table = HeadPageTable(NUM_REQUESTS + 1, 16, LONG * size // shape.page_size, views.layout, "cpu")
-        q = torch.zeros(NUM_REQUESTS, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
+        views, table = tiny_pool(shape, LONG * size // shape.page_size, size)
+        q = queries(shape, NUM_REQUESTS)
         k_host, v_host = views.k_pages.clone(), views.v_pages.clone()
         counters, rows = torch.zeros(2, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
         retrieval = Retrieval(1, 2, chunk_score, size, estimate)
@@ -134,85 +133,70 @@ def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | 
 
 def score_heads(shape: Shape) -> Any:
     """Observation of a prompt of LONG tokens by 32 rows, with the statistic that takes all three passes."""
-    q = torch.zeros(32, shape.num_q_heads, shape.head_dim, dtype=DTYPES[shape.dtype])
-    k = q.new_zeros(LONG, NUM_KV_HEADS, shape.head_dim)
+    q, k = queries(shape, 32), zeros(shape, LONG, shape.num_kv_heads)
     return gpu.load_twin("score_heads")(q, k, torch.arange(LONG), 1.0, "capture", 0.01, 0.9, 16, 0.1, 4, 16)
 
 
 def compact_kv(shape: Shape) -> Any:
     """A copy of rows of this size."""
-    k, rows = torch.zeros(64, shape.head_dim, dtype=DTYPES[shape.dtype]), torch.arange(32)
+    k, rows = zeros(shape, 64), torch.arange(32)
     return gpu.load_twin("compact_kv")(k, k.clone(), rows, rows + 32)
 
 
 def cases() -> Iterator[Case]:
     """Every Triton kernel, in the shapes that are worth a look. Kernels of other ops are added here."""
     for page_size in (8, 16, 32):
-        yield Case("decode_attn", Shape(page_size=page_size), decode_attn(), is_gated=True)
-    yield Case("decode_attn", Shape(dtype="fp32"), decode_attn(), is_gated=True)
-    for head_dim, group in ((64, 8), (80, 1), (128, 16)):
-        yield Case("decode_attn", Shape(head_dim=head_dim, group=group, page_size=8), decode_attn(), is_gated=True)
-    yield Case("decode_attn estimate", Shape(page_size=8), decode_attn(1), is_gated=True)
-    yield Case("decode_attn estimate", Shape(), decode_attn(4), is_gated=True)
-    yield from retrieval_cases()
-    yield from prompt_cases()
-
-
-def retrieval_cases() -> Iterator[Case]:
-    """Kernels of each decode step that has dynamic heads."""
+        yield Case("decode_attn", shape_of(page_size=page_size), decode_attn(), is_gated=True)
+    yield Case("decode_attn", shape_of(torch.float32), decode_attn(), is_gated=True)
+    for head_dim, group_size in ((64, 8), (80, 1), (128, 16)):
+        yield Case(
+            "decode_attn", shape_of(head_dim=head_dim, group_size=group_size, page_size=8), decode_attn(), is_gated=True
+        )
+    yield Case("decode_attn estimate", shape_of(page_size=8), decode_attn(1), is_gated=True)
+    yield Case("decode_attn estimate", shape_of(), decode_attn(4), is_gated=True)
+    # Kernels of each decode step that has dynamic heads.
     for chunk_score in ("mean_max", "mean4_max", "arkvale"):
-        yield Case(f"retrieve_chunks {chunk_score}", Shape(page_size=8), retrieve_chunks(chunk_score), is_gated=True)
-    yield Case("retrieve_chunks estimate", Shape(page_size=8), retrieve_chunks("mean2_max", True), is_gated=True)
+        yield Case(f"retrieve_chunks {chunk_score}", shape_of(page_size=8), retrieve_chunks(chunk_score), is_gated=True)
+    yield Case("retrieve_chunks estimate", shape_of(page_size=8), retrieve_chunks("mean2_max", True), is_gated=True)
     for chunk_score, shape in (
-        ("mean_mean", Shape(dtype="fp16", head_dim=80, group=1)),
-        ("quest", Shape(head_dim=64, group=8, page_size=64)),
-        ("mean4_max", Shape(group=16, page_size=32)),
+        ("mean_mean", shape_of(torch.float16, head_dim=80, group_size=1)),
+        ("quest", shape_of(head_dim=64, group_size=8, page_size=64)),
+        ("mean4_max", shape_of(group_size=16, page_size=32)),
     ):
         yield Case(f"retrieve_chunks {chunk_score}", shape, retrieve_chunks(chunk_score), is_gated=True)
     codes = {size: retrieve_chunks("key_codes", chunk_size=size) for size in (1, 16)}
-    yield Case("retrieve_chunks key_codes", Shape(page_size=8), codes[1], is_gated=True)
-    yield Case("retrieve_chunks key_codes", Shape(dtype="fp16", head_dim=80, group=1), codes[16], is_gated=True)
+    yield Case("retrieve_chunks key_codes", shape_of(page_size=8), codes[1], is_gated=True)
+    yield Case(
+        "retrieve_chunks key_codes", shape_of(torch.float16, head_dim=80, group_size=1), codes[16], is_gated=True
+    )
     # More registers than the limit, but no spills.
-    yield Case("retrieve_chunks key_codes", Shape(group=16, page_size=32), codes[1])
-    yield Case("retrieve_chunks key_codes", Shape(dtype="fp32"), codes[1])
-    yield Case("retrieve_chunks arkvale", Shape(dtype="fp32"), retrieve_chunks("arkvale"))
-
-
-def prompt_cases() -> Iterator[Case]:
-    """Kernels that run once a prompt; not held to the limits."""
-    for shape in (Shape(), Shape(dtype="fp32"), Shape(dtype="fp16", head_dim=80, group=1)):
+    yield Case("retrieve_chunks key_codes", shape_of(group_size=16, page_size=32), codes[1])
+    yield Case("retrieve_chunks key_codes", shape_of(torch.float32), codes[1])
+    yield Case("retrieve_chunks arkvale", shape_of(torch.float32), retrieve_chunks("arkvale"))
+    # Kernels that run once a prompt; not held to the limits.
+    for shape in (shape_of(), shape_of(torch.float32), shape_of(torch.float16, head_dim=80, group_size=1)):
         yield Case("score_heads", shape, score_heads)
-    yield Case("compact_kv", Shape(), compact_kv)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel and the arguments it was to be launched with."""
-
-    kernel: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    yield Case("compact_kv", shape_of(), compact_kv)
 
 
 @contextmanager
-def caught_launches() -> Iterator[list[Launch]]:
-    """Kernels are not run but listed."""
-    launches: list[Launch] = []
+def caught_launches() -> Iterator[list[tuple[Any, tuple, dict[str, Any]]]]:
+    """Kernels are not run but listed, each with its arguments."""
+    launches = []
 
     def catch(kernel, *args, grid, warmup, **kwargs):
         assert all(isinstance(size, int) and size > 0 for size in grid), "a grid depends on something else than shapes"
-        launches.append(Launch(kernel, args, kwargs))
+        launches.append((kernel, args, {"debug": False, **kwargs}))
 
     with mock.patch.object(triton.JITFunction, "run", catch):
         yield launches
 
 
-def specialize(launch: Launch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+def specialize(kernel: Any, args: tuple, kwargs: dict[str, Any], target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
     """Source and options that the launch itself would have compiled on such a GPU."""
-    backend, kernel = make_backend(target), launch.kernel
+    backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    kwargs = {"debug": False, **launch.kwargs}
-    bound, specialization, options = bind(*launch.args, **kwargs)
+    bound, specialization, options = bind(*args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
     return ASTSource(kernel, signature, constants, attributes), options.__dict__
 
@@ -253,12 +237,13 @@ def measured(wanted: list[Case], architectures: list[int]) -> Iterator[Usage]:
             case.call(case.shape)
         if not launches:
             raise RuntimeError(f"{case.name}: expected kernel launches, got none")
-        for target, launch in itertools.product((GPUTarget("cuda", number, 32) for number in architectures), launches):
-            source, options = specialize(launch, target)
+        targets = (GPUTarget("cuda", number, 32) for number in architectures)
+        for target, (kernel, *arguments) in itertools.product(targets, launches):
+            source, options = specialize(kernel, *arguments, target)
             key = (target.arch, source.hash(), str(options))
             if key not in seen:
                 seen.add(key)
-                yield measure(case, launch.kernel.__name__, target, source, options)
+                yield measure(case, kernel.__name__, target, source, options)
 
 
 def table_of(usages: list[Usage]) -> Table:
@@ -272,26 +257,20 @@ def table_of(usages: list[Usage]) -> Table:
     return table
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.compile_kernels", description=__doc__.split("\n")[0])
-    parser.add_argument("--op", help="only cases of which the name starts so")
-    parser.add_argument("--dtype", choices=DTYPES, help="only cases of this type")
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="repeatable; default: all")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+    parser = argparse.ArgumentParser(prog="benchmarks.compile_kernels", description=__doc__.split("\n")[0])
+    parser.add_argument("--op", default="", help="only cases of which the name starts so")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="repeatable; default: all")
+    options = parser.parse_args(arguments)
     if gpu.is_interpreted():
         print("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
         return 2
-    wanted = [case for case in cases() if case.name.startswith(options.op or "")]
-    wanted = [case for case in wanted if options.dtype in (None, case.shape.dtype)]
+    wanted = [case for case in cases() if case.name.startswith(options.op)]
     if not wanted:
-        print(f"--op {options.op!r} --dtype {options.dtype!r} leaves no case", file=sys.stderr)
+        print(f"--op {options.op!r} leaves no case", file=sys.stderr)
         return 2
     usages = list(measured(wanted, options.arch or list(ARCHITECTURES)))
-    Console(width=120).print(table_of(usages))
+    Console(width=140).print(table_of(usages))
     faults = [usage.fault for usage in usages if usage.fault]
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -1,6 +1,6 @@
 """Scores of answers as the benchmarks define them, each from 0 to 1.
 
-Libraries do the work where one is kept: rouge-score, sacrebleu, nltk (METEOR) and pycocoevalcap (CIDEr). They come with
+Libraries do the work where one is kept: rouge-score and pycocoevalcap (CIDEr). They come with
 ``pip install sglang-hybridkv[quality]`` and are loaded when a metric needs them.
 """
 
@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any
 
 INSTALL = "pip install sglang-hybridkv[quality]"
-WORDNET = "python -m nltk.downloader wordnet omw-1.4"
 LARGEST_CIDER = 10.0
 
 References = tuple[str, ...]
@@ -103,36 +102,6 @@ def rouge_l(predictions: Sequence[str], references: Sequence[References]) -> flo
     return fmean(scorer.score_multi(list(right), said)["rougeL"].fmeasure for said, right in pairs)
 
 
-def bleu(predictions: Sequence[str], references: Sequence[References]) -> float:
-    """Corpus BLEU-4, lower case, sacrebleu's 13a tokenizer."""
-    sacrebleu = _load("sacrebleu", "bleu")
-    most = max(map(len, references))
-    streams = [[right[i] if i < len(right) else None for right in references] for i in range(most)]
-    return min(sacrebleu.corpus_bleu(list(predictions), streams, lowercase=True).score / 100, 1.0)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def load_wordnet() -> Any:
-    """WordNet through nltk; ValueError that says how to get its data when there is none."""
-    wordnet = _load("nltk.corpus", "meteor").wordnet
-    try:
-        wordnet.ensure_loaded()
-    except LookupError:
-        raise ValueError(f"metric = 'meteor': the data of WordNet are missing; {WORDNET}") from None
-    return wordnet
-
-
-def meteor(predictions: Sequence[str], references: Sequence[References]) -> float:
-    """Mean METEOR as nltk computes it: alpha .9, beta 3, gamma .5. Captioning challenges use another, METEOR 1.5."""
-    wordnet = load_wordnet()
-    meteor_score = _load("nltk.translate.meteor_score", "meteor").meteor_score
-    pairs = zip(predictions, references, strict=True)
-    return fmean(meteor_score([_words(r) for r in right], _words(said), wordnet=wordnet) for said, right in pairs)
-
-
 def cider(predictions: Sequence[str], references: Sequence[References]) -> float:
     """CIDEr-D of pycocoevalcap after its PTB tokenizer, over its largest value 10. Needs Java, and many answers:
     n-grams are weighted by how few questions they occur in.
@@ -151,8 +120,6 @@ METRICS: dict[str, Callable[[Sequence[str], Sequence[References]], float]] = {
     "contains": contains,
     "multiple_choice": multiple_choice,
     "rouge_l": rouge_l,
-    "bleu": bleu,
-    "meteor": meteor,
     "cider": cider,
 }
 

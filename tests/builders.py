@@ -5,7 +5,6 @@ prompt once it is compressed.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import random
@@ -18,16 +17,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from benchmarks.gpu_check.pool import Pool, Request, Shape, make_geometry
+from benchmarks.gpu_check.reference import full_attention
 from hybridkv_kernels import cpu, dispatch, gpu
-from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
-from sglang_hybridkv.cache.compress import ObservedPrompt
-from sglang_hybridkv.cache.compressed_cache import CompressedCache
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.config import CompressorConfig
-from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
+from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Reservation
+
+__all__ = ["full_attention", "make_geometry"]  # from the benches, where they are used, too
 
 NAN = float("nan")
 
@@ -146,28 +145,10 @@ def eager_config(**values) -> HybridKVConfig:
     return HybridKVConfig(**eager | values)
 
 
-def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLayout) -> PromptGeometry:
-    """Geometry of a prompt, without admission's rules."""
-    return prompt_geometry(
-        prompt_len,
-        config.budget,
-        page_size=config.page_size,
-        head_pages_per_page=layout.head_pages_per_page,
-        summary_vectors=config.summary_vectors(covered_tokens(prompt_len, layout.page_size)),
-    )
-
-
-def make_reservation(geometry: PromptGeometry, pages, host_pages, *, prompt_len=None, spans=(), may_retrieve=True):
+def make_reservation(geometry: PromptGeometry, pages, host_pages):
     """Reservation of `pages` and `host_pages`, given as integers."""
-    return Reservation(
-        geometry=geometry,
-        pages=torch.as_tensor(pages, dtype=torch.int64),
-        host_pages=torch.as_tensor(host_pages, dtype=torch.int64),
-        prefilled=geometry.covered if prompt_len is None else prompt_len,
-        spans=tuple(spans),
-        may_retrieve=may_retrieve,
-        outcome=torch.zeros(2, dtype=torch.int64),
-    )
+    pages, host_pages = (torch.as_tensor(ids, dtype=torch.int64) for ids in (pages, host_pages))
+    return Reservation(geometry, pages, host_pages, geometry.covered, (), True, torch.zeros(2, dtype=torch.int64))
 
 
 def make_views(layout: HeadPageLayout, head_dim: int, dtype=torch.float32):
@@ -185,59 +166,11 @@ def head_page(pool_LSHD: torch.Tensor, page: int, layer_idx: int, kv_head: int, 
     return rows.reshape(rows.shape[1], page_size, rows.shape[2])[kv_head]
 
 
-def full_attention(q, keys_HND, values_HND, scaling, keep_HN=None) -> torch.Tensor:
-    """[H * G, D], fp64: one query's attention over the kept keys, head by head."""
-    num_kv_heads = len(keys_HND)
-    q_HGD = q.double().view(num_kv_heads, -1, q.shape[-1])
-    logits = q_HGD @ keys_HND.double().transpose(1, 2) * scaling
-    if keep_HN is not None:
-        logits = logits.masked_fill(~keep_HN[:, None], float("-inf"))
-    return (logits.softmax(-1) @ values_HND.double()).flatten(0, 1)
+class TinyPool(Pool):
+    """A small pool in which all that is nobody's is NaN: foreign, free and given-back pages, here and on the host.
 
-
-def plain_scores(keys, q, chunk_score):
-    """Score of each chunk of one head, from the keys themselves, in fp64 and by the published formulas."""
-    scores = []
-    for chunk in keys.double():
-        mean, low, high = chunk.mean(0), chunk.amin(0), chunk.amax(0)
-        per_query = []
-        for query in q.double():
-            if chunk_score == "quest":
-                per_query.append(torch.maximum(query * low, query * high).sum())
-            elif chunk_score == "arkvale":
-                per_query.append(query @ (low + high) / 2 + query.norm() * (high - low).norm() / 4)
-            else:
-                per_query.append(query @ mean)
-        scores.append(float(torch.stack(per_query).mean() if chunk_score == "mean_mean" else max(per_query)))
-    return scores
-
-
-def plain_forced(num_chunks, count, num_sinks, num_recent):
-    """Sinks, then the last chunks, until one place is left; all of it when there is only one."""
-    forced = []
-    for chunk in [*range(num_sinks), *range(num_chunks - 1, num_chunks - 1 - num_recent, -1)]:
-        if 0 <= chunk < num_chunks and chunk not in forced and len(forced) < max(count - 1, 1):
-            forced.append(chunk)
-    return set(forced)
-
-
-@dataclasses.dataclass
-class Prompt:
-    """One request of a `TinyPool`; `keys`, `values` [L, H, N, D] grow with each decoded token."""
-
-    row: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    pages: list[int]
-    reservation: Reservation | None = None
-
-    @property
-    def seq_len(self) -> int:
-        return self.keys.shape[2]
-
-
-class TinyPool:
-    """A pool, table and host store in which requests are placed on random pages, and decoded one step at a time."""
+    `keys`, `values` [L, H, N, D] of a request are all that was ever written for it.
+    """
 
     def __init__(
         self,
@@ -253,124 +186,60 @@ class TinyPool:
         host_pages=64,
         dtype=torch.float32,
     ):
-        self.generator, self.dtype, self.head_dim, self.group_size = generator, dtype, head_dim, group_size
         config = config or HybridKVConfig(preset="paper", min_prompt_tokens=1, min_head_pages=1)
-        self.compressor = compressor or HybridKV(config)
-        self.config = self.compressor.config
-        page_size = self.config.page_size
-        self.layout = HeadPageLayout(num_layers, num_kv_heads, pages, page_size)
-        self.keys, self.values, _ = make_views(self.layout, head_dim, dtype)
-        sizes = {"num_rows": 9, "max_prompt_tokens": pages * page_size, "num_host_pages": host_pages}
-        with torch.device("cpu"):  # a server has no other default
-            self.cache = CompressedCache.create(self.keys, self.values, self.compressor, **sizes)
-        memory = self.cache.memory
-        self.views, self.table, self.store, self.counters = (
-            memory.views,
-            memory.table,
-            memory.store,
-            self.cache.counters,
-        )
+        compressor = compressor or HybridKV(config)
+        page_size = compressor.config.page_size
+        shape = Shape(dtype, page_size, group_size, head_dim, num_layers, num_kv_heads)
+        sizes = {"num_pages": pages, "num_host_pages": host_pages, "max_context": pages * page_size}
+        super().__init__(shape, compressor, **sizes, generator=generator)
+        for tensor in (self.keys, self.values, self.store.k_pages, self.store.v_pages):
+            tensor.fill_(NAN)
         self.views.held_chunks.fill_(-1)
-        self.store.k_pages.fill_(NAN)
-        self.store.v_pages.fill_(NAN)
         self.store.free_pages = torch.randperm(host_pages, generator=generator).cpu()
-        self.free = (torch.randperm(pages - 1, generator=generator) + 1).tolist()  # page 0 is padding
-        self.req_to_token = torch.zeros(9, pages * page_size, dtype=torch.int32)
-        self.scaling = head_dim**-0.5
-        self.free_rows = list(range(8, 0, -1))
 
-    def randn(self, *shape):
-        return torch.randn(shape, generator=self.generator).to(self.dtype)
+    def _extend(self, prompt, count):
+        start = prompt.seq_len
+        super()._extend(prompt, count)
+        slots = self.req_to_token[prompt.row, start : prompt.seq_len].long()
+        for name, pool in (("keys", self.keys), ("values", self.values)):
+            new = pool[:, slots].transpose(1, 2)
+            setattr(prompt, name, torch.cat((getattr(prompt, name), new), 2) if start else new)
 
-    def rand(self, *shape):
-        return torch.rand(shape, generator=self.generator)
+    def rewrite(self, prompt):
+        """Put a dense prompt's `keys` and `values`, which the test has changed, into the pool."""
+        slots = self.req_to_token[prompt.row, : prompt.seq_len].long()
+        self.keys[:, slots], self.values[:, slots] = prompt.keys.transpose(1, 2), prompt.values.transpose(1, 2)
 
-    def add_prompt(self, prompt_len: int) -> Prompt:
-        """A dense request on random pages."""
-        row, page_size, layout = self.free_rows.pop(), self.config.page_size, self.layout
-        pages = [self.free.pop() for _ in range(-(-prompt_len // page_size))]
-        shape = (layout.num_layers, layout.num_kv_heads, prompt_len, self.head_dim)
-        prompt = Prompt(row, self.randn(*shape), self.randn(*shape), pages)
-        slots = (torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)).flatten()[:prompt_len]
-        self.req_to_token[prompt.row, :prompt_len] = slots.int()
-        self.keys[:, slots] = prompt.keys.transpose(1, 2)
-        self.values[:, slots] = prompt.values.transpose(1, 2)
-        return prompt
-
-    def compress(self, prompt: Prompt, statistic=None, salience=None, *, spans=(), may_retrieve=True) -> None:
-        """Compress `prompt`, then poison its original slots and whatever the compression did not need."""
-        layout, page_size, length = self.layout, self.config.page_size, prompt.seq_len
-        heads = (layout.num_layers, layout.num_kv_heads)
-        statistic = self.rand(*heads) if statistic is None else statistic
-        salience = self.rand(*heads, length) / length if salience is None else salience
-        geometry = make_geometry(length, self.config, layout)
-        pages = [self.free.pop() for _ in range(geometry.num_pages)]
-        host_pages = self.store.alloc(geometry.num_host_pages) if may_retrieve else torch.empty(0, dtype=torch.int64)
-        reservation = make_reservation(
-            geometry, pages, host_pages, prompt_len=length, spans=spans, may_retrieve=may_retrieve
-        )
-        slots = self.req_to_token[prompt.row, : geometry.covered].long()
+    def compress(self, prompt, *observed, **options):
+        """Compress `prompt`; its original slots and whatever the compression did not need are NaN then."""
+        slots = self.req_to_token[prompt.row, : prompt.seq_len].long()
         before = self.keys[:, slots].clone()
-        self.cache.observer.watch(prompt.row, range(length))
-        with torch.device("cpu"):  # a server has no other default
-            self.cache.bind(prompt.row, reservation)
-            self.cache.compress(prompt.row, slots, ObservedPrompt(reservation.spans, statistic, salience))
+        super().compress(prompt, *observed, **options)
         assert torch.equal(self.keys[:, slots], before), "the prompt's own slots must only be read"
-        prompt.reservation = reservation
-        self.keys[:, slots], self.values[:, slots] = NAN, NAN
-        self.req_to_token[prompt.row, : geometry.covered] = 0
-        used = geometry.pages_used(int(reservation.outcome[1]), layout.head_pages_per_page)
-        for page in pages[used:]:
-            self.keys[:, page * page_size : (page + 1) * page_size] = NAN
-            self.values[:, page * page_size : (page + 1) * page_size] = NAN
-        host_used = geometry.host_pages_used(int(reservation.outcome[1]), layout.head_pages_per_page)
-        per_page = layout.head_pages_per_page
-        for page in reservation.host_pages[host_used:].tolist():
-            self.store.k_pages[page * per_page : (page + 1) * per_page] = NAN
-            self.store.v_pages[page * per_page : (page + 1) * per_page] = NAN
+        self.poison_free_pages()
 
-    def remove(self, prompt: Prompt) -> None:
-        """End a request: its row is dense, and its pages are free and NaN."""
-        pages, page_size = list(prompt.pages), self.config.page_size
+    def remove(self, prompt):
+        """End a request: its row is dense, and its pages are free."""
+        self.free += [page for page in prompt.pages if page]
         if prompt.reservation is not None:
-            pages += prompt.reservation.pages.tolist()
-            self.store.free(prompt.reservation.host_pages.cpu())
-        slots = (torch.tensor(pages)[:, None] * page_size + torch.arange(page_size)).flatten()
-        self.keys[:, slots], self.values[:, slots] = NAN, NAN
+            self.free += prompt.reservation.pages.tolist()
+            self.store.free(prompt.reservation.host_pages)
         self.cache.release(prompt.row)
-        self.free += pages
         self.free_rows.append(prompt.row)
+        self.poison_free_pages()
 
-    def append_token(self, prompt: Prompt) -> None:
-        """Write a new token's K and V to the dense tail."""
-        page_size, position = self.config.page_size, prompt.seq_len
-        if position % page_size == 0:
-            prompt.pages.append(self.free.pop())
-        slot = prompt.pages[position // page_size] * page_size + position % page_size
-        shape = (self.layout.num_layers, self.layout.num_kv_heads, 1, self.head_dim)
-        key, value = self.randn(*shape), self.randn(*shape)
-        self.keys[:, slot], self.values[:, slot] = key[:, :, 0], value[:, :, 0]
-        self.req_to_token[prompt.row, position] = slot
-        prompt.keys, prompt.values = torch.cat((prompt.keys, key), 2), torch.cat((prompt.values, value), 2)
+    def poison_free_pages(self):
+        for pool in (self.keys, self.values):
+            pool.unflatten(1, (-1, self.shape.page_size))[:, self.free] = NAN
+        for pages in (self.store.k_pages, self.store.v_pages):
+            pages.unflatten(0, (-1, self.layout.head_pages_per_page))[self.store.free_pages] = NAN
 
-    def retrieve(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> None:
-        self.cache.retrieve(layer_idx, q, torch.tensor([p.row for p in prompts]))
-
-    def decode(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
+    def decode(self, prompts, layer_idx, q):
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
         self.retrieve(prompts, layer_idx, q)
-        return self.attend(prompts, layer_idx, q, self.config.retrieval)
+        return self.attend(prompts, layer_idx, q)
 
-    def attend(self, prompts: list[Prompt], layer_idx: int, q: torch.Tensor, retrieval) -> torch.Tensor:
-        """[B, H * G, D]: attention of one layer over what the pool holds."""
-        rows, lens = torch.tensor([p.row for p in prompts]), torch.tensor([p.seq_len for p in prompts])
-        where = (self.views, self.table, layer_idx, rows, self.req_to_token, lens)
-        return decode_attn(q, *where, scaling=self.scaling, retrieval=retrieval)
-
-    def queries(self, num_requests: int) -> torch.Tensor:
-        return self.randn(num_requests, self.layout.num_kv_heads * self.group_size, self.head_dim)
-
-    def head_pages_of(self, prompt: Prompt, layer_idx: int, kv_head: int) -> list[tuple[int, int, int]]:
+    def head_pages_of(self, prompt: Request, layer_idx: int, kv_head: int) -> list[tuple[int, int, int]]:
         """(page, layer, head) of each kept or buffer page of one head: a request's pages hand out their head pages
         in the order page, layer, head."""
         first = int(self.table.first_head_page[prompt.row, layer_idx, kv_head])
@@ -381,13 +250,13 @@ class TinyPool:
             (pages[i // per_page], i % per_page // heads, i % per_page % heads) for i in range(first, first + count)
         ]
 
-    def held_rows(self, prompt: Prompt, layer_idx: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def held_rows(self, prompt: Request, layer_idx: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V rows [rows, D] that one head keeps, read from the pool's plain layout."""
         places = self.head_pages_of(prompt, layer_idx, kv_head)
         page_size = self.config.page_size
         return tuple(torch.cat([head_page(pool, *p, page_size) for p in places]) for pool in (self.keys, self.values))
 
-    def held_tokens(self, prompt: Prompt, layer_idx: int, kv_head: int) -> list[int]:
+    def held_tokens(self, prompt: Request, layer_idx: int, kv_head: int) -> list[int]:
         """Prompt tokens that one head holds, told from the key rows themselves; values must be those of the keys."""
         keys, values = self.held_rows(prompt, layer_idx, kv_head)
         covered = prompt.reservation.geometry.covered
@@ -398,12 +267,12 @@ class TinyPool:
         assert torch.equal(values, prompt.values[layer_idx, kv_head, tokens]), "values do not belong to the keys"
         return tokens.tolist()
 
-    def mapped_chunks(self, prompt: Prompt, layer_idx: int, kv_head: int) -> list[int]:
+    def mapped_chunks(self, prompt: Request, layer_idx: int, kv_head: int) -> list[int]:
         """What the residency map says of one dynamic head's buffer."""
         heads, pages_per_layer = self.layout.num_kv_heads, self.layout.pages_per_layer
         places = self.head_pages_of(prompt, layer_idx, kv_head)
         rows = [(layer * pages_per_layer + page) * heads + head for page, layer, head in places]
         return self.views.held_chunks[torch.tensor(rows, dtype=torch.int64)].flatten().tolist()
 
-    def is_dynamic(self, prompt: Prompt, layer_idx: int, kv_head: int) -> bool:
+    def is_dynamic(self, prompt: Request, layer_idx: int, kv_head: int) -> bool:
         return bool(self.table.is_dynamic[prompt.row, layer_idx, kv_head])

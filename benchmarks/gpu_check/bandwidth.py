@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.pool import Pool, Shape, make_config
+from benchmarks.gpu_check.pool import Pool, Request, Shape, first_heads, make_config
 from benchmarks.gpu_check.reference import check_attention
 from benchmarks.gpu_check.step import NAN, DecodeStep, capture
 from hybridkv_kernels import dispatch
-from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.config import ChunkScore
 from sglang_hybridkv.requests.geometry import covered_tokens
 
@@ -101,28 +101,24 @@ def quotients(
 
 def unmet(row: Row) -> list[str]:
     """Criteria that a row of the full workload misses."""
-    missed = []
-    for name, least in (("bandwidth_share", MIN_COPY_SHARE), ("bound_share", MIN_BOUND_SHARE)):
-        if row[name] < least:
-            missed.append(f"{name} is {row[name]:.2f}, expected at least {least}")
-    return missed
+    limits = {"bandwidth_share": MIN_COPY_SHARE, "bound_share": MIN_BOUND_SHARE}
+    return [f"{name} is {row[name]:.2f}, expected at least {x}" for name, x in limits.items() if row[name] < x]
 
 
 def measure(workload: Workload, device: str, seed: int) -> Row:
     """One row: copy, decode kernel, whole step and stock attention of the same run."""
     generator = torch.Generator(device).manual_seed(seed)
     workload = fit(workload, device)
-    pool = _make_pool(workload, device, generator)
+    pool = _make_pool(workload, generator)
     shape, context = workload.shape, workload.context
-    compressed, dense = [], []
+    statistic, compressed = first_heads(shape, workload.num_dynamic).to(device), []
     for _ in range(workload.num_requests):
-        compressed.append(pool.add(context))
-        pool.compress(compressed[-1], workload.num_dynamic)
+        compressed.append(pool.add_prompt(context))
+        pool.compress(compressed[-1], statistic)
         pool.append_token(compressed[-1])
-    for _ in range(workload.num_requests):
-        dense.append(pool.add(context + 1))
+    dense = [pool.add_prompt(context + 1) for _ in range(workload.num_requests)]
     element = shape.head_dim * shape.dtype.itemsize
-    rows = torch.tensor(compressed, device=device)
+    rows = pool.rows(compressed)
     kept_rows = int(pool.table.num_head_pages[rows].sum()) * shape.page_size
     tail_rows = workload.num_requests * shape.num_layers * shape.num_kv_heads
     vectors = int(pool.table.is_dynamic[rows].sum()) * workload.summary_vectors
@@ -133,7 +129,7 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     }
     step = DecodeStep(pool, workload.num_requests)
     step.load(compressed)
-    decode = _captured(lambda: _attend(step), device)
+    decode = _captured(lambda: step.attend_all(step.rows, step.lens), device)
     decode_ms = milliseconds(decode, device, workload.num_steps)
     error = check_step(step, compressed)
     before = pool.counters.clone()
@@ -174,30 +170,24 @@ def _pool_tokens(workload: Workload) -> int:
     return int((workload.num_requests + 1) * (context + 2 * page_size) + workload.num_requests * compressed)
 
 
-def _make_pool(workload: Workload, device: str, generator: torch.Generator) -> Pool:
+def _make_pool(workload: Workload, generator: torch.Generator) -> Pool:
     shape = workload.shape
     share = workload.num_dynamic / shape.num_kv_heads
     num_pages = workload.context // shape.page_size
     return Pool(
         shape,
-        workload.config,
+        HybridKV(workload.config),
         num_pages=_pool_tokens(workload) // shape.page_size + 2,
         # A request reserves pages for the case that all its heads are dynamic, and gives the rest back.
         num_host_pages=int(num_pages * (1 + share * workload.num_requests)) + 1,
         max_context=workload.context + 2 * shape.page_size,
         num_rows=2 * workload.num_requests,
-        device=device,
         generator=generator,
     )
 
 
 def _captured(launch: Callable[[], None], device: str) -> Callable[[], None]:
     return capture(launch) if device == "cuda" else launch
-
-
-def _attend(step: DecodeStep) -> None:
-    for layer_idx, q in enumerate(step.q):
-        step.out[layer_idx] = step.pool.attend(layer_idx, q, step.rows, step.lens)
 
 
 def _drift(step: DecodeStep) -> None:
@@ -207,7 +197,7 @@ def _drift(step: DecodeStep) -> None:
 
 
 def milliseconds(
-    run: Callable[[], None], device: str, repeats: int, between: Callable[[], None] = lambda: None
+    run: Callable[[], Any], device: str, repeats: int, between: Callable[[], None] = lambda: None
 ) -> float:
     """Median time of `run`; `between` is not timed."""
     times = []
@@ -233,24 +223,16 @@ def copy_bandwidth(num_bytes: int, device: str, repeats: int) -> float:
     """GB/s, read and write both counted, of a copy on the device that moves `num_bytes` in all."""
     source = torch.ones(num_bytes // 4, dtype=torch.int16, device=device)
     target = torch.empty_like(source)
-    elapsed = milliseconds(lambda: _copy(target, source), device, repeats)
+    elapsed = milliseconds(lambda: target.copy_(source), device, repeats)
     return 2 * source.nbytes / elapsed / 1e6
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.copy_(source)
-
-
-def stock_milliseconds(pool: Pool, step: DecodeStep, dense: list[int], device: str, repeats: int) -> dict[str, float]:
+def stock_milliseconds(
+    pool: Pool, step: DecodeStep, dense: list[Request], device: str, repeats: int
+) -> dict[str, float]:
     """Full attention of the same requests, by kernel: our own on dense requests, on a GPU SGLang's besides."""
-    places = torch.tensor(dense, device=device)
-    lens = pool.lens(dense)
-
-    def own() -> None:
-        for layer_idx, q in enumerate(step.q):
-            step.out[layer_idx] = pool.attend(layer_idx, q, places, lens)
-
-    launches: dict[str, Callable[[], None]] = {"ours, dense": own}
+    rows, lens = pool.rows(dense), pool.lens(dense)
+    launches: dict[str, Callable[[], None]] = {"ours, dense": lambda: step.attend_all(rows, lens)}
     if device == "cuda":
         launches["sglang triton"] = sglang_decode(pool, step, dense)
         if importlib.util.find_spec("flashinfer") is not None:
@@ -263,26 +245,26 @@ def stock_milliseconds(pool: Pool, step: DecodeStep, dense: list[int], device: s
     return times
 
 
-def check_step(step: DecodeStep, rows: list[int]) -> float:
+def check_step(step: DecodeStep, requests: list[Request]) -> float:
     """What was timed was right: largest relative error of the first and the last request, in the first and the last
     layer; on a GPU the pool is larger than 32 bits count."""
-    places = itertools.product((0, len(step.q) - 1), (0, len(rows) - 1))
-    return max(check_attention(step.pool, at, step.q[at, i], rows[i], step.out[at, i]) for at, i in places)
+    places = itertools.product((0, len(step.q) - 1), (0, len(requests) - 1))
+    return max(check_attention(step.pool, at, step.q[at, i], requests[i], step.out[at, i]) for at, i in places)
 
 
-def token_lists(pool: Pool, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def token_lists(pool: Pool, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor]:
     """CSR token slots of dense requests: indptr [B + 1] and indices, int32, on the pool's device."""
-    lens = pool.lens(rows)
-    indptr = torch.zeros(len(rows) + 1, dtype=torch.int32, device=pool.device)
+    lens = pool.lens(requests)
+    indptr = torch.zeros(len(requests) + 1, dtype=torch.int32, device=pool.device)
     indptr[1:] = lens.cumsum(0)
-    return indptr, torch.cat([pool.req_to_token[row, : pool.seq_lens[row]] for row in rows])
+    return indptr, torch.cat([pool.req_to_token[each.row, : each.seq_len] for each in requests])
 
 
-def sglang_decode(pool: Pool, step: DecodeStep, rows: list[int], max_splits: int = 8) -> Callable[[], None]:
+def sglang_decode(pool: Pool, step: DecodeStep, requests: list[Request], max_splits: int = 8) -> Callable[[], None]:
     """All layers by the Triton kernel of SGLang, called as its Triton backend does, with its default of splits."""
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 
-    indptr, indices = token_lists(pool, rows)
+    indptr, indices = token_lists(pool, requests)
     batch_size, num_heads, head_dim = step.q.shape[1:]
     logits = torch.zeros(batch_size, num_heads, max_splits, head_dim, dtype=torch.float32, device=pool.device)
     lse = torch.zeros(batch_size, num_heads, max_splits, dtype=torch.float32, device=pool.device)
@@ -299,13 +281,13 @@ def sglang_decode(pool: Pool, step: DecodeStep, rows: list[int], max_splits: int
     return launch
 
 
-def _flashinfer_decode(pool: Pool, step: DecodeStep, rows: list[int]) -> Callable[[], None]:
+def _flashinfer_decode(pool: Pool, step: DecodeStep, requests: list[Request]) -> Callable[[], None]:
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
     shape = pool.shape
-    indptr, indices = token_lists(pool, rows)
+    indptr, indices = token_lists(pool, requests)
     workspace = torch.zeros(512 << 20, dtype=torch.uint8, device=pool.device)
-    last_page_len = torch.ones(len(rows), dtype=torch.int32, device=pool.device)
+    last_page_len = torch.ones(len(requests), dtype=torch.int32, device=pool.device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(
         workspace,
         "NHD",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
+from hybridkv_kernels.head_pages import HeadPageLayout
 from sglang_hybridkv.cache.compress import ObservedPrompt
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
-from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.requests.geometry import covered_tokens, prompt_geometry
+from sglang_hybridkv.compressors.base import Compressor
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.requests.geometry import PromptGeometry, covered_tokens, prompt_geometry
 from sglang_hybridkv.requests.ledger import Reservation
+from sglang_hybridkv.requests.spans import VisualSpan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,126 +35,163 @@ class Shape:
 
 
 def make_config(shape: Shape, budget: float, dynamic_share: float, **changes) -> HybridKVConfig:
-    """Equal budgets for all heads; `Pool.compress` says which of them are dynamic."""
+    """Equal budgets for all heads; the statistic of `Pool.compress` says which of them are dynamic."""
     fixed = {"preset": "paper", "theta": 0.5, "static_weight": "uniform", "min_prompt_tokens": 1, "min_head_pages": 1}
     fixed |= {"budget": budget, "dynamic_share": dynamic_share, "page_size": shape.page_size}
     return HybridKVConfig(**fixed | changes)
 
 
-class Pool:
-    """Requests by row, from 1, at most `num_rows` of at most `max_context` tokens.
+def first_heads(shape: Shape, num_dynamic: int) -> torch.Tensor:
+    """[L, H]: the statistic that makes the first `num_dynamic` KV heads of each layer dynamic."""
+    return (torch.arange(shape.num_kv_heads) >= num_dynamic).float().expand(shape.num_layers, -1)
 
-    The dense prompt and its compressed pages are both there for a moment. `generator` is on the `device`.
+
+@dataclasses.dataclass
+class Request:
+    """One request of a `Pool`. A compressed prompt has left zeros in `pages`, so that positions still count in it."""
+
+    row: int
+    seq_len: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    reservation: Reservation | None = None
+
+
+def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLayout) -> PromptGeometry:
+    """Geometry of a prompt, without admission's rules."""
+    return prompt_geometry(
+        prompt_len,
+        config.budget,
+        page_size=config.page_size,
+        head_pages_per_page=layout.head_pages_per_page,
+        summary_vectors=config.summary_vectors(covered_tokens(prompt_len, layout.page_size)),
+    )
+
+
+class Pool:
+    """At most `num_rows` requests, on rows from 1, of at most `max_context` tokens, where `generator` is.
+
+    The dense prompt and its compressed pages are both there for a moment.
     """
 
     def __init__(
         self,
         shape: Shape,
-        config: HybridKVConfig,
+        compressor: Compressor,
         *,
         num_pages: int,
         num_host_pages: int,
         max_context: int,
         num_rows: int = 8,
-        device: str,
         generator: torch.Generator,
     ) -> None:
-        self.shape, self.config, self.device, self.generator = shape, config, device, generator
-        compressor = HybridKV(config)
-        compressor.bind(shape.num_layers, shape.num_kv_heads)
-        page_size, layers, heads, head_dim = shape.page_size, shape.num_layers, shape.num_kv_heads, shape.head_dim
-        sizes = (layers, num_pages * page_size, heads, head_dim)
-        self.keys, self.values = (torch.zeros(sizes, dtype=shape.dtype, device=device) for _ in range(2))
+        self.shape, self.compressor, self.config = shape, compressor, compressor.config
+        self.generator, self.device = generator, generator.device
+        sizes = (shape.num_layers, num_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
+        self.keys, self.values = (torch.zeros(sizes, dtype=shape.dtype, device=self.device) for _ in range(2))
         sizes_of_cache = {"num_rows": num_rows + 1, "max_prompt_tokens": max_context, "num_host_pages": num_host_pages}
-        self.cache = CompressedCache.create(self.keys, self.values, compressor, **sizes_of_cache)
-        self.views, self.table, self.counters = self.cache.memory.views, self.cache.memory.table, self.cache.counters
-        self.free = (torch.randperm(num_pages - 1, generator=generator, device=device) + 1).tolist()
-        self.req_to_token = torch.zeros(num_rows + 1, max_context, dtype=torch.int32, device=device)
-        self.scaling = head_dim**-0.5
-        self.seq_lens = [1] + [0] * num_rows
+        with torch.device("cpu"):  # tests may have another default, a server has not
+            self.cache = CompressedCache.create(self.keys, self.values, compressor, **sizes_of_cache)
+        memory = self.cache.memory
+        self.layout, self.views, self.table, self.store = memory.layout, memory.views, memory.table, memory.store
+        self.counters = self.cache.counters
+        order = torch.randperm(num_pages - 1, generator=generator, device=self.device)
+        self.free = (order + 1).tolist()  # page 0 is padding
+        self.req_to_token = torch.zeros(num_rows + 1, max_context, dtype=torch.int32, device=self.device)
+        self.scaling = shape.head_dim**-0.5
         self.free_rows = list(range(num_rows, 0, -1))
-        self._pages: dict[int, list[int]] = {}
 
     def randn(self, *sizes: int) -> torch.Tensor:
         """Gaussian numbers of the pool's type."""
         return torch.randn(sizes, generator=self.generator, device=self.device, dtype=self.shape.dtype)
 
+    def rand(self, *sizes: int) -> torch.Tensor:
+        """Numbers between 0 and 1, fp32."""
+        return torch.rand(sizes, generator=self.generator, device=self.device)
+
     def queries(self, num_requests: int) -> torch.Tensor:
         """[B, H * G, D]."""
         return self.randn(num_requests, self.shape.num_kv_heads * self.shape.group_size, self.shape.head_dim)
 
-    def add(self, length: int) -> int:
-        """A dense request of `length` tokens on random pages; its row."""
-        row = self.free_rows.pop()
-        self._pages[row], self.seq_lens[row] = [], 0
-        self._extend(row, length)
-        return row
+    def add_prompt(self, prompt_len: int) -> Request:
+        """A dense request on random pages."""
+        request = Request(self.free_rows.pop())
+        self._extend(request, prompt_len)
+        return request
 
-    def append_token(self, row: int) -> None:
+    def append_token(self, request: Request) -> None:
         """One more token in the dense tail."""
-        self._extend(row, 1)
+        self._extend(request, 1)
 
-    def _extend(self, row: int, count: int) -> None:
-        page_size, start = self.shape.page_size, self.seq_lens[row]
+    def _extend(self, request: Request, count: int) -> None:
+        page_size, start, shape = self.shape.page_size, request.seq_len, self.shape
         end = start + count
-        pages = self._pages[row]
-        # A compressed prompt has left `covered // P` places in this list empty, so that positions still count in it.
-        pages += [self.free.pop() for _ in range(-(-end // page_size) - len(pages))]
+        request.pages += [self.free.pop() for _ in range(-(-end // page_size) - len(request.pages))]
         positions = torch.arange(start, end)
-        slots = torch.tensor(pages)[positions // page_size] * page_size + positions % page_size
+        slots = torch.tensor(request.pages)[positions // page_size] * page_size + positions % page_size
         slots = slots.to(self.device)
-        self.req_to_token[row, start:end] = slots.to(torch.int32)
-        sizes = (self.shape.num_layers, count, self.shape.num_kv_heads, self.shape.head_dim)
+        self.req_to_token[request.row, start:end] = slots.to(torch.int32)
+        sizes = (shape.num_layers, count, shape.num_kv_heads, shape.head_dim)
         self.keys[:, slots], self.values[:, slots] = self.randn(*sizes), self.randn(*sizes)
-        self.seq_lens[row] = end
+        request.seq_len = end
 
-    def compress(self, row: int, num_dynamic: int) -> None:
-        """Compress the request; the first `num_dynamic` KV heads of each layer become dynamic."""
-        reservation = self._reserve(row)
-        geometry = reservation.geometry
-        slots = self.req_to_token[row, : geometry.covered].long()
+    def compress(
+        self,
+        request: Request,
+        statistic: torch.Tensor | None = None,
+        salience: torch.Tensor | None = None,
+        *,
+        spans: Sequence[VisualSpan] = (),
+        may_retrieve: bool = True,
+    ) -> None:
+        """Compress a request, then give back its prompt's pages and what was reserved and not used.
+
+        `statistic` is [L, H], `salience` [L, H, N]; both are random unless given.
+        """
         heads = (self.shape.num_layers, self.shape.num_kv_heads)
-        statistic = torch.ones(heads, device=self.device)
-        statistic[:, :num_dynamic] = 0.0
-        salience = torch.rand((*heads, self.seq_lens[row]), generator=self.generator, device=self.device)
-        self.cache.observer.watch(row, range(self.seq_lens[row]))
-        self.cache.bind(row, reservation)
-        self.cache.compress(row, slots, ObservedPrompt((), statistic, salience))
-        if self.device == "cuda":
+        statistic = self.rand(*heads) if statistic is None else statistic
+        salience = self.rand(*heads, request.seq_len) / request.seq_len if salience is None else salience
+        with torch.device("cpu"):
+            reservation = self._reserve(request.seq_len, tuple(spans), may_retrieve)
+            slots = self.req_to_token[request.row, : reservation.geometry.covered].long()
+            self.cache.observer.watch(request.row, range(request.seq_len))
+            self.cache.bind(request.row, reservation)
+            self.cache.compress(request.row, slots, ObservedPrompt(reservation.spans, statistic, salience))
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self._commit(row, reservation)
+        self._commit(request, reservation)
 
-    def _reserve(self, row: int) -> Reservation:
-        length, page_size = self.seq_lens[row], self.shape.page_size
-        geometry = prompt_geometry(
-            length,
-            self.config.budget,
-            page_size=page_size,
-            head_pages_per_page=self.cache.memory.layout.head_pages_per_page,
-            summary_vectors=self.config.summary_vectors(covered_tokens(length, page_size)),
-        )
-        host_pages = self.cache.memory.store.alloc(geometry.num_host_pages)
+    def _reserve(self, length: int, spans: tuple[VisualSpan, ...], may_retrieve: bool) -> Reservation:
+        geometry = make_geometry(length, self.config, self.layout)
+        host_pages = self.store.alloc(geometry.num_host_pages if may_retrieve else 0)
         assert host_pages is not None, "the host store is too small"
-        pages = torch.tensor([self.free.pop() for _ in range(geometry.num_pages)])
-        return Reservation(geometry, pages, host_pages, length, (), True, torch.zeros(2, dtype=torch.int64))
+        pages = torch.tensor([self.free.pop() for _ in range(geometry.num_pages)], dtype=torch.int64)
+        outcome = torch.zeros(2, dtype=torch.int64)
+        return Reservation(geometry, pages, host_pages, length, spans, may_retrieve, outcome)
 
-    def _commit(self, row: int, reservation: Reservation) -> None:
-        """Give back the prompt's pages and what was reserved and not used."""
-        geometry, per_page = reservation.geometry, self.cache.memory.layout.head_pages_per_page
-        num_dynamic, num_pages = int(reservation.outcome[1]), geometry.num_prompt_pages
-        used = geometry.pages_used(num_dynamic, per_page)
-        self.free += self._pages[row][:num_pages] + reservation.pages[used:].tolist()
-        self._pages[row][:num_pages] = [0] * num_pages
-        self.cache.memory.store.free(reservation.host_pages[geometry.host_pages_used(num_dynamic, per_page) :])
+    def _commit(self, request: Request, reservation: Reservation) -> None:
+        geometry, num_dynamic = reservation.geometry, int(reservation.outcome[1])
+        used = geometry.pages_used(num_dynamic, self.layout.head_pages_per_page)
+        host_used = geometry.host_pages_used(num_dynamic, self.layout.head_pages_per_page)
+        num_pages = geometry.num_prompt_pages
+        self.free += request.pages[:num_pages] + reservation.pages[used:].tolist()
+        self.store.free(reservation.host_pages[host_used:])
+        reservation.pages, reservation.host_pages = reservation.pages[:used], reservation.host_pages[:host_used]
+        request.pages[:num_pages], request.reservation = [0] * num_pages, reservation
+        self.req_to_token[request.row, : geometry.covered] = 0
 
-    def lens(self, rows: list[int]) -> torch.Tensor:
+    def rows(self, requests: Sequence[Request]) -> torch.Tensor:
+        """[B], int64, on the device. Rows of these requests."""
+        return torch.tensor([request.row for request in requests], device=self.device)
+
+    def lens(self, requests: Sequence[Request]) -> torch.Tensor:
         """[B], int64, on the device. Lengths of these requests."""
-        return torch.tensor([self.seq_lens[row] for row in rows], device=self.device)
+        return torch.tensor([request.seq_len for request in requests], device=self.device)
 
-    def retrieve(self, layer_idx: int, q: torch.Tensor, rows: torch.Tensor) -> None:
-        """Bring the dynamic heads of one layer up to date with `q`; `rows` is on the device."""
-        self.cache.retrieve(layer_idx, q, rows)
+    def retrieve(self, requests: Sequence[Request], layer_idx: int, q: torch.Tensor) -> None:
+        """Bring the dynamic heads of one layer up to date with `q`."""
+        self.cache.retrieve(layer_idx, q, self.rows(requests))
 
-    def attend(self, layer_idx: int, q: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
-        """[B, H * G, D]: decode attention of one layer."""
+    def attend(self, requests: Sequence[Request], layer_idx: int, q: torch.Tensor) -> torch.Tensor:
+        """[B, H * G, D]: decode attention of one layer over what the pool holds."""
+        rows, lens = self.rows(requests), self.lens(requests)
         return self.cache.attend(layer_idx, q, rows, self.req_to_token, lens, self.scaling)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.gpu_check.pool import Pool
+from benchmarks.gpu_check.pool import Pool, Request
 
 NAN = float("nan")
 
@@ -24,18 +24,29 @@ class DecodeStep:
         self.out = torch.full_like(self.q, NAN)
         self.rows = torch.zeros(batch_size, dtype=torch.int64, device=pool.device)
         self.lens = torch.ones(batch_size, dtype=torch.int64, device=pool.device)
-        self.run = capture(self.launch) if pool.device == "cuda" else self.launch
+        self.run = capture(self.launch) if pool.device.type == "cuda" else self.launch
 
     def launch(self) -> None:
         """What SGLang's forward does of it."""
         for layer_idx, q in enumerate(self.q):
-            self.pool.retrieve(layer_idx, q, self.rows)
-            self.out[layer_idx] = self.pool.attend(layer_idx, q, self.rows, self.lens)
+            self.pool.cache.retrieve(layer_idx, q, self.rows)
+            self.attend(layer_idx, self.rows, self.lens)
 
-    def load(self, rows: list[int]) -> None:
-        """Put fresh queries of these requests into the fixed tensors."""
-        self.rows.copy_(torch.tensor(rows))
-        self.lens.copy_(self.pool.lens(rows))
+    def attend_all(self, rows: torch.Tensor, lens: torch.Tensor) -> None:
+        """`attend` in all layers, without retrieval."""
+        for layer_idx in range(len(self.q)):
+            self.attend(layer_idx, rows, lens)
+
+    def attend(self, layer_idx: int, rows: torch.Tensor, lens: torch.Tensor) -> None:
+        """Decode attention of one layer, of the batch or of other requests."""
+        pool, q = self.pool, self.q[layer_idx]
+        self.out[layer_idx] = pool.cache.attend(layer_idx, q, rows, pool.req_to_token, lens, pool.scaling)
+
+    def load(self, requests: Sequence[Request]) -> None:
+        """Put fresh queries of these requests into the fixed tensors; padding rows, of one token, fill them up."""
+        padding = len(self.rows) - len(requests)
+        self.rows.copy_(torch.tensor([request.row for request in requests] + [0] * padding))
+        self.lens.copy_(torch.tensor([request.seq_len for request in requests] + [1] * padding))
         self.q.copy_(self.pool.randn(*self.q.shape))
         self.out.fill_(NAN)
 

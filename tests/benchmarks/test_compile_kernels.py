@@ -18,28 +18,31 @@ def run(code, *arguments, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
+def check(code):
+    done = run(["-c", code])
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_decode_neither_spills_nor_takes_too_many_registers():
     """sm_80 and sm_90, bf16, head size 128, group 7, page sizes 8, 16 and 32."""
-    code = """
+    check("""
 import sys
 from benchmarks import compile_kernels as c
-wanted = [c.Case("decode_attn", c.Shape(page_size=p), c.decode_attn(), is_gated=True) for p in (8, 16, 32)]
+wanted = [c.Case("decode_attn", c.shape_of(page_size=p), c.decode_attn(), is_gated=True) for p in (8, 16, 32)]
 usages = list(c.measured(wanted, [80, 90]))
 attend = [u for u in usages if u.kernel == "_attend"]
 assert len(attend) == 6 and {u.kernel for u in usages} == {"_plan", "_attend", "_merge"}
 assert all(0 < u.registers and u.shared_bytes > 0 for u in attend)
 sys.exit("; ".join(u.fault for u in usages if u.fault) or 0)
-"""
-    done = run(["-c", code])
-    assert done.returncode == 0, done.stderr
+""")
 
 
 def test_limits_are_those_of_gated_kernels_on_gated_architectures():
-    code = """
+    check("""
 from benchmarks.compile_kernels import *
 def fault(is_gated=True, **use):
-    case = Case("decode_attn", Shape(), decode_attn(), is_gated)
+    case = Case("decode_attn", shape_of(), decode_attn(), is_gated)
     use = {"architecture": 90, "registers": 128, "stack_bytes": 0, "spills": 0, "shared_bytes": 9, "seconds": 0.1} | use
     return Usage(case=case, kernel="_attend", **use).fault
 assert fault() is None
@@ -47,9 +50,7 @@ assert fault(registers=129).endswith("on sm_90 takes 129 registers, more than 12
 assert fault(architecture=80, spills=1).endswith("on sm_80 spills: 1 local loads and stores, 0 bytes of stack")
 assert "8 bytes of stack" in fault(stack_bytes=8)
 assert fault(is_gated=False, spills=9) is fault(architecture=100, spills=9) is None
-"""
-    done = run(["-c", code])
-    assert done.returncode == 0, done.stderr
+""")
 
 
 def test_what_cannot_be_compiled_is_said():
@@ -58,4 +59,4 @@ def test_what_cannot_be_compiled_is_said():
     assert interpreting.stderr.startswith("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     nothing = run(["-m", "benchmarks.compile_kernels"], "--op", "no_such_op")
     assert nothing.returncode == 2
-    assert nothing.stderr == "--op 'no_such_op' --dtype None leaves no case\n"
+    assert nothing.stderr == "--op 'no_such_op' leaves no case\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from benchmarks.gpu_check import bandwidth, parts, servers
 from benchmarks.gpu_check.__main__ import exit_status, make_table
 from benchmarks.gpu_check.bandwidth import quotients, unmet
 from benchmarks.gpu_check.parts import PARTS, Context, Part, chosen_parts, run_part
-from benchmarks.gpu_check.pool import Pool, Shape, make_config
-from benchmarks.gpu_check.reference import Mismatch, check_attention
+from benchmarks.gpu_check.pool import Pool, Shape, first_heads, make_config
+from benchmarks.gpu_check.reference import Mismatch
 from benchmarks.gpu_check.servers import Answer, compare, judge
+from sglang_hybridkv.cache.compressed_cache import CompressedCache
+from sglang_hybridkv.compressors.hybridkv import HybridKV
 from tests.builders import fresh_generator
 
 CONTEXT = Context("cpu", lambda: pytest.fail("no server is started"), 5)
@@ -42,18 +45,17 @@ class TestKernels:
         assert row["failures"][0].startswith("test_b: ")
         json.dumps(row)
 
-    def test_sound_kernels_pass(self, monkeypatch, tmp_path):
-        (row,) = self.rows(monkeypatch, tmp_path, "def test_a(): pass\n")
-        assert row["ok"]
+    @pytest.mark.parametrize(
+        ("code", "is_sound"), [("def test_a(): pass\n", True), ("import no_such_package\n", False)]
+    )
+    def test_sound_kernels_pass_and_tests_that_cannot_be_collected_fail(self, monkeypatch, tmp_path, code, is_sound):
+        (row,) = self.rows(monkeypatch, tmp_path, code)
+        assert row["ok"] == is_sound
 
     def test_tests_of_a_gpu_are_left_out_without_one(self, monkeypatch, tmp_path):
         code = "import pytest\n@pytest.mark.gpu\ndef test_a(): pass\n"
         with pytest.raises(Mismatch, match="ended with status 5"):
             self.rows(monkeypatch, tmp_path, code)
-
-    def test_tests_that_cannot_be_collected_fail(self, monkeypatch, tmp_path):
-        (row,) = self.rows(monkeypatch, tmp_path, "import no_such_package\n")
-        assert not row["ok"]
 
     def test_without_pytest_one_sentence_says_so(self, monkeypatch):
         monkeypatch.setattr(parts.importlib.util, "find_spec", lambda name: None)
@@ -61,46 +63,26 @@ class TestKernels:
             list(parts.kernel_rows(CONTEXT))
 
 
-def attended(dtype=torch.float32):
-    """A pool with a compressed and a dense request, a query and the attention of both."""
-    shape = Shape(dtype, 8, 2, 64)
+def test_pages_that_are_given_back_are_nobody_s():
+    shape = Shape(torch.float32, 8, 2, 64)
     sizes = {"num_pages": 80, "num_host_pages": 60, "max_context": 300}
-    pool = Pool(shape, make_config(shape, 0.3, 0.5), **sizes, device="cpu", generator=fresh_generator())
-    rows = [pool.add(170), pool.add(19)]
-    pool.compress(rows[0], 1)
-    pool.append_token(rows[0])
-    q = pool.queries(2)
-    pool.retrieve(0, q, torch.tensor(rows))
-    return pool, q, rows, pool.attend(0, q, torch.tensor(rows), pool.lens(rows))
-
-
-class TestReference:
-    def test_sound_attention_passes(self):
-        pool, q, rows, out = attended()
-        assert all(check_attention(pool, 0, q[i], row, out[i]) < 1e-5 for i, row in enumerate(rows))
-
-    def test_wrong_attention_is_seen(self):
-        pool, q, rows, out = attended()
-        out[1, 0, 0] += 1e-3
-        with pytest.raises(Mismatch, match="largest relative error"):
-            check_attention(pool, 0, q[1], rows[1], out[1])
-        out[1, 0, 0] = float("nan")
-        with pytest.raises(Mismatch, match="1 outputs are not finite"):
-            check_attention(pool, 0, q[1], rows[1], out[1])
-
-    def test_pages_that_are_given_back_are_nobody_s(self):
-        pool, _, rows, _ = attended()
-        held = [page for row in rows for page in pool._pages[row] if page]
-        used = pool.table.pages[rows[0], : int(pool.table.num_pages[rows[0]])].tolist()
-        assert len(set(pool.free + held)) == len(pool.free + held)
-        assert not set(held) & set(used)
+    pool = Pool(shape, HybridKV(make_config(shape, 0.3, 0.5)), **sizes, generator=fresh_generator())
+    requests = [pool.add_prompt(170), pool.add_prompt(19)]
+    pool.compress(requests[0], first_heads(shape, 1))
+    pool.append_token(requests[0])
+    assert pool.table.is_dynamic[requests[0].row].tolist() == [[True, False]] * 2
+    pages = pool.free + requests[0].reservation.pages.tolist() + [p for each in requests for p in each.pages if p]
+    assert sorted(pages) == list(range(1, 80))
+    pool.cache.check_integrity()
 
 
 class TestBandwidth:
-    def quotients(self, **changes):
-        values = {"decode_bytes": 10**9, "summary_bytes": 10**8, "stock_bytes": 10**10, "copy_gb_s": 4000.0}
-        values |= {"decode_ms": 0.25, "step_ms": 0.275, "stock_ms": 2.5, "layers_measured": 28}
-        return quotients(**values | changes)
+    def quotients(self, share=1.0, **changes):
+        """Of kernels that move this share of the bytes in the time which that takes."""
+        values = {"decode_bytes": 10**9, "summary_bytes": 10**8, "stock_bytes": 10**10}
+        values |= {"decode_ms": 0.25, "step_ms": 0.275, "stock_ms": 2.5}
+        values = {name: share * value for name, value in values.items()}
+        return quotients(**values | {"copy_gb_s": 4000.0, "layers_measured": 28} | changes)
 
     def test_kernels_that_only_move_their_bytes_reach_all_of_it(self):
         row = self.quotients()
@@ -109,10 +91,7 @@ class TestBandwidth:
         assert unmet(row) == []
 
     def test_fewer_layers_mean_the_same(self):
-        parts_of = ("decode_bytes", "summary_bytes", "stock_bytes")
-        few = {"decode_bytes": 10**9, "summary_bytes": 10**8, "stock_bytes": 10**10}
-        few = {name: few[name] // 2 for name in parts_of} | {"decode_ms": 0.125, "step_ms": 0.1375, "stock_ms": 1.25}
-        assert self.quotients(**few, layers_measured=14) == self.quotients()
+        assert self.quotients(0.5, layers_measured=14) == self.quotients()
 
     def test_slow_kernels_miss_the_criteria(self):
         missed = unmet(self.quotients(decode_ms=0.5, step_ms=3.0))
@@ -130,12 +109,15 @@ class TestBandwidth:
         assert row["stock_kernel"] == "ours, dense"
         assert 0 <= row["chunk_hit_rate"] <= 1
 
-    def test_a_baseline_that_computes_something_else_is_not_timed(self):
-        def wrong(pool, layer_idx, q, rows, lens):
-            return torch.ones_like(q)
+    @pytest.mark.parametrize(("change", "message"), [(0.1, "largest relative error"), (math.nan, "are not finite")])
+    def test_a_baseline_that_computes_something_else_is_not_timed(self, change, message):
+        tiny, attend = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1), CompressedCache.attend
 
-        tiny = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1)
-        with mock.patch.object(Pool, "attend", wrong), pytest.raises(Mismatch, match="largest relative error"):
+        def wrong(cache, layer_idx, q, rows, *args):
+            is_dense = not cache.memory.table.num_pages[rows].any()
+            return attend(cache, layer_idx, q, rows, *args) + (change if is_dense else 0.0)
+
+        with mock.patch.object(CompressedCache, "attend", wrong), pytest.raises(Mismatch, match=message):
             bandwidth.measure(tiny, "cpu", 3)
 
     @pytest.mark.slow
@@ -146,19 +128,17 @@ class TestBandwidth:
 import torch
 from benchmarks.gpu_check import bandwidth
 from benchmarks.gpu_check.pool import Pool, Shape, make_config
-from benchmarks.gpu_check.reference import check_attention
 from benchmarks.gpu_check.step import DecodeStep
+from sglang_hybridkv.compressors.hybridkv import HybridKV
 shape = Shape(torch.float32, 8, 2, 64)
 generator = torch.Generator().manual_seed(5)
 sizes = {"num_pages": 60, "num_host_pages": 40, "max_context": 200}
-pool = Pool(shape, make_config(shape, 0.5, 0.5), **sizes, device="cpu", generator=generator)
-rows = [pool.add(length) for length in (5, 17, 33)]
-step = DecodeStep(pool, len(rows))
-step.load(rows)
-bandwidth.sglang_decode(pool, step, rows)()
-for layer_idx, q in enumerate(step.q):
-    for i, row in enumerate(rows):
-        check_attention(pool, layer_idx, q[i], row, step.out[layer_idx, i])
+pool = Pool(shape, HybridKV(make_config(shape, 0.5, 0.5)), **sizes, generator=generator)
+requests = [pool.add_prompt(length) for length in (5, 17)]
+step = DecodeStep(pool, len(requests))
+step.load(requests)
+bandwidth.sglang_decode(pool, step, requests)()
+bandwidth.check_step(step, requests)
 """
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         done = subprocess.run(
@@ -207,11 +187,8 @@ class TestServers:
         assert flags[flags.index("--kv-compressor-budget") + 1] == "0.1"
         assert env == {}
 
-    def test_without_a_gpu_only_its_backend_runs_and_the_rest_is_named(self):
-        found, skipped = servers.setups("cpu")
-        assert [setup.attention_backend for setup in found] == ["torch_native"]
-        assert "flashinfer" in skipped[0]
-        assert "need a GPU" in skipped[0]
+    def test_without_a_gpu_only_its_backend_runs(self):
+        assert [setup.attention_backend for setup in servers.setups("cpu")[0]] == ["torch_native"]
 
 
 def part_of(rows: Callable[[Context], Iterator[dict]], skipped=()) -> Part:
@@ -228,13 +205,11 @@ class TestParts:
         with pytest.raises(ValueError, match="legal: kernels, server, bandwidth, concurrency"):
             chosen_parts(names)
 
-    def test_without_a_gpu_every_part_says_what_it_leaves_out(self):
+    def test_every_part_says_what_it_leaves_out(self):
+        """Something without a GPU; with one nothing, unless a package is missing."""
         for part in PARTS:
             assert part.skipped("cpu"), part.name
             assert all("GPU" in reason or "CPU" in reason for reason in part.skipped("cpu"))
-
-    def test_with_a_gpu_nothing_is_left_out_but_packages(self):
-        for part in PARTS:
             assert all("not installed" in reason for reason in part.skipped("cuda"))
 
     def test_a_row_that_failed_fails_its_part_and_the_rest_still_runs(self):

@@ -57,22 +57,26 @@ def test_server_info(tenth: Server) -> None:
 
 def test_bytes_are_reported_while_a_request_runs(tenth: Server) -> None:
     assert_nothing_lost(tenth)
-    with stream(tenth, request_body(text(7001, 1600), 1000)) as answers:
+    with stream(tenth, request_body(text(7001, 4096), 1000)) as answers:
         next(answers)
         state = tenth.compressor_state()
-    assert 0 < state["device_kv_bytes"] < 0.3 * state["stock_kv_bytes"]
+    assert 0 < state["device_kv_bytes"] <= 0.14 * state["stock_kv_bytes"]
     assert state["host_kv_bytes"] > 0
     assert_nothing_lost(tenth)
 
 
 def test_meta_info(tenth: Server) -> None:
-    answer = ask(tenth, text(7002, 807), 20)
+    answer = ask(tenth, text(7002, 4103), 20)
     assert_compressed(answer)
     record = answer.record
     assert record.keys() == REQUEST_FIELDS
-    assert (record["prompt_tokens"], record["budget"]) == (807, 0.1)
-    assert 0.1 <= record["resident_ratio"] < 0.2
+    assert (record["prompt_tokens"], record["budget"]) == (4103, 0.1)
+    assert 0.1 <= record["resident_ratio"] <= 0.14
     assert record["static_heads"] + record["dynamic_heads"] == 16
+    # Keys and values of the dynamic heads, whole pages; at most one host page more for rounding.
+    page_bytes = 2 * 16 * 16 * 32 * 4
+    exact = record["dynamic_heads"] * 4096 * 2 * 32 * 4
+    assert exact <= record["host_bytes"] < exact + page_bytes
 
 
 def test_meta_info_of_every_part_of_a_stream(tenth: Server) -> None:
@@ -98,29 +102,13 @@ def test_meta_info_of_a_batch(tenth: Server) -> None:
     "length, new_tokens, reason",
     [(40, 8, "prompt_too_short"), (500, 1, "no_decode"), (200, 8, "budget_below_floor")],
 )
-def test_dense_requests_are_counted_by_reason(tenth: Server, length: int, new_tokens: int, reason: str) -> None:
+def test_dense_requests_are_logged_and_counted(tenth: Server, length: int, new_tokens: int, reason: str) -> None:
     before = tenth.compressor_state()
     assert_dense(ask(tenth, text(7010 + length, length), new_tokens), reason)
     after = tenth.compressor_state()
     assert after["dense_requests"][reason] == before["dense_requests"].get(reason, 0) + 1
     assert after["compressed_requests"] == before["compressed_requests"]
-
-
-def test_compressed_requests_are_counted(tenth: Server) -> None:
-    before = tenth.compressor_state()
-    ask(tenth, text(7020, 450), 8)
-    after = tenth.compressor_state()
-    assert after["compressed_requests"] == before["compressed_requests"] + 1
-    assert after["dense_requests"] == before["dense_requests"]
-
-
-def test_dense_requests_are_logged_but_do_not_flood_the_log(tenth: Server) -> None:
-    before = tenth.log_text().count("is served dense, prompt_too_short")
-    for seed in range(8):
-        ask(tenth, text(7030 + seed, 20), 1)
-    after = tenth.log_text().count("is served dense, prompt_too_short")
-    assert after >= 1
-    assert after - before <= 2  # once a minute
+    assert f"is served dense, {reason}" in tenth.log_text()
 
 
 def test_without_the_flag_the_server_is_stock(stock: Reference) -> None:

@@ -22,7 +22,6 @@ from tests.e2e.checks import (
     loads,
     request_body,
 )
-from tests.e2e.conftest import OBSERVED_ROWS
 from tests.e2e.prompts import IMAGE_TOKENS, Prompt, Vision, text
 from tests.e2e.streams import stream
 
@@ -58,31 +57,22 @@ def test_compression_is_real(tenth: Server, stock: Reference) -> None:
     assert changed
 
 
-def test_another_question_on_the_same_images_answered_dense(tenth, stock, images) -> None:
+@pytest.mark.parametrize(
+    ("length", "new_tokens", "reason"), [(30, 24, "budget_below_floor"), (300, 1, "no_decode"), (160, 24, None)]
+)
+def test_another_question_on_the_same_images(tenth, stock, images, length, new_tokens, reason) -> None:
+    """Served dense every generated token can be compared, else those of the first step."""
     ours, theirs = ask_both(tenth, stock, images + text(1, 200), 24)
     assert_compressed(ours)
     assert_same_first_token(ours, theirs)
-    ours, theirs = ask_both(tenth, stock, images + text(2, 30), 24)
-    # Too few pages for the floor of every head: dense, so that every generated token can be compared.
-    assert_dense(ours, "budget_below_floor")
+    ours, theirs = ask_both(tenth, stock, images + text(2, length), new_tokens)
     assert ours.cached == theirs.cached == PREFIX_TOKENS
-    assert_same(ours, theirs)
-
-
-def test_another_question_that_wants_one_token(tenth, stock, images) -> None:
-    assert_compressed(ask_both(tenth, stock, images + text(3, 200), 24)[0])
-    ours, theirs = ask_both(tenth, stock, images + text(4, 300), 1)
-    assert_dense(ours, "no_decode")
-    assert ours.cached == theirs.cached == PREFIX_TOKENS
-    assert_same(ours, theirs)
-
-
-def test_another_question_answered_compressed(tenth, stock, images) -> None:
-    assert_compressed(ask_both(tenth, stock, images + text(5, 200), 24)[0])
-    ours, theirs = ask_both(tenth, stock, images + text(6, 160), 24)
-    assert_compressed(ours)
-    assert ours.cached == theirs.cached == PREFIX_TOKENS
-    assert_same_first_token(ours, theirs)
+    if reason is None:
+        assert_compressed(ours)
+        assert_same_first_token(ours, theirs)
+    else:
+        assert_dense(ours, reason)
+        assert_same(ours, theirs)
 
 
 def test_prefix_that_ends_within_a_page(tenth, stock, images) -> None:
@@ -122,15 +112,6 @@ def test_generated_tokens_of_an_abandoned_request_are_never_found(tenth, stock) 
     ours, theirs = ask_both(tenth, stock, prompt + Prompt(tuple(generated["output_ids"])) + text(13, 50), 1)
     assert ours.cached == 400
     assert_same(ours, theirs)
-
-
-def test_same_prompt_again_finds_what_stock_finds_but_the_observed_rows(tenth, stock) -> None:
-    prompt = text(4300, 656)
-    ask_both(tenth, stock, prompt, 8)
-    ours, theirs = ask_both(tenth, stock, prompt, 8)
-    assert_compressed(ours)
-    assert (theirs.cached, ours.cached) == (655, (656 - OBSERVED_ROWS) // 16 * 16)
-    assert_same_first_token(ours, theirs)
 
 
 def test_evicting_the_exact_prompt_leaves_its_request_alone(tenth: Server) -> None:

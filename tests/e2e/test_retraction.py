@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.harness import Server, parallel
-from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from sglang_hybridkv.requests.admission import DenseReason
-from sglang_hybridkv.requests.stats import CompressionStats, RequestRecord
 from tests.e2e.checks import Answer, Reference, ask, assert_nothing_lost, assert_same, request_body
 from tests.e2e.conftest import VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, Vision, text
@@ -25,11 +21,10 @@ NO_OVERLAP = "--disable-overlap-schedule"
 
 @pytest.fixture(scope="module", params=[(), (NO_OVERLAP,)], ids=["overlap", "no-overlap"])
 def servers(request: pytest.FixtureRequest) -> Iterator[dict[float, Server]]:
-    """By budget; both retract a request every fifth step."""
+    """By budget; both retract a request every fifth step, whose refill then needs several chunks."""
+    shape = {"pool_tokens": POOL, "chunk_tokens": 256}
     made = {
-        budget: make_server(
-            VL, budget, None, *request.param, pool_tokens=POOL, env=RETRACT_ENV, name=f"retract-{budget}"
-        )
+        budget: make_server(VL, budget, None, *request.param, **shape, env=RETRACT_ENV, name=f"retract-{budget}")
         for budget in (1.0, 0.1)
     }
     for _ in run_servers(*made.values()):
@@ -57,9 +52,13 @@ def test_retracted_answers_at_full_budget_equal_stock(
     assert servers[1.0].compressor_state()["compressed_requests"] > before
 
 
-def test_retraction_at_a_tenth_leaves_an_exact_tree(servers: dict[float, Server], stock: Reference) -> None:
+def test_retraction_at_a_tenth_leaves_an_exact_tree_and_the_plan_of_the_prompt(
+    servers: dict[float, Server], tenth: Server, stock: Reference, vision: Vision
+) -> None:
     prompts = [text(9520 + i, 400 + 37 * i) for i in range(6)]
+    prompts += [text(9526, 20) + vision.images(97, 5) + text(9527, 12)]
     for prompt, answer in zip(prompts, ask_together(servers[0.1], prompts, 60), strict=True):
+        assert answer.record["plan"] == ask(tenth, prompt, 2).record["plan"] is not None
         longer = prompt + Prompt(tuple(answer.ids)) + text(9530, 40)
         later = ask(servers[0.1], longer, 1)
         assert later.cached >= len(prompt.ids) // 16 * 16
@@ -80,15 +79,3 @@ def test_retracted_requests_count_once_and_say_that_they_were_compressed(servers
     reasons = [answer.record["reason"] for answer in answers]
     counted = after["compressed_requests"] - before["compressed_requests"]
     assert (reasons, counted, after["dense_requests"]) == ([None] * 16, 17, before["dense_requests"])
-
-
-def test_record_of_a_request_that_was_compressed_stays() -> None:
-    """Retracted with one token left it is prefilled again and ends there, but its answer was not computed dense."""
-    from sglang_hybridkv.srt.compression import Compression  # imports sglang, too slow for collection
-
-    compression = object.__new__(Compression)
-    compression.config, compression.stats = HybridKVConfig(), CompressionStats()
-    record = RequestRecord(True, None, 400, 0.1, 0.2, 1000, 8, 8)
-    request = SimpleNamespace(rid="a", full_untruncated_fill_ids=range(420), _hybridkv_record=record)
-    compression._record_dense(request, DenseReason.NO_DECODE)
-    assert compression.request_info(request) == record.as_dict()

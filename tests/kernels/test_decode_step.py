@@ -8,40 +8,12 @@ import random
 import pytest
 import torch
 
-from benchmarks.gpu_check.step import capture
-from hybridkv_kernels.decode_attn import decode_attn
-from hybridkv_kernels.retrieve_chunks import retrieve_chunks
-from tests.builders import NAN, TinyPool, eager_config, fresh_generator, full_attention
+from benchmarks.gpu_check.step import DecodeStep
+from tests.builders import TinyPool, eager_config, fresh_generator, full_attention
 from tests.kernels.test_decode_attn import TOLERANCE
 from tests.kernels.test_retrieve_chunks import check_buffer, check_selection
 
 BATCH_SIZE, MOST_RUNNING, PROMPT_PAGES = 5, 6, 12
-
-
-class Step:
-    """All layers of a batch of fixed size, from and to tensors that stay where they are."""
-
-    def __init__(self, pool):
-        self.pool, layers = pool, range(pool.layout.num_layers)
-        self.q = torch.stack([pool.queries(BATCH_SIZE) for _ in layers])
-        self.out = torch.full_like(self.q, NAN)
-        self.rows, self.lens = torch.zeros(BATCH_SIZE, dtype=torch.int64), torch.ones(BATCH_SIZE, dtype=torch.int64)
-        self.run = capture(self.launch) if self.q.is_cuda else self.launch
-
-    def launch(self):
-        pool = self.pool
-        for layer, q in enumerate(self.q):
-            host = (pool.store.k_pages, pool.store.v_pages)
-            retrieve_chunks(q, pool.views, pool.table, *host, pool.counters, layer, self.rows, pool.config.retrieval)
-            arguments = (q, pool.views, pool.table, layer, self.rows, pool.req_to_token, self.lens)
-            self.out[layer] = decode_attn(*arguments, scaling=pool.scaling, retrieval=pool.config.retrieval)
-
-    def load(self, prompts):
-        padding = BATCH_SIZE - len(prompts)
-        self.rows.copy_(torch.tensor([prompt.row for prompt in prompts] + [0] * padding))
-        self.lens.copy_(torch.tensor([prompt.seq_len for prompt in prompts] + [1] * padding))
-        self.q.copy_(self.pool.randn(*self.q.shape))
-        self.out.fill_(NAN)
 
 
 class Traffic:
@@ -77,7 +49,7 @@ def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype
     generator, shape = fresh_generator(), {"dtype": dtype, "group_size": group_size, "head_dim": head_dim}
     pool = TinyPool(generator, config, **shape, pages=240, host_pages=120)
     pool.keys[:, :page_size], pool.values[:, :page_size] = 0, 0  # where padding rows read; SGLang's pool has zeros, too
-    step, traffic, compositions = Step(pool), Traffic(pool, generator.initial_seed()), set()
+    step, traffic, compositions = DecodeStep(pool, BATCH_SIZE), Traffic(pool, generator.initial_seed()), set()
     num_steps = 24 if fast_kernels == "cuda" else 6
     rtol, atol = TOLERANCE[dtype]
     for _ in range(num_steps):

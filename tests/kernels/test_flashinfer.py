@@ -7,42 +7,24 @@ from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from tests.builders import TinyPool, forced_kernels, fresh_generator, head_page, make_views
 from tests.flashinfer_double import BatchDecodeDouble, merge_state
 from tests.kernels.shapes import covering_shapes
+from tests.kernels.test_decode_attn import Batch
 
-NOWHERE = 2**30  # a page far outside the pool: whoever reads it fails
 WORKSPACE = torch.empty(64, dtype=torch.uint8)
 
 
-def make_table(generator, counts, page_size, num_pages=96):
-    """A table with `counts` [B, L, H] head pages (a row of zeros is dense) on random rows and pages."""
-    batch, layers, heads = counts.shape
-    layout = HeadPageLayout(layers, heads, num_pages, page_size)
-    table = HeadPageTable(batch + 3, num_pages, 0, layout, "cpu")
-    table.pages.fill_(NOWHERE)
-    table.first_head_page.fill_(NOWHERE)
-    rows = torch.randperm(batch + 2, generator=generator)[:batch] + 1
-    free = torch.randperm(num_pages, generator=generator).tolist()
-    for row, flat in zip(rows.tolist(), counts.flatten(1), strict=True):
-        pages = [free.pop() for _ in range(-(-int(flat.sum()) // layout.head_pages_per_page))]
-        if pages:
-            table.bind(row, torch.tensor(pages), torch.empty(0, dtype=torch.int64), 8 * page_size)
-            table.num_head_pages[row] = flat.view(layers, heads)
-            table.first_head_page[row] = (flat.cumsum(0) - flat).view(layers, heads)
-    return table, rows
-
-
 @pytest.mark.parametrize("page_size", [8, 16, 32])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 2), (5, 3, 4)])
-def test_entries_name_the_pages_of_each_head_and_no_other(shape, page_size):
-    generator = fresh_generator()
-    counts = torch.randint(0, 4, shape, generator=generator, dtype=torch.int32)
-    counts[0] = 0  # dense
-    table, rows = make_table(generator, counts, page_size)
-    keys, _, views = make_views(table.layout, 4)
-    keys.copy_(torch.randn(keys.shape, generator=generator))
+@pytest.mark.parametrize(("shape", "most"), [((1, 1, 1), 0), ((2, 2, 2), 0), ((3, 2, 2), 3), ((5, 3, 4), 3)])
+def test_entries_name_the_pages_of_each_head_and_no_other(shape, most, page_size):
+    """The first request is dense; with pages of none, all lists are empty."""
+    batch, layers, heads = shape
+    counts = torch.randint(0, most + 1, shape, generator=fresh_generator(), dtype=torch.int32)
+    counts[0] = 0
+    requests = [(8, each.tolist() if i else None, 1) for i, each in enumerate(counts)]
+    pool = Batch(requests, layers=layers, heads=heads, pages=96, page_size=page_size)
+    table, rows, views = pool.table, torch.tensor(pool.rows), pool.views
     entries = flashinfer.head_page_entries(table, rows, counts)
     assert entries.indptr.dtype == entries.indices.dtype == entries.last_page_len.dtype == torch.int32
     assert int(entries.indptr[-1, -1]) == len(entries.indices) == int(counts.sum())
-    batch, layers, heads = shape
     per_page = table.layout.head_pages_per_page
     for layer in range(layers):
         for entry in range(batch * heads):
@@ -54,16 +36,7 @@ def test_entries_name_the_pages_of_each_head_and_no_other(shape, page_size):
             for place, index in enumerate(entries.indices[start:end].tolist()):
                 page, inside = divmod(int(table.first_head_page[row, layer, head]) + place, per_page)
                 where = (int(table.pages[row, page]), *divmod(inside, heads), page_size)
-                assert torch.equal(views.k_pages[index], head_page(keys, *where))
-
-
-def test_a_batch_without_pages_has_empty_lists():
-    counts = torch.zeros(2, 2, 2, dtype=torch.int32)
-    table, rows = make_table(fresh_generator(), counts, 8)
-    entries = flashinfer.head_page_entries(table, rows, counts)
-    assert len(entries.indices) == 0
-    assert not entries.indptr.any()
-    assert not entries.last_page_len.any()
+                assert torch.equal(views.k_pages[index], head_page(pool.keys, *where))
 
 
 def make_pool(page_size, group_size, dtype=torch.bfloat16, head_dim=64):
@@ -77,15 +50,24 @@ def make_pool(page_size, group_size, dtype=torch.bfloat16, head_dim=64):
     return pool, prompts
 
 
-def tail_attention(pool, prompts, layer, q):
-    """What stock FlashInfer computes of [covered, seq_len): pages of one token, all heads in one sequence."""
+def check_merged(decode, pool, prompts, layer, rows):
+    """Head pages merged with what stock FlashInfer computes of [covered, seq_len): pages of one token, all heads in
+    one sequence; `rows` may end with padding."""
+    q, num_requests = pool.queries(len(rows)), len(prompts)
+    with forced_kernels("naive"):
+        expected = pool.decode(prompts, layer, q[:num_requests])
+    out, lse = decode.run(layer, q, pool.scaling)
+    assert (lse[num_requests:] == -float("inf")).all(), "a padding row has no head pages"
     slots = [pool.req_to_token[p.row, int(pool.table.covered[p.row]) : p.seq_len] for p in prompts]
     lens = torch.tensor([0] + [len(s) for s in slots], dtype=torch.int32)
-    wrapper = BatchDecodeDouble(WORKSPACE)
-    heads = pool.layout.num_kv_heads
-    ones = torch.ones(len(prompts), dtype=torch.int32)
-    wrapper.plan(lens.cumsum(0).int(), torch.cat(slots), ones, q.shape[1], heads, q.shape[2], 1)
-    return wrapper.forward_return_lse(q, pool.views.layer_rows(layer), sm_scale=pool.scaling)
+    wrapper, ones = BatchDecodeDouble(WORKSPACE), torch.ones(num_requests, dtype=torch.int32)
+    shape = (q.shape[1], pool.layout.num_kv_heads, q.shape[2], 1)
+    wrapper.plan(lens.cumsum(0).int(), torch.cat(slots), ones, *shape)
+    tail = wrapper.forward_return_lse(q[:num_requests], pool.views.layer_rows(layer), sm_scale=pool.scaling)
+    own = out[:num_requests], lse[:num_requests]
+    merged = flashinfer.merge(*own, *tail, pool.shape.group_size, merge_state)
+    torch.testing.assert_close(merged, expected, atol=2e-2, rtol=2e-2)
+    assert merged.dtype == q.dtype
 
 
 @pytest.mark.parametrize("in_graph", [False, True])
@@ -96,32 +78,18 @@ def test_merged_with_the_tail_it_is_the_reference(page_size, group_size, in_grap
     decode = flashinfer.HeadPageDecode(pool.table, pool.views, group_size, WORKSPACE, BatchDecodeDouble)
     decode.init_graphs(len(pool.table.num_pages))
     decode.plan(rows, pool.table.num_head_pages[rows], in_graph=in_graph)
-    q = pool.queries(len(rows))
     for layer in range(pool.layout.num_layers):
-        with forced_kernels("naive"):
-            expected = pool.decode(prompts, layer, q[:-1])
-        out, lse = decode.run(layer, q, pool.scaling)
-        assert (lse[-1] == -float("inf")).all(), "a padding row has no head pages"
-        tail, tail_lse = tail_attention(pool, prompts, layer, q[:-1])
-        merged = flashinfer.merge(out[:-1], lse[:-1], tail, tail_lse, group_size, merge_state)
-        torch.testing.assert_close(merged, expected, atol=2e-2, rtol=2e-2)
-        assert merged.dtype == q.dtype
+        check_merged(decode, pool, prompts, layer, rows)
 
 
 def test_a_plan_holds_while_chunks_are_swapped():
     """The same pages, other chunks: the order of pages does not matter, and nothing is planned again."""
     pool, prompts = make_pool(8, 2)
-    rows = torch.tensor([p.row for p in prompts])
+    rows = pool.rows(prompts)
     decode = flashinfer.HeadPageDecode(pool.table, pool.views, 2, WORKSPACE, BatchDecodeDouble)
     decode.plan(rows, pool.table.num_head_pages[rows], in_graph=False)
     for _ in range(3):
-        q = pool.queries(len(rows))
-        with forced_kernels("naive"):
-            expected = pool.decode(prompts, 0, q)
-        out, lse = decode.run(0, q, pool.scaling)
-        tail, tail_lse = tail_attention(pool, prompts, 0, q)
-        merged = flashinfer.merge(out, lse, tail, tail_lse, 2, merge_state)
-        torch.testing.assert_close(merged, expected, atol=2e-2, rtol=2e-2)
+        check_merged(decode, pool, prompts, 0, rows)
     assert decode.num_plans == pool.layout.num_layers
     assert int(pool.counters[0]) > int(pool.counters[1]), "nothing was swapped: the test shows nothing"
 

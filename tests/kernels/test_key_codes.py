@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hybridkv_kernels.chunks import Retrieval, encode_keys, read_codes
 from hybridkv_kernels.retrieve_chunks.naive import score_tokens_by_query
 from tests.builders import LAWS, fresh_generator
-from tests.kernels.finer import coded_keys
+from tests.kernels.plain import coded_keys
 from tests.kernels.shapes import DTYPES
 from tests.kernels.test_retrieve_chunks import dynamic_pool
 
@@ -60,8 +60,7 @@ def test_large_keys_and_queries_and_one_that_is_no_number_leave_the_others_found
     prompt = pool.add_prompt(160)
     prompt.keys[0, :, :, 0] *= 300
     prompt.keys[0, :, 33] = float("inf")
-    slots = pool.req_to_token[prompt.row, : prompt.seq_len].long()
-    pool.keys[:, slots] = prompt.keys.transpose(1, 2)
+    pool.rewrite(prompt)
     pool.compress(prompt, salience=torch.zeros(2, 2, prompt.seq_len))
     query = torch.zeros(1, 4, 32, dtype=dtype)
     query[..., 0] = 320
@@ -89,8 +88,7 @@ def test_a_query_finds_the_one_token_that_it_points_at(chunk_size, dtype):
     prompt = pool.add_prompt(160)
     direction = pool.randn(32).sign()
     prompt.keys[0, :, 77] += 2 * direction
-    slots = pool.req_to_token[prompt.row, : prompt.seq_len].long()
-    pool.keys[:, slots] = prompt.keys.transpose(1, 2)
+    pool.rewrite(prompt)
     pool.compress(prompt, salience=torch.zeros(2, 2, prompt.seq_len))
     assert all(77 not in pool.held_tokens(prompt, 0, head) for head in range(2))
     pool.retrieve([prompt], 0, direction.expand(1, 4, 32))

@@ -19,12 +19,12 @@ from tests.builders import (
     eager_config,
     fresh_generator,
     full_attention,
-    plain_forced,
     poisoned_memory,
     seeded,
 )
-from tests.kernels.finer import plain_scores
+from tests.kernels.plain import plain_forced, plain_scores
 from tests.kernels.shapes import DTYPES, each_model_shape
+from tests.kernels.test_decode_attn import changed
 
 P = 8
 # Chunk score and size; None is the default, for key codes single tokens and for the others pages.
@@ -55,7 +55,7 @@ def check_selection(pool, prompt, layer, q):
         held = set(pool.mapped_chunks(prompt, layer, head))
         forced = plain_forced(covered // size, len(held), sinks, recent)
         assert forced <= held
-        chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.head_dim)
+        chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.shape.head_dim)
         scores = plain_scores(chunks, grouped[head], config.chunk_score)
         chosen, dropped = held - forced, set(range(covered // size)) - held
         if chosen and dropped:
@@ -190,17 +190,6 @@ def test_resident_chunks_are_not_read_from_the_host():
     State.of(pool).check_equal(state)
 
 
-@each_implementation
-def test_a_layer_s_retrieval_leaves_the_other_layers_alone():
-    pool = dynamic_pool()
-    prompt = pool.add_prompt(20 * P)
-    pool.compress(prompt)
-    before = [pool.held_tokens(prompt, 1, head) for head in range(2)]
-    for _ in range(5):
-        pool.retrieve([prompt], 0, pool.queries(1))
-    assert before == [pool.held_tokens(prompt, 1, head) for head in range(2)]
-
-
 def arguments_of(pool, prompts, layer, q):
     return {
         "q": q,
@@ -247,13 +236,8 @@ def test_bad_arguments_are_named(name, change):
     prompt = pool.add_prompt(20 * P)
     pool.compress(prompt)
     arguments = arguments_of(pool, [prompt], 0, pool.queries(1))
-    owner, _, field = name.partition(".")
-    if field:
-        arguments[owner] = dataclasses.replace(arguments[owner], **{field: change(getattr(arguments[owner], field))})
-    else:
-        arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=rf"^{name.removeprefix('retrieval.')}: expected .*, got "):
-        retrieve_chunks(**arguments)
+        retrieve_chunks(**changed(arguments, name, change))
 
 
 # Every fast implementation against the reference: from the same state to the same state, bit by bit.
@@ -346,7 +330,8 @@ def test_equals_naive_over_many_steps(twin, windows, scored):
         pool, prompts, compressed = mixed_pool(dtype, budget=0.3, chunk_score=scored[0], chunk_size=scored[1], **config)
         for step in range(steps):
             batch = [prompts[i] for i in torch.randperm(4, generator=pool.generator)[: 1 + step % 4]]
-            same += check_same_step(pool, compressed, batch, step % 2, pool.queries(len(batch)))
+            q = pool.queries(len(batch)) * min(step, 1)  # among the equal scores of a query of zeros the earlier wins
+            same += check_same_step(pool, compressed, batch, step % 2, q)
     assert same >= (steps - 1) * len(dtypes), "ties are rare"
 
 
@@ -401,15 +386,6 @@ def test_equals_naive_for_few_chunks(chunk_score, num_tokens):
 def test_mean_values_in_the_summaries_are_skipped(chunk_score):
     pool, prompts, compressed = mixed_pool(budget=0.4, chunk_score=chunk_score, unretrieved="estimate")
     assert check_same_step(pool, compressed, prompts, 1, pool.queries(4))
-
-
-@pytest.mark.usefixtures("twin")
-@pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
-def test_among_equal_scores_the_earlier_chunk_wins(chunk_score):
-    pool = dynamic_pool(chunk_score=chunk_score)
-    prompt = pool.add_prompt(20 * P)
-    pool.compress(prompt)
-    assert check_same_step(pool, [prompt], [prompt], 0, torch.zeros(1, 4, 32))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

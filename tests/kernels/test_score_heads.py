@@ -10,19 +10,20 @@ from hypothesis import strategies as st
 
 from hybridkv_kernels.score_heads import STATISTICS, naive, score_heads
 from tests.builders import LAWS, NAN, fresh_generator, poisoned_memory, seeded
-from tests.kernels.shapes import each_model_shape
+from tests.kernels.shapes import DTYPES, each_model_shape
 
 
 @st.composite
 def prompts(draw):
-    """Queries [W, H * G, D] and keys [N, H, D]."""
+    """Queries [W, H * G, D] and keys [N, H, D]; of one row, and of half precision, too."""
     num_tokens = draw(st.integers(1, 70))
     rows, heads = draw(st.integers(1, min(num_tokens, 12))), draw(st.integers(1, 3))
     group, dim = draw(st.sampled_from([1, 2, 7])), 32
     generator = seeded(draw(st.integers(0, 2**31 - 1)))
     sharpness = draw(st.sampled_from([0.05, 0.5, 3.0]))
     q = torch.randn(rows, heads * group, dim, generator=generator) * sharpness
-    return q, torch.randn(num_tokens, heads, dim, generator=generator)
+    dtype = draw(st.sampled_from(DTYPES))
+    return q.to(dtype), torch.randn(num_tokens, heads, dim, generator=generator).to(dtype)
 
 
 def plain_probabilities(q, k, scaling):
@@ -109,11 +110,12 @@ def plain_capture(rows, queries, fraction, num_sinks, num_recent):
 @given(
     prompts(),
     st.sampled_from(STATISTICS),
-    st.sampled_from([0.01, 0.3]),
+    st.sampled_from([0.01, 0.3, 0.99]),
     st.sampled_from([0.5, 0.9]),
     st.sampled_from([(0, 0), (1, 2), (4, 16)]),
 )
 def test_equals_the_plain_loops(prompt, statistic, fraction, mass, forced):
+    """Each head by itself, in fp32 at least, and no row sees a later key."""
     q, k = prompt
     num_sinks, num_recent = forced
     value, salience = score_heads(
@@ -128,6 +130,9 @@ def test_equals_the_plain_loops(prompt, statistic, fraction, mass, forced):
         num_sinks=num_sinks,
         num_recent=num_recent,
     )
+    assert value.dtype == salience.dtype == torch.float32
+    assert ((value >= 0) & (value <= 1)).all()
+    torch.testing.assert_close(salience.sum(-1), torch.ones(len(value)))
     probs = plain_probabilities(q, k, 0.4)
     expected = [[sum(column) / len(rows) for column in zip(*rows, strict=True)] for rows in probs]
     torch.testing.assert_close(salience, torch.tensor(expected))
@@ -153,67 +158,6 @@ def test_equals_the_plain_loops(prompt, statistic, fraction, mass, forced):
     difference = (value - torch.tensor(expected)).abs()
     assert difference.max() <= one_key + 1e-5
     assert difference.median() <= 1e-5 or len(difference) == 1
-
-
-@pytest.mark.usefixtures("fast_kernels")
-@LAWS
-@given(prompts(), st.sampled_from(STATISTICS))
-def test_statistics_lie_in_the_unit_interval_and_salience_sums_to_one(prompt, statistic):
-    value, salience = score_heads(*prompt, scaling=0.4, statistic=statistic, chunk_size=8)
-    assert value.dtype == salience.dtype == torch.float32
-    assert value.shape == (prompt[1].shape[1],)
-    assert (value >= 0).all()
-    assert (value <= 1).all()
-    torch.testing.assert_close(salience.sum(-1), torch.ones(len(value)))
-
-
-@pytest.mark.usefixtures("fast_kernels")
-@LAWS
-@given(prompts(), st.data())
-def test_a_row_sees_no_later_key(prompt, data):
-    """Whatever stands after a row's own position, its share of the salience does not change."""
-    q, k = prompt
-    row = data.draw(st.integers(0, len(q) - 1))
-    position = len(k) - len(q) + row
-    _, alone = score_heads(q[: row + 1], k[: position + 1], scaling=0.4)
-    changed = k.clone()
-    changed[position + 1 :] = 50.0
-    _, full = score_heads(q, changed, scaling=0.4)
-    assert (full[:, position + 1 :].sum(-1) <= (len(q) - row - 1) / len(q) + 1e-5).all()
-    _, others = score_heads(q[row + 1 :], changed, scaling=0.4) if row + 1 < len(q) else (None, 0.0)
-    torch.testing.assert_close(
-        full[:, : position + 1] * len(q),
-        alone * (row + 1) + (others[:, : position + 1] * (len(q) - row - 1) if row + 1 < len(q) else 0.0),
-    )
-
-
-@pytest.mark.usefixtures("fast_kernels")
-@LAWS
-@given(prompts(), st.sampled_from(STATISTICS))
-def test_heads_do_not_see_each_other(prompt, statistic):
-    q, k = prompt
-    heads = k.shape[1]
-    value, salience = score_heads(q, k, scaling=0.4, statistic=statistic, chunk_size=8)
-    grouped = q.view(len(q), heads, -1, q.shape[-1])
-    for head in range(heads):
-        one, alone = score_heads(
-            grouped[:, head].contiguous(), k[:, head : head + 1], scaling=0.4, statistic=statistic, chunk_size=8
-        )
-        torch.testing.assert_close(salience[head], alone[0])
-        assert (value[head] - one[0]).abs() <= 0.2
-
-
-@pytest.mark.usefixtures("fast_kernels")
-@LAWS
-@given(prompts())
-def test_query_heads_of_a_group_commute_and_a_shift_of_all_keys_changes_nothing(prompt):
-    q, k = prompt
-    heads = k.shape[1]
-    _, salience = score_heads(q, k, scaling=0.4)
-    flipped = q.view(len(q), heads, -1, q.shape[-1]).flip(2).reshape(q.shape)
-    torch.testing.assert_close(score_heads(flipped, k, scaling=0.4)[1], salience)
-    torch.testing.assert_close(score_heads(q, k + 0.5, scaling=0.4)[1], salience, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(score_heads(q * 2, k, scaling=0.2)[1], salience)
 
 
 @pytest.mark.usefixtures("fast_kernels")
@@ -265,71 +209,6 @@ def test_a_sparse_head_that_moves_is_told_from_one_that_stays(statistic):
     assert moves < 0.001
 
 
-@pytest.mark.usefixtures("fast_kernels")
-@pytest.mark.parametrize("statistic", ["stability", "capture", "worst_capture"])
-def test_one_row_says_nothing_of_drift(statistic):
-    q, k = walking_heads()
-    assert score_heads(q[:1], k, scaling=1.0, statistic=statistic)[0].tolist() == [0.0, 0.0]
-
-
-@pytest.mark.usefixtures("kernels")
-def test_one_moving_member_of_a_group_is_enough_for_the_worst():
-    q, k = walking_heads()
-    # One KV head with both keys; its two query heads are the one that stays and the one that moves.
-    both = k.sum(dim=1, keepdim=True)
-    mean, worst = (
-        score_heads(q, both, scaling=1.0, statistic=name, capture_fraction=8 / 400)[0].item()
-        for name in ("capture", "worst_capture")
-    )
-    assert mean > 0.4
-    assert worst < 0.001
-
-
-@pytest.mark.usefixtures("fast_kernels")
-@LAWS
-@given(prompts(), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
-def test_more_keys_capture_no_less(prompt, fraction, other):
-    few, many = (
-        score_heads(*prompt, scaling=0.4, statistic="capture", capture_fraction=f)[0] for f in sorted((fraction, other))
-    )
-    assert (few <= many + 1e-6).all()
-
-
-@pytest.mark.usefixtures("fast_kernels")
-def test_all_keys_capture_all_of_it():
-    generator = fresh_generator()
-    q, k = torch.randn(6, 4, 32, generator=generator), torch.randn(40, 2, 32, generator=generator)
-    value, _ = score_heads(q, k, scaling=0.4, statistic="capture", capture_fraction=0.99)
-    torch.testing.assert_close(value, torch.ones(2))
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("statistic", ["capture", "worst_capture"])
-def test_sinks_and_recent_keys_are_captured_whatever_other_rows_want(statistic):
-    # Every query wants its own key, the one before it and the first of the prompt; only the last is wanted by others.
-    q, k = torch.zeros(8, 1, 32), torch.zeros(100, 1, 32)
-    k[0, 0, 31] = k[91, 0, 30] = 1.0
-    for row in range(8):
-        k[92 + row, 0, row] = 1.0
-        q[row, 0, [row, (row - 1) % 31, 31]] = 40.0
-
-    def captured(num_sinks, num_recent):
-        value, _ = score_heads(
-            q,
-            k,
-            scaling=1.0,
-            statistic=statistic,
-            capture_fraction=0.03,
-            num_sinks=num_sinks,
-            num_recent=num_recent,
-        )
-        return value.item()
-
-    assert captured(1, 2) == pytest.approx(1.0, abs=1e-5)
-    assert captured(1, 2) > captured(1, 1) >= captured(0, 0)
-    assert captured(0, 0) < 0.9
-
-
 @pytest.mark.usefixtures("kernels")
 def test_capture_gives_ties_to_the_earlier_key():
     """Uniform rows: each kept key holds the same mass, but a key that only later rows see comes last."""
@@ -351,17 +230,6 @@ def test_capture_gives_ties_to_the_earlier_key():
 )
 def test_captured_keys_are_rounded_up_from_what_the_user_wrote(num_tokens, fraction, expected):
     assert naive.num_captured(num_tokens, fraction) == expected
-
-
-@pytest.mark.usefixtures("fast_kernels")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_fp32(dtype):
-    generator = fresh_generator()
-    q, k = torch.randn(6, 4, 32, generator=generator).to(dtype), torch.randn(50, 2, 32, generator=generator).to(dtype)
-    value, salience = score_heads(q, k, scaling=0.2)
-    expected_value, expected = score_heads(q.float(), k.float(), scaling=0.2)
-    torch.testing.assert_close(salience, expected)
-    torch.testing.assert_close(value, expected_value)
 
 
 @pytest.mark.parametrize(

@@ -28,21 +28,6 @@ def test_compressor_arguments_become_settings(make, config):
     assert (settings.config.budget, settings.config.theta, args.page_size) == (0.5, 0.0, settings.config.page_size)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"kv_compressor": "gzip"},
-        {"kv_compressor": "hybridkv", "kv_compressor_config": {"bugdet": 1}},
-        {"kv_compressor": "hybridkv", "kv_compressor_config": [1]},
-    ],
-)
-def test_bad_arguments_raise_one_sentence(make, bad):
-    with pytest.raises(ValueError) as caught:
-        make(model_path="m", **bad)
-    assert "--" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
 def test_other_attributes_are_stock(make):
     assert make.from_cli_args == ServerArgs.from_cli_args
 

@@ -62,13 +62,6 @@ def test_a_page_size_that_agrees_is_fine():
     assert parse(FLAG, "hybridkv", "--page-size", "8").page_size == 8
 
 
-@pytest.mark.parametrize("budget", ["0", "-1", "1.5", "x", "nan", "inf", ""])
-def test_bad_budget(capsys, budget):
-    sentence = refusal(capsys, FLAG, "hybridkv", BUDGET_FLAG, budget)
-    assert sentence.startswith(f"{BUDGET_FLAG} = ")
-    assert sentence.endswith("is not allowed; legal: a number above 0 and at most 1")
-
-
 @pytest.mark.parametrize(
     "argv, parts",
     [
@@ -76,13 +69,11 @@ def test_bad_budget(capsys, budget):
         ((BUDGET_FLAG, "0.1"), (BUDGET_FLAG, "would change nothing without --kv-compressor hybridkv")),
         ((FLAG, "none", CONFIG_FLAG, "{}"), (CONFIG_FLAG, "would change nothing")),
         ((BUDGET_FLAG, "1", CONFIG_FLAG, "{}"), (f"{BUDGET_FLAG} and {CONFIG_FLAG}", "would change nothing")),
+        ((FLAG, "hybridkv", BUDGET_FLAG, ""), (f"{BUDGET_FLAG} = ''", "legal: a number above 0 and at most 1")),
+        ((FLAG, "hybridkv", BUDGET_FLAG, "nan"), (f"{BUDGET_FLAG} = nan", "legal: a number above 0 and at most 1")),
         ((FLAG, "hybridkv", CONFIG_FLAG, "{"), (CONFIG_FLAG, "is not valid JSON")),
-        ((FLAG, "hybridkv", CONFIG_FLAG, "@/no/such"), ("'/no/such'", "cannot be read")),
-        ((FLAG, "hybridkv", CONFIG_FLAG, '{"bugdet": 1}'), ("no field 'bugdet'", "known fields: budget")),
-        ((FLAG, "hybridkv", CONFIG_FLAG, '{"budget": NaN}'), ("budget = nan", "above 0 and at most 1")),
         ((FLAG, "hybridkv", CONFIG_FLAG, '{"budget": 0.2}', BUDGET_FLAG, "0.1"), ("0.2", "0.1", "differ")),
         ((FLAG, "snapkv", CONFIG_FLAG, '{"theta": 0.5}'), ("no field 'theta'", "known fields: budget")),
-        ((FLAG, "sparsemm"), (CONFIG_FLAG, "needs the field 'calibration'")),
         ((FLAG, "full", BUDGET_FLAG, "0.1"), (f"{BUDGET_FLAG} = 0.1", "legal: a number equal to 1")),
         ((FLAG, "hybridkv", "--page-size", "1"), ("--page-size 1", "page_size 8", "make them equal")),
     ],

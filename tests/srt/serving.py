@@ -139,22 +139,9 @@ class Serving:
                     page * self.page_size + torch.arange(self.page_size)
                 ).int()
             self.lens[row] += 1
-        seq_lens = torch.tensor([self.lens[row] for row in rows])
         slots = [int(self.req_to_token[row, self.lens[row] - 1]) for row in rows]
         self.backend.note_rows(list(rows))  # by the hook on ForwardBatch.init_new
-        return SimpleNamespace(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=len(rows),
-            req_pool_indices=torch.tensor(rows),
-            seq_lens=seq_lens,
-            seq_lens_cpu=seq_lens.clone(),
-            seq_lens_sum=int(seq_lens.sum()),
-            out_cache_loc=torch.tensor(slots),
-            encoder_lens=None,
-            spec_info=None,
-            positions=seq_lens - 1,
-            num_padding=0,
-        )
+        return _decode_batch(rows, [self.lens[row] for row in rows], slots)
 
     def queries(self, count):
         """Of each layer q, k and v of `count` new tokens, as the model hands them over."""
@@ -192,19 +179,7 @@ class Graph:
 
     def __init__(self, serving, size, monkeypatch):
         self.serving, self.size = serving, size
-        self.view = SimpleNamespace(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=size,
-            req_pool_indices=torch.zeros(size, dtype=torch.int64),
-            seq_lens=torch.ones(size, dtype=torch.int64),
-            seq_lens_cpu=torch.ones(size, dtype=torch.int64),
-            seq_lens_sum=size,
-            out_cache_loc=torch.zeros(size, dtype=torch.int64),
-            encoder_lens=None,
-            spec_info=None,
-            positions=torch.zeros(size, dtype=torch.int64),
-            num_padding=size,
-        )
+        self.view = _decode_batch([0] * size, [1] * size, [0] * size, num_padding=size)
         self.queries = serving.queries(size)
         fill = serving.backend.get_cuda_graph_seq_len_fill_value()
         assert fill == 1
@@ -233,6 +208,23 @@ class Graph:
             for mine, new in zip(static, given, strict=True):
                 mine[:count] = new
         self.serving.backend.init_forward_metadata_out_graph(view)
+
+
+def _decode_batch(rows, lens, slots, num_padding=0):
+    seq_lens = torch.tensor(lens)
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=len(rows),
+        req_pool_indices=torch.tensor(rows),
+        seq_lens=seq_lens,
+        seq_lens_cpu=seq_lens.clone(),
+        seq_lens_sum=sum(lens),
+        out_cache_loc=torch.tensor(slots),
+        encoder_lens=None,
+        spec_info=None,
+        positions=seq_lens - 1,
+        num_padding=num_padding,
+    )
 
 
 def _request(row, prompt_len):

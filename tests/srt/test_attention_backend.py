@@ -95,11 +95,8 @@ def test_a_captured_graph_serves_every_composition(backend, page_size, group, mo
 @pytest.mark.parametrize("backend", ["triton", "flashinfer"])
 @pytest.mark.parametrize("group", [2, 7])
 def test_our_triton_kernels_in_a_captured_graph(backend, group, monkeypatch):
-    with forced_kernels("triton"):
-        check_triton_graph(Serving(backend, monkeypatch, group=group, theta=1.01), monkeypatch)
-
-
-def check_triton_graph(serving, monkeypatch):
+    monkeypatch.setenv("HYBRIDKV_KERNELS", "triton")
+    serving = Serving(backend, monkeypatch, group=group, theta=1.01)
     serving.backend.init_cuda_graph_state(ROWS, ROWS)
     graph = Graph(serving, 3, monkeypatch)
     serving.add(2, serving.page_size, compressed=False)

@@ -66,16 +66,6 @@ def test_budget_one_equals_full_attention(prompt_len, heads, chunk_score):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
-def test_budget_one_for_group_sizes_and_head_dims(group, head_dim):
-    pool = pool_of(fresh_generator(), budget=1.0, pool={"group_size": group, "head_dim": head_dim})
-    prompt = pool.add_prompt(3 * P + 5)
-    pool.compress(prompt, mixed_statistic(pool))
-    check_equals_full_attention(pool, [prompt], steps=1)
-
-
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("chunk_score", ["mean_max", "quest"])
 def test_budget_one_in_half_precision(dtype, tolerance, chunk_score):
@@ -85,21 +75,16 @@ def test_budget_one_in_half_precision(dtype, tolerance, chunk_score):
     check_equals_full_attention(pool, [prompt], rtol=tolerance, atol=tolerance)
 
 
+SHAPES = [{"group_size": group, "head_dim": head_dim} for group in (1, 2, 4, 7, 8) for head_dim in (32, 64, 128)]
+SHAPES += [{"num_layers": layers, "num_kv_heads": heads} for layers, heads in ((1, 1), (3, 1), (1, 5), (4, 3))]
+
+
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("page_size", [8, 32, 64])
-def test_budget_one_for_page_sizes(page_size):
-    pool = pool_of(fresh_generator(), budget=1.0, page_size=page_size)
-    prompt = pool.add_prompt(3 * page_size + 1)
+@pytest.mark.parametrize(("shape", "page_size"), [*((shape, P) for shape in SHAPES), ({}, 8), ({}, 32), ({}, 64)])
+def test_budget_one_for_model_shapes_and_page_sizes(shape, page_size):
+    pool = pool_of(fresh_generator(), budget=1.0, page_size=page_size, pool=shape)
+    prompt = pool.add_prompt(3 * page_size + 5)
     pool.compress(prompt, mixed_statistic(pool))
-    check_equals_full_attention(pool, [prompt], steps=1)
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (4, 3)])
-def test_budget_one_for_model_shapes(shape):
-    pool = pool_of(fresh_generator(), budget=1.0, pool={"num_layers": shape[0], "num_kv_heads": shape[1]})
-    prompt = pool.add_prompt(3 * P + 1)
-    pool.compress(prompt)
     check_equals_full_attention(pool, [prompt], steps=1)
 
 
@@ -283,19 +268,6 @@ def test_nothing_but_the_reserved_pages_is_written(case):
     own_slots[tail.long()] = True
     assert pool.keys[:, ~own_slots].isnan().all()
     assert pool.values[:, ~own_slots].isnan().all()
-
-
-@pytest.mark.usefixtures("kernels")
-def test_two_prompts_do_not_disturb_each_other():
-    pool = pool_of(fresh_generator(), budget=0.4, page_size=8)
-    first, second = pool.add_prompt(100), pool.add_prompt(130)
-    pool.compress(first, mixed_statistic(pool))
-    before = [pool.held_tokens(first, layer, head) for layer in range(2) for head in range(2)]
-    pool.compress(second, mixed_statistic(pool).flip(1))
-    assert before == [pool.held_tokens(first, layer, head) for layer in range(2) for head in range(2)]
-    for layer in range(2):
-        for head in range(2):
-            assert pool.held_tokens(second, layer, head)
 
 
 class Careless(SnapKV):

@@ -74,48 +74,23 @@ def test_page_bytes_are_those_of_the_tensors():
     assert store.k_pages.shape == store.v_pages.shape == (5 * 4, 8, 32)
 
 
-@pytest.mark.parametrize("wanted", [1, 6])
-def test_a_refused_alloc_takes_nothing(wanted):
-    store = make_store(5 if wanted == 6 else 0)
-    available = store.available()
-    assert store.alloc(wanted) is None
-    assert store.available() == available
+# Pages by their place among two of this store and two of another.
+FAULTS = {
+    "lost": ([], [[1]]),
+    "held twice": ([], [[0, 1], [0]]),
+    "held and free": ([0], [[0, 1]]),
+    "freed twice": ([0, 1, 0], []),
+    "of another store": ([], [[2, 3]]),
+}
 
 
-def test_a_lost_page_is_found():
+@pytest.mark.parametrize(("freed", "held"), FAULTS.values(), ids=FAULTS)
+def test_a_page_that_is_not_held_or_free_exactly_once_is_found(freed, held):
     store = make_store()
-    held = [store.alloc(3)]
-    store.check_integrity(held)
+    mine = store.alloc(2)
+    store.check_integrity([mine])
+    pages = torch.cat((mine, mine + store.num_pages))
+    for place in freed:
+        store.free(pages[place : place + 1])
     with pytest.raises(AssertionError, match="lost or held twice"):
-        store.check_integrity([held[0][1:]])
-
-
-def test_a_page_held_twice_is_found():
-    store = make_store()
-    pages = store.alloc(2)
-    with pytest.raises(AssertionError, match="lost or held twice"):
-        store.check_integrity([pages, pages[:1]])
-
-
-def test_a_page_both_held_and_free_is_found():
-    store = make_store()
-    pages = store.alloc(2)
-    store.free(pages[:1])
-    with pytest.raises(AssertionError, match="lost or held twice"):
-        store.check_integrity([pages])
-
-
-def test_a_page_freed_twice_is_found():
-    store = make_store()
-    pages = store.alloc(2)
-    store.free(pages)
-    store.free(pages[:1])
-    with pytest.raises(AssertionError, match="lost or held twice"):
-        store.check_integrity([])
-
-
-def test_a_page_of_another_store_is_found():
-    store = make_store()
-    pages = store.alloc(2)
-    with pytest.raises(AssertionError, match="lost or held twice"):
-        store.check_integrity([pages + 5])
+        store.check_integrity([pages[places] for places in held])

@@ -64,12 +64,3 @@ def test_sparsemm_asks_for_the_file():
         parse_config(None, config_class)
     with pytest.raises(ValueError, match="calibration = 7 is not allowed; legal: a text"):
         parse_config({"calibration": 7}, config_class)
-
-
-def test_sparsemm_refuses_a_model_that_was_not_calibrated(tmp_path):
-    compressor_class = get_compressor("sparsemm")
-    path = make_calibration(tmp_path / "c.json", 2, 3)
-    compressor = compressor_class(compressor_class.config_class(calibration=str(path)))
-    compressor.bind(2, 3)
-    with pytest.raises(ValueError, match="belongs to 'm'"):
-        compressor.bind(2, 4)

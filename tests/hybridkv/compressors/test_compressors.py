@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.cache.compress import kept_tokens
 from sglang_hybridkv.compressors import BUILT_IN, Compressor, HeadPlan, PromptLayer, PromptObservation, get_compressor
 from sglang_hybridkv.compressors.madakv import MadaKV
@@ -33,9 +32,29 @@ def observed(draw):
         salience = (salience * num_pages * P * 3).round() / 3  # ties, and zeros
     is_text = torch.rand(num_pages * P, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     statistic = torch.rand(shape, generator=generator) * draw(st.sampled_from([0.0, 1.0]))
+    if draw(st.booleans()):
+        statistic = (statistic * 4).round() / 4  # ties, and values at a threshold
     floor = min(2, num_pages)
     total = draw(st.integers(num_heads * floor, num_heads * num_pages))
     return PromptObservation(statistic, salience, is_text, num_pages), total
+
+
+# Of the only method that has so many; others are tried with their defaults.
+HYBRIDKV_SETTINGS = st.fixed_dictionaries(
+    {
+        "theta": st.sampled_from([0.0, 0.5, 0.9, 1.01]),
+        "max_dynamic_heads": st.sampled_from([0.0, 0.29, 0.35, 1.0]),
+        "dynamic_share": st.none() | st.floats(0.0, 1.0),
+        "dynamic_ratio": st.sampled_from([0.1, 1.0, 3.0]),
+        "min_head_pages": st.integers(1, 2),
+        "static_weight": st.sampled_from(["sparsity", "density", "uniform"]),
+    }
+)
+
+
+def drawn_for(name, observation, data):
+    config = data.draw(HYBRIDKV_SETTINGS) if name == "hybridkv" else {}
+    return made_for(name, observation, **config)
 
 
 def made_for(name, observation, **config):
@@ -53,10 +72,10 @@ def kept_rows(compressor, observation, plan):
 
 @every_compressor
 @LAWS
-@given(observed(), st.booleans())
-def test_pages_are_the_budget_and_types_are_allowed(name, case, may_retrieve):
+@given(observed(), st.booleans(), st.data())
+def test_pages_are_the_budget_and_types_are_allowed(name, case, may_retrieve, data):
     observation, total = case
-    compressor = made_for(name, observation)
+    compressor = drawn_for(name, observation, data)
     plan = compressor.plan(observation, total, may_retrieve=may_retrieve)
     pages = plan.num_head_pages
     assert pages.shape == plan.is_dynamic.shape == observation.statistic.shape
@@ -65,14 +84,16 @@ def test_pages_are_the_budget_and_types_are_allowed(name, case, may_retrieve):
     assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_prompt_pages)
     assert int(pages.max()) <= observation.num_prompt_pages
     assert (may_retrieve and compressor.may_retrieve) or not plan.is_dynamic.any()
+    dynamic = pages[plan.is_dynamic]
+    assert len(dynamic) == 0 or int(dynamic.max() - dynamic.min()) <= 1
 
 
 @every_compressor
 @LAWS
-@given(observed())
-def test_the_whole_budget_keeps_everything(name, case):
+@given(observed(), st.data())
+def test_the_whole_budget_keeps_everything(name, case, data):
     observation, _ = case
-    compressor = made_for(name, observation)
+    compressor = drawn_for(name, observation, data)
     everything = observation.statistic.numel() * observation.num_prompt_pages
     plan = compressor.plan(observation, everything, may_retrieve=True)
     assert (plan.num_head_pages == observation.num_prompt_pages).all()
@@ -81,10 +102,11 @@ def test_the_whole_budget_keeps_everything(name, case):
 
 @every_compressor
 @LAWS
-@given(observed())
-def test_each_head_ranks_every_token_once_and_forced_ones_first(name, case):
+@given(observed(), st.data())
+def test_each_head_ranks_every_token_once_and_forced_ones_first(name, case, data):
     observation, total = case
-    compressor = made_for(name, observation)
+    compressor = drawn_for(name, observation, data)
+    kept_rows(compressor, observation, compressor.plan(observation, total, may_retrieve=True))
     plan = compressor.plan(observation, total, may_retrieve=False)
     kept, num_tokens, config = (
         kept_rows(compressor, observation, plan),
@@ -105,10 +127,11 @@ def test_a_larger_budget_takes_nothing_where_weights_do_not_follow_it(name, case
     if name in ("adakv", "sparsemm", "pyramidkv"):
         return  # their formulas split the budget beyond the window, so the proportions move with it
     observation, total = case
-    compressor = made_for(name, observation)
+    compressor = drawn_for(name, observation, data)
     more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_prompt_pages))
-    small, large = (compressor.plan(observation, t, may_retrieve=True).num_head_pages for t in (total, more))
-    assert (large >= small).all()
+    small, large = (compressor.plan(observation, t, may_retrieve=True) for t in (total, more))
+    assert (large.num_head_pages >= small.num_head_pages).all()
+    assert torch.equal(large.is_dynamic, small.is_dynamic)
 
 
 @every_compressor
@@ -205,16 +228,6 @@ def test_snapkv_keeps_the_window_and_the_most_salient(case):
     assert (worst >= best).all()
 
 
-def test_snapkv_scores_are_the_kernel_s_salience():
-    generator = fresh_generator()
-    q, k = torch.randn(8, 4, 32, generator=generator), torch.randn(60, 2, 32, generator=generator)
-    slots = torch.arange(60)
-    _, salience = make_compressor("snapkv", 1, 2).score_layer(
-        PromptLayer(q, k, k, slots, 0.2, torch.ones(60).bool(), layer_idx=0)
-    )
-    torch.testing.assert_close(salience, score_heads(q, k, scaling=0.2)[1])
-
-
 @LAWS
 @given(observed(), st.floats(1.0, 50.0))
 def test_pyramidkv_never_gives_a_higher_layer_more(case, beta):
@@ -297,24 +310,6 @@ def layers_to_merge(draw):
     kept, is_text = torch.rand(2, num_tokens, generator=generator) < 0.3, torch.rand(num_tokens) < 0.3
     kept[:, 0] = True
     return keys, values, kept, is_text
-
-
-@LAWS
-@given(layers_to_merge())
-def test_averaged_merging_conserves_the_sum(case):
-    keys, values, kept, is_text = case
-    compressor = make_compressor("look-m", 1, 2, merging="averaged")
-    merged = compressor.merge(keys, values, kept, is_text)
-    unit = torch.nn.functional.normalize(keys.double(), dim=-1)
-    for head in range(2):
-        mine, evicted = kept[head].nonzero().flatten(), (~kept[head] & ~is_text).nonzero().flatten()
-        nearest = (unit[head, evicted] @ unit[head, mine].T).argmax(1)
-        sizes = 1 + torch.bincount(nearest, minlength=len(mine))
-        for before, after in zip((keys, values), merged, strict=True):
-            total = before[head, torch.cat((mine, evicted))].double().sum(0)
-            torch.testing.assert_close(
-                (after[head, mine].double() * sizes[:, None]).sum(0), total, rtol=1e-4, atol=1e-4
-            )
 
 
 @LAWS
@@ -428,11 +423,6 @@ def test_random_agrees_with_itself_and_not_with_another_seed():
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
     assert not torch.equal(one[0, 0], one[0, 1]), "each head draws for itself"
-
-
-def test_full_takes_no_other_budget():
-    with pytest.raises(ValueError):
-        make_compressor("full", 1, 1, budget=0.5)
 
 
 def test_what_a_method_leaves_alone_is_snapkv():

@@ -89,16 +89,6 @@ def test_text_takes_no_more_than_its_share_ahead_of_more_salient_visual_tokens(p
         assert len(favoured) <= math.ceil(settings["text_share"] * int(num_kept[0, head]))
 
 
-def test_without_a_text_share_only_salience_counts():
-    generator = fresh_generator()
-    salience = torch.rand(1, 1, 64, generator=generator)
-    is_text = torch.rand(64, generator=generator) < 0.5
-    order = text_first_order(
-        salience, is_text, torch.tensor([[32]]), num_sink_tokens=0, recent_window=0, text_share=0.0
-    )
-    assert torch.equal(order, salience.argsort(dim=-1, descending=True, stable=True))
-
-
 def test_ranking_still_works_at_the_salience_of_long_prompts():
     """Probabilities of a 16k prompt are of the order 1e-5 and differ by less than fp32 resolves above 1."""
     generator = fresh_generator()

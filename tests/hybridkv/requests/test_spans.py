@@ -38,12 +38,6 @@ def test_observed_rows_are_the_text_after_the_last_visual_token(prompt, wanted):
         assert rows == min(wanted, prompt_len), "a prompt that ends in an image: its last tokens"
 
 
-def test_without_spans_everything_is_text():
-    assert text_mask((), 5).tolist() == [True] * 5
-    assert num_observation_rows((), 100, 32) == 32
-    assert num_observation_rows((), 7, 32) == 7
-
-
 @LAWS
 @given(prompts(), st.integers(1, 300))
 def test_the_window_is_the_end_of_the_prompt(prompt, wanted):
