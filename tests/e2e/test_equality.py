@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -86,39 +86,23 @@ def test_long_answer(pair: Pair) -> None:
     pair.check(text(40, 340), 120)
 
 
-@every_vision
-def test_one_image(pair: Pair, vision: Vision) -> None:
-    pair.check(text(1, 20) + vision.image(1) + text(2, 40))
+SHOWN = {
+    "one image": lambda vision: text(1, 20) + vision.image(1) + text(2, 40),
+    "another shape and no text before it": lambda vision: vision.image(2, 140, 392) + text(3, 9),
+    "several images": lambda vision: (
+        text(4, 7) + vision.images(3, 3) + text(5, 12) + vision.image(6, 196, 112) + text(6, 33)
+    ),
+    "across the border of a chunk": lambda vision: text(7, CHUNK_TOKENS - 30) + vision.image(7) + text(8, 60),
+    "at the end of the prompt": lambda vision: text(9, 50) + vision.image(8),
+    "video": lambda vision: text(10, 15) + vision.video(1, 8) + text(11, 40),
+    "video and image": lambda vision: text(12, 11) + vision.video(2, 4) + vision.image(9) + text(13, 21),
+}
 
 
 @every_vision
-def test_image_of_another_shape_and_no_text_before_it(pair: Pair, vision: Vision) -> None:
-    pair.check(vision.image(2, 140, 392) + text(3, 9))
-
-
-@every_vision
-def test_several_images(pair: Pair, vision: Vision) -> None:
-    pair.check(text(4, 7) + vision.images(3, 3) + text(5, 12) + vision.image(6, 196, 112) + text(6, 33))
-
-
-@every_vision
-def test_image_across_the_border_of_a_chunk(pair: Pair, vision: Vision) -> None:
-    pair.check(text(7, CHUNK_TOKENS - 30) + vision.image(7) + text(8, 60))
-
-
-@every_vision
-def test_prompt_that_ends_with_an_image(pair: Pair, vision: Vision) -> None:
-    pair.check(text(9, 50) + vision.image(8))
-
-
-@every_vision
-def test_video(pair: Pair, vision: Vision) -> None:
-    pair.check(text(10, 15) + vision.video(1, 8) + text(11, 40))
-
-
-@every_vision
-def test_video_and_image(pair: Pair, vision: Vision) -> None:
-    pair.check(text(12, 11) + vision.video(2, 4) + vision.image(9) + text(13, 21))
+@pytest.mark.parametrize("show", SHOWN.values(), ids=SHOWN)
+def test_images_and_videos(pair: Pair, vision: Vision, show: Callable[[Vision], Prompt]) -> None:
+    pair.check(show(vision))
 
 
 @every_vision
@@ -143,13 +127,6 @@ def test_answer_as_part_of_the_next_prompt(pair: Pair) -> None:
     prompt = text(19, 400)
     answer = pair.check(prompt, 40)
     assert pair.check(prompt + Prompt(tuple(answer.ids)) + text(20, 30)).cached == 400
-
-
-@every_vision
-def test_two_with_images_at_once(pair: Pair, vision: Vision) -> None:
-    prompts = [text(21 + i, 30) + vision.images(30 + 5 * i, 1 + i) + text(23 + i, 40 + i) for i in range(2)]
-    for prompt, answer in zip(prompts, parallel(lambda prompt: ask(pair.ours, prompt, 40), prompts), strict=True):
-        pair.compare(answer, prompt, 40)
 
 
 @every_vision

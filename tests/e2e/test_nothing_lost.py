@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from benchmarks.harness import Server
-from tests.e2e.checks import ask, assert_compressed, assert_dense, assert_nothing_lost, flush_cache, loads, request_body
+from tests.e2e.checks import ask, assert_dense, assert_nothing_lost, flush_cache, loads, request_body
 from tests.e2e.conftest import OBSERVED_ROWS, POOL_TOKENS, VL, make_server, run_servers
-from tests.e2e.prompts import Prompt, Vision, text
+from tests.e2e.prompts import Prompt, text
 from tests.e2e.streams import stream
 
 pytestmark = pytest.mark.server
@@ -55,14 +55,6 @@ def wait_for(server: Server, condition: Any) -> None:
 
 def is_aborted(meta: dict[str, Any] | None) -> bool:
     return meta is None or meta["finish_reason"]["type"] == "abort"
-
-
-def test_requests_that_simply_end(server: Server, vision: Vision) -> None:
-    assert_compressed(ask(server, text(8001, 600), 20))
-    assert_compressed(ask(server, vision.images(80, 5) + text(8002, 40), 20))
-    assert_dense(ask(server, text(8003, 600), 1), "no_decode")
-    assert_compressed(ask(server, text(8004, 600), 2))
-    assert_nothing_lost(server)
 
 
 def test_first_token_ends_the_request(server: Server) -> None:

@@ -1,7 +1,8 @@
 """A prompt has one plan: types, pages and kept tokens of all heads depend on the prompt and the settings alone.
 
 `meta_info.kv_compressor.plan` is a digest of all three, so that equal digests are equal plans to the bit. Answers are
-compared as well: token for token, log-probs within the tolerance of all server tests.
+compared as well: token for token, log-probs within the tolerance of all server tests. What retractions leave of a plan
+is in test_retraction.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from tests.e2e.checks import (
     Answer,
     ask,
     assert_compressed,
-    assert_nothing_lost,
     assert_same,
     flush_cache,
     read_answer,
@@ -30,8 +30,6 @@ pytestmark = pytest.mark.server
 PAGE = 16
 NEW_TOKENS = 24
 CHUNK_SIZES = (64, 512, 8192)
-RETRACT_ENV = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
-NO_OVERLAP = "--disable-overlap-schedule"
 _seeds = itertools.count(11000, 100)
 
 
@@ -39,15 +37,6 @@ _seeds = itertools.count(11000, 100)
 def chunked() -> Iterator[list[Server]]:
     """One server for each of CHUNK_SIZES."""
     yield from run_servers(*(make_server(VL, 0.1, chunk_tokens=size, name=f"chunk-{size}") for size in CHUNK_SIZES))
-
-
-@pytest.fixture(scope="module", params=[(), (NO_OVERLAP,)], ids=["overlap", "no-overlap"])
-def retracting(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """Retracts a request every fifth step, whose refill then needs several chunks."""
-    made = make_server(VL, 0.1, None, *request.param, chunk_tokens=256, env=RETRACT_ENV, name="plans-retract")
-    for [server] in run_servers(made):
-        yield server
-        assert_nothing_lost(server, largest_prompt=text(11999, 9000))
 
 
 @pytest.fixture(params=["text", "ends-in-a-page", "images", "image-last"])
@@ -131,15 +120,3 @@ def test_in_chunks_of_any_size(chunked: list[Server], prompt: Prompt) -> None:
     answers = [first_answer(server, prompt) for server in chunked]
     for answer in answers[1:]:
         assert_same_plan(answer, answers[0])
-
-
-def test_after_retractions(retracting: Server, tenth: Server, vision: Vision) -> None:
-    """Only the plan: what was generated before a retraction is computed again, over the exact prompt."""
-    seed = next(_seeds)
-    prompts = [text(seed + i, 400 + 37 * i) for i in range(5)]
-    prompts += [text(seed + 5, 20) + vision.images(seed, 5) + text(seed + 6, 12)]
-    answers = parallel(lambda prompt: ask(retracting, prompt, 60), prompts)
-    assert sum(answer.meta["num_retractions"] for answer in answers) >= 3
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer.record["plan"] == ask(tenth, prompt, 2).record["plan"]
-    assert_nothing_lost(retracting)

@@ -1,4 +1,4 @@
-"""The plugin in processes of their own: without its flags, and under sglang.Engine."""
+"""The plugin under sglang.Engine, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,23 +14,6 @@ from benchmarks.harness import engine_flags
 from tests.e2e.conftest import CONFIG, STRICT_ENV
 
 pytestmark = pytest.mark.server
-
-STOCK_SCRIPT = """
-import argparse, os
-os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from hybridkv_patches.runtime_context import server_entries
-from sglang.srt.server_args import ServerArgs
-parser = argparse.ArgumentParser()
-ServerArgs.add_cli_args(parser)
-for flags in ([], ["--kv-compressor", "none"]):
-    flags = ["--model-path", {model!r}, "--device", "cpu", *flags]
-    args = ServerArgs.from_cli_args(parser.parse_args(flags))
-    assert not hasattr(args, "_hybridkv")
-installed = [entry.target for entry in server_entries() if entry.is_installed()]
-assert not installed, installed
-"""
 
 ENGINE_SCRIPT = """
 import json
@@ -58,23 +41,13 @@ if __name__ == "__main__":
 """
 
 
-def run_script(path: Path, script: str) -> None:
-    path.write_text(script)
-    env = {**engine_flags("cpu").env, **STRICT_ENV}
-    done = subprocess.run(
-        [sys.executable, str(path)], env={**os.environ, **env}, capture_output=True, text=True, timeout=240
-    )
+def test_engine(tmp_path: Path, vl_model: Path) -> None:
+    script, out = tmp_path / "engine.py", tmp_path / "result.json"
+    script.write_text(ENGINE_SCRIPT.format(model=str(vl_model), config=CONFIG, out=str(out)))
+    env = {**os.environ, **engine_flags("cpu").env, **STRICT_ENV}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
-
-
-def test_without_a_compressor_no_hook_is_installed(tmp_path: Path, vl_model: Path) -> None:
-    run_script(tmp_path / "stock.py", STOCK_SCRIPT.format(model=str(vl_model)))
-
-
-def test_engine(tmp_path: Path, vl_model: Path) -> None:
-    out = tmp_path / "result.json"
-    run_script(tmp_path / "engine.py", ENGINE_SCRIPT.format(model=str(vl_model), config=CONFIG, out=str(out)))
     result = json.loads(out.read_text())
     long, short = (answer["meta_info"]["kv_compressor"] for answer in result["answers"])
     assert long["compressed"]
