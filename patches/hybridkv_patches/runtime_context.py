@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,17 @@ from hybridkv_patches.server_args import refuse
 from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt import settings as settings_module
 
+_SERVER_MODULES = (
+    "attention_registry",
+    "forward_batch_info",
+    "kv_cache_configurator",
+    "registry",
+    "schedule_batch",
+    "schedule_policy",
+    "scheduler",
+    "scheduler_init_result",
+    "tokenizer_manager",
+)
 _activated = False
 
 
@@ -54,30 +66,8 @@ def activate() -> None:
 
 
 def server_modules() -> tuple[ModuleType, ...]:
-    """Modules whose entries a compressing server needs besides those of the first stage."""
-    from hybridkv_patches import (
-        attention_registry,
-        forward_batch_info,
-        kv_cache_configurator,
-        registry,
-        schedule_batch,
-        schedule_policy,
-        scheduler,
-        scheduler_init_result,
-        tokenizer_manager,
-    )
-
-    return (
-        attention_registry,
-        forward_batch_info,
-        kv_cache_configurator,
-        registry,
-        schedule_batch,
-        schedule_policy,
-        scheduler,
-        scheduler_init_result,
-        tokenizer_manager,
-    )
+    """Modules whose entries a compressing server needs besides those of the first stage; imported only for one."""
+    return tuple(importlib.import_module(f"hybridkv_patches.{name}") for name in _SERVER_MODULES)
 
 
 def server_entries() -> tuple[ProcessEntry, ...]:

@@ -1,11 +1,11 @@
-"""Reserve compressed pages before the final chunk is launched."""
+"""Reserve compressed pages before the final part of a prefill is launched."""
 
 from hybridkv_patches.hook import Hook
 from sglang_hybridkv.srt import settings
 
 
 def reserve(_result, batch, *args, **kwargs):
-    """AFTER prepare_for_extend: SGLang has allocated the chunk, nothing is launched yet."""
+    """AFTER prepare_for_extend: SGLang has allocated this part, nothing is launched yet."""
     if settings.active() is None:
         return
     compression = batch.tree_cache.compression

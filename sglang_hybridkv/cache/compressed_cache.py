@@ -18,9 +18,9 @@ from sglang_hybridkv.requests.ledger import Reservation
 class CompressedCache:
     """Compressed prompts by request row, and the compressor that makes them.
 
-    The scheduler has a prompt's chunks watched, binds its row before the forward that compresses it is launched, and
-    releases the row when the request gives it back. In between the forward compresses once, and retrieves and attends
-    at each step.
+    The scheduler has the parts of a prompt's prefill watched, binds its row before the forward that compresses it is
+    launched, and releases the row when the request gives it back. In between the forward compresses once, and
+    retrieves and attends at each step.
 
     Attributes
     ----------
@@ -88,11 +88,11 @@ class CompressedCache:
     def observe(
         self, row: int, layer_idx: int, q: torch.Tensor, start: int, token_slots: torch.Tensor, scaling: float
     ) -> None:
-        """Look at one layer of a watched prompt's chunk, right after its attention; after the last one, compress.
+        """Look at one layer of a part of a watched prompt, right after its attention; after the last one, compress.
 
         Parameters
         ----------
-        q : [T, H * G, D]. Queries of the chunk, whose first token is the prompt's `start`-th.
+        q : [T, H * G, D]. Queries of the part, whose first token is the prompt's `start`-th.
         token_slots : [>= prompt], integer. Token slots of the request.
         """
         observed = self.observer.gather(row, layer_idx, q, start)

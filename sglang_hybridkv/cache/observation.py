@@ -1,4 +1,4 @@
-"""Observation rows of prompts that are being prefilled: gathered from their chunks, scored layer by layer."""
+"""Observation rows of prompts that are being prefilled: gathered from the parts of prefill, scored layer by layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_hybridkv.requests.spans import VisualSpan, text_mask
 
 @dataclasses.dataclass
 class _Prompt:
-    """Scores of the layers that have run on a prompt's final chunk."""
+    """Scores of the layers that have run on the final part of a prompt."""
 
     spans: tuple[VisualSpan, ...]
     is_text: torch.Tensor
@@ -24,9 +24,10 @@ class _Prompt:
 class PromptObserver:
     """Observed queries of each prompt by request row, and the scores they give.
 
-    A prompt is *watched* from its first chunk on and *begun* when its final one is about to be launched. Which queries
-    are observed is known before the first chunk, so every chunk adds those that are its own, and their sum is the same
-    however the prompt is cut. A prefix hit never reaches them (`HybridRadixCache.match_prefix`).
+    SGLang prefills a prompt in one part or several. The prompt is *watched* from its first part on and *begun* when the
+    final one is about to be launched. Which queries are observed is known before the first part, so every part adds
+    those that are its own, and together they are the same however the prompt is cut. A prefix hit never reaches them
+    (`HybridRadixCache.match_prefix`).
     """
 
     def __init__(self, compressor: Compressor, num_layers: int):
@@ -41,11 +42,11 @@ class PromptObserver:
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
 
     def watch(self, row: int, window: range) -> None:
-        """Keep the queries of positions `window` of the chunk that is launched next for `row`; before each chunk."""
+        """Keep the queries of positions `window` in the part that is launched next for `row`; before each part."""
         self._windows[row] = window
 
     def begin(self, row: int, spans: tuple[VisualSpan, ...]) -> None:
-        """The chunk that is launched next for `row`, which is watched, is its final one; `spans` are the prompt's."""
+        """The part that is launched next for `row`, which is watched, is its final one; `spans` are the prompt's."""
         self._prompts[row] = _Prompt(spans, text_mask(spans, self.prompt_len(row)))
 
     def drop(self, row: int) -> None:
@@ -68,11 +69,11 @@ class PromptObserver:
         return self._windows[row].stop
 
     def gather(self, row: int, layer_idx: int, q: torch.Tensor, start: int) -> torch.Tensor:
-        """Observed queries [<= W, H * G, D] of this chunk and those before it.
+        """Observed queries [<= W, H * G, D] of this part and those before it.
 
         Parameters
         ----------
-        q : [T, H * G, D]. Queries of the chunk.
+        q : [T, H * G, D]. Queries of the part.
         start : position of its first token.
         """
         window = self._windows[row]

@@ -65,7 +65,7 @@ def prompt_geometry(
     unless `max_dynamic_heads` says how many.
     """
     num_prompt_pages = prompt_len // page_size
-    # The budget as the user wrote it: 0.29 * 100 chunks are 29, not 28.999999999999996.
+    # The budget as the user wrote it: 0.29 * 100 pages are 29, not 28.999999999999996.
     total = math.floor(Fraction(repr(budget)) * num_prompt_pages * head_pages_per_page)
     summary_pages = -(-summary_vectors // (2 * page_size))
     most = head_pages_per_page if max_dynamic_heads is None else max_dynamic_heads

@@ -12,7 +12,7 @@ from sglang_hybridkv.requests.spans import VisualSpan
 
 @dataclasses.dataclass
 class Reservation:
-    """Pages of one request from the launch of its final prefill chunk to its release.
+    """Pages of one request from the launch of its final prefill part to its release.
 
     Attributes
     ----------

@@ -102,7 +102,7 @@ class Compression:
         )
 
     def prepare(self, req: Request, tree_cache) -> None:
-        """Before a prefill chunk of `req` is launched: observe, and on the final one reserve."""
+        """Before a part of the prefill of `req` is launched: observe, and on the final one reserve."""
         row = req.kv.req_pool_idx
         assert row is not None, "prefilled without a row"
         if self.planned(req) is not None:

@@ -35,7 +35,7 @@ class Request(Protocol):
     ----------
     origin_input_ids, output_ids : prompt, and what has been generated.
     full_untruncated_fill_ids : what prefill computes in all, after a retraction more than the prompt.
-    extend_range : tokens of this prefill chunk.
+    extend_range : tokens of this part of the prefill.
     prefix_indices, last_node, lock_receipt : what the radix tree has given the request, and holds for it.
     """
 

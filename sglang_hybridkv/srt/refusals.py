@@ -307,7 +307,7 @@ def check_model(model_config: Any, settings: Settings) -> None:
 def _check_cuda_graphs(view: Any, settings: Settings) -> None:
     graphs = view.cuda_graph_config
     if graphs.prefill.backend != "disabled":
-        # The observation runs in Python between the layers of a prefill, and sees every chunk's own lengths.
+        # The observation runs in Python between the layers of a prefill, and sees the own lengths of every part.
         raise _refused(PREFILL_GRAPHS.filled(backend=graphs.prefill.backend), settings)
     if graphs.decode.backend not in DECODE_GRAPHS_ALLOWED:
         raise _refused(DECODE_GRAPHS.filled(backend=graphs.decode.backend), settings)

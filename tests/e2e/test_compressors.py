@@ -1,4 +1,4 @@
-"""Every kind of compressor on a real server gives stock's tokens at budget 1.0."""
+"""Every kind of compressor on a real server: at budget 1.0 stock's tokens, below it their memory."""
 
 from __future__ import annotations
 
@@ -29,4 +29,13 @@ def test_budget_1_is_stock(vl_model, stock: Reference, vision: Vision, name: str
             answer = ask(server, prompt, 16)
             assert_same(answer, stock.ask(prompt, 16))
             assert answer.record["compressed"], answer.record["reason"]
+        assert_nothing_lost(server)
+
+
+def test_without_retrieval_a_request_holds_its_budget(vl_model, vision: Vision) -> None:
+    with make(vl_model, "snapkv", 0.25, {}) as server:
+        answer = ask(server, vision.image(84) + text(85, 960), 16)
+        assert answer.record["dynamic_heads"] == answer.record["host_bytes"] == 0
+        # A quarter of 64 chunks, and the dense tail's pages.
+        assert 0.25 <= answer.record["resident_ratio"] < 0.29
         assert_nothing_lost(server)

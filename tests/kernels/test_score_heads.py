@@ -161,6 +161,83 @@ def test_equals_the_plain_loops(prompt, statistic, fraction, mass, forced):
 
 
 @pytest.mark.usefixtures("fast_kernels")
+@LAWS
+@given(prompts(), st.data())
+def test_a_row_sees_no_later_key(prompt, data):
+    """Whatever stands after a row's own position, its share of the salience does not change."""
+    q, k = (tensor.float() for tensor in prompt)
+    row = data.draw(st.integers(0, len(q) - 1))
+    position = len(k) - len(q) + row
+    _, alone = score_heads(q[: row + 1], k[: position + 1], scaling=0.4)
+    changed = k.clone()
+    changed[position + 1 :] = 50.0
+    _, full = score_heads(q, changed, scaling=0.4)
+    assert (full[:, position + 1 :].sum(-1) <= (len(q) - row - 1) / len(q) + 1e-5).all()
+    _, others = score_heads(q[row + 1 :], changed, scaling=0.4) if row + 1 < len(q) else (None, 0.0)
+    torch.testing.assert_close(
+        full[:, : position + 1] * len(q),
+        alone * (row + 1) + (others[:, : position + 1] * (len(q) - row - 1) if row + 1 < len(q) else 0.0),
+    )
+
+
+@pytest.mark.usefixtures("fast_kernels")
+@LAWS
+@given(prompts())
+def test_a_shift_of_all_keys_and_a_scale_of_all_queries_change_nothing(prompt):
+    q, k = (tensor.float() for tensor in prompt)
+    _, salience = score_heads(q, k, scaling=0.4)
+    torch.testing.assert_close(score_heads(q, k + 0.5, scaling=0.4)[1], salience, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score_heads(q * 2, k, scaling=0.2)[1], salience)
+
+
+@pytest.mark.usefixtures("fast_kernels")
+@LAWS
+@given(prompts(), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_more_keys_capture_no_less(prompt, fraction, other):
+    few, many = (
+        score_heads(*prompt, scaling=0.4, statistic="capture", capture_fraction=f)[0] for f in sorted((fraction, other))
+    )
+    assert (few <= many + 1e-6).all()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_all_keys_capture_all_of_it():
+    generator = fresh_generator()
+    q, k = torch.randn(6, 4, 32, generator=generator), torch.randn(40, 2, 32, generator=generator)
+    value, _ = score_heads(q, k, scaling=0.4, statistic="capture", capture_fraction=0.99)
+    torch.testing.assert_close(value, torch.ones(2))
+
+
+# Triton sums in another order, 1.5e-6 away from 1; its equality with the reference has a tolerance of its own.
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("kernels", ["naive", "cpu"], indirect=True)
+@pytest.mark.parametrize("statistic", ["capture", "worst_capture"])
+def test_sinks_and_recent_keys_are_captured_whatever_other_rows_want(statistic):
+    # Every query wants its own key, the one before it and the first of the prompt; only the last is wanted by others.
+    q, k = torch.zeros(8, 1, 32), torch.zeros(100, 1, 32)
+    k[0, 0, 31] = k[91, 0, 30] = 1.0
+    for row in range(8):
+        k[92 + row, 0, row] = 1.0
+        q[row, 0, [row, (row - 1) % 31, 31]] = 40.0
+
+    def captured(num_sinks, num_recent):
+        value, _ = score_heads(
+            q,
+            k,
+            scaling=1.0,
+            statistic=statistic,
+            capture_fraction=0.03,
+            num_sinks=num_sinks,
+            num_recent=num_recent,
+        )
+        return value.item()
+
+    assert captured(1, 2) == pytest.approx(1.0)
+    assert captured(1, 2) > captured(1, 1) >= captured(0, 0)
+    assert captured(0, 0) < 0.9
+
+
+@pytest.mark.usefixtures("fast_kernels")
 @pytest.mark.parametrize("statistic", ["sparsity", "top_mass"])
 def test_a_peaked_head_scores_higher_than_a_uniform_one(statistic):
     generator = fresh_generator()
@@ -207,6 +284,26 @@ def test_a_sparse_head_that_moves_is_told_from_one_that_stays(statistic):
     stays, moves = score_heads(q, k, scaling=1.0, statistic=statistic, capture_fraction=7 / 400)[0].tolist()
     assert stays > 0.999
     assert moves < 0.001
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("statistic", ["stability", "capture", "worst_capture"])
+def test_one_row_says_nothing_of_drift(statistic):
+    q, k = walking_heads()
+    assert score_heads(q[:1], k, scaling=1.0, statistic=statistic)[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_one_moving_member_of_a_group_is_enough_for_the_worst():
+    q, k = walking_heads()
+    # One KV head with both keys; its two query heads are the one that stays and the one that moves.
+    both = k.sum(dim=1, keepdim=True)
+    mean, worst = (
+        score_heads(q, both, scaling=1.0, statistic=name, capture_fraction=8 / 400)[0].item()
+        for name in ("capture", "worst_capture")
+    )
+    assert mean > 0.4
+    assert worst < 0.001
 
 
 @pytest.mark.usefixtures("kernels")
