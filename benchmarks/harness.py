@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -25,6 +26,9 @@ import psutil
 READY_SECONDS = 180.0
 REQUEST_SECONDS = 900.0
 STOP_SECONDS = 15.0
+FIRST_PORT = 10000
+# Linux: the first and the last port of outgoing connections.
+OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def detect_device() -> str:
@@ -98,10 +102,19 @@ def end_on_sigterm() -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a TCP port that is free now and that the system gives to nobody who does not ask for it by number.
+
+    A server binds its port last, tens of seconds after it was chosen. A port of the system's own choice (bind to 0)
+    comes from the range of outgoing connections, so that any of them can take it in the meantime.
+    """
+    first_outgoing = 32768
+    with contextlib.suppress(OSError):
+        first_outgoing = int(OUTGOING_PORTS.read_text().split()[0])
+    for port in random.SystemRandom().sample(range(FIRST_PORT, max(first_outgoing, FIRST_PORT + 1000)), 1000):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"none of 1,000 ports from {FIRST_PORT} on is free")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ import textwrap
 import pytest
 from sglang.srt.server_args import ServerArgs
 
+from benchmarks import harness
 from sglang_hybridkv.srt.refusals import REFUSALS
 
 PLUGIN_SECONDS = 240
@@ -272,9 +272,7 @@ def test_a_foreign_radix_cache_ends_the_server(model_path, tmp_path):
 def start_server(launcher, model_path, **changes):
     """Start a server that should end by itself."""
     flags = ["--device", "cpu", "--load-format", "dummy", "--skip-tokenizer-init", "--max-total-tokens", "2048"]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(harness.free_port())
     command = [sys.executable, *launcher, "--model-path", model_path, "--port", port, *flags, *ACTIVE]
     env = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", **changes}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=PLUGIN_SECONDS, check=False)
