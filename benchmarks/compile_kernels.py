@@ -166,6 +166,8 @@ def cases() -> Iterator[Case]:
         yield Case(f"retrieve_chunks {chunk_score}", shape, retrieve_chunks(chunk_score), is_gated=True)
     codes = {size: retrieve_chunks("key_codes", chunk_size=size) for size in (1, 16)}
     yield Case("retrieve_chunks key_codes", shape_of(page_size=8), codes[1], is_gated=True)
+    half = retrieve_chunks("half_codes", chunk_size=1)
+    yield Case("retrieve_chunks half_codes", shape_of(page_size=8), half, is_gated=True)
     yield Case(
         "retrieve_chunks key_codes", shape_of(torch.float16, head_dim=80, group_size=1), codes[16], is_gated=True
     )

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hybridkv_kernels.chunks import KEY_CODES, Retrieval, encode_keys, read_codes, summarize_chunks, top_chunks
-from hybridkv_kernels.retrieve_chunks.naive import join_group, score_chunks_by_query
-from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt
+from hybridkv_kernels.chunks import Retrieval, top_chunks
+from hybridkv_kernels.retrieve_chunks.naive import join_group, score_chunks_by_query, score_tokens_by_query
+from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt, summarize_heads
 from sglang_hybridkv.cache.observation import PromptObserver
 from sglang_hybridkv.compressors import Compressor
 from sglang_hybridkv.config import RetrievalConfig
@@ -75,6 +75,7 @@ class Held:
     config : of the compressor; says how chunks are scored.
     merged : per layer, keys and values [H, covered, D] in place of the prompt's; None without merging.
     device_pages : pages of L x H head pages on the device, summaries and rounding included.
+    query_rms : [L, H, D], of the observed queries, by which keys are coded; None where no head is dynamic.
     """
 
     covered: int
@@ -84,6 +85,7 @@ class Held:
     config: Any
     device_pages: int
     merged: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    query_rms: torch.Tensor | None = None
 
     def resident_ratio(self, num_tokens: int) -> float:
         """Device bytes over stock's for a request of `num_tokens` tokens in all, as the engine counts them."""
@@ -144,7 +146,8 @@ def compress(prompt: Prompt, compressor: Compressor, max_new_tokens: int = 64) -
             for k, v, kept in zip(prompt.k, prompt.v, plan.kept, strict=True)
         )
     pages = geometry.pages_used(int(heads.is_dynamic.sum()), num_layers * num_kv_heads)
-    return Held(geometry.covered, plan.kept, heads.is_dynamic, heads.num_head_pages, config, pages, merged)
+    held = (geometry.covered, plan.kept, heads.is_dynamic, heads.num_head_pages, config, pages)
+    return Held(*held, merged, observed.query_rms)
 
 
 def everything(prompt: Prompt, compressor: Compressor) -> Held:
@@ -196,7 +199,7 @@ class Replay:
         self.model, self.prompt, self.held, self.length = model, prompt, list(held), 0
         self._tails: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(prompt.k)
         self._rows: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._summaries: dict[tuple[int, str, int, int], torch.Tensor] = {}
+        self._summaries: dict[tuple[int, int], torch.Tensor] = {}
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
@@ -265,33 +268,36 @@ class Replay:
                 key = (config.retrieval, config.page_size, held.covered)
                 groups.setdefault(key, []).append((i, kv_head))
         for (retrieval, page_size, covered), members in groups.items():
-            score, chunk_size = retrieval.chunk_score, retrieval.chunk_size
             settings, kv_heads = torch.tensor(members).T
-            summaries = self._chunk_summaries(layer_idx, score, chunk_size, covered)[kv_heads]  # [E, C, V, D]
-            # Each key for itself, as its codes tell it.
-            score = "mean_max" if score == KEY_CODES else score
+            vectors = torch.stack([self._chunk_summaries(layer_idx, i)[kv_head] for i, kv_head in members])
             q = grouped[settings, kv_heads]  # [E, G, T, D]
-            by_query = score_chunks_by_query(q.flatten(1, 2), summaries, score).unflatten(1, q.shape[1:3])
-            scores = join_group(by_query.transpose(1, 2).flatten(0, 1), score)  # [E * T, C]
+            by_query = _score_chunks(q.flatten(1, 2), vectors, retrieval, covered).unflatten(1, q.shape[1:3])
+            scores = join_group(by_query.transpose(1, 2).flatten(0, 1), retrieval.chunk_score)  # [E * T, C]
             pages = torch.stack([self.held[i].num_pages[layer_idx, kv_head] for i, kv_head in members])
-            counts = pages.repeat_interleave(q.shape[2]) * (page_size // chunk_size)
+            counts = pages.repeat_interleave(q.shape[2]) * (page_size // retrieval.chunk_size)
             forced = retrieval.forced_chunks(scores.shape[1], counts)
             chosen = top_chunks(scores.masked_fill(forced, float("inf")), counts).unflatten(0, (len(q), -1))
             unseen = torch.zeros(*chosen.shape[:2], len(self.prompt.ids), dtype=torch.bool)
-            unseen[..., :covered] = ~chosen.repeat_interleave(chunk_size, dim=2)
+            unseen[..., :covered] = ~chosen.repeat_interleave(retrieval.chunk_size, dim=2)
             yield settings, kv_heads, unseen.unsqueeze(1)
 
-    def _chunk_summaries(self, layer_idx: int, score: str, chunk_size: int, covered: int) -> torch.Tensor:
-        """[H, C, V, D]: chunk summaries of one layer; of KEY_CODES the decoded keys of each chunk."""
-        key = (layer_idx, score, chunk_size, covered)
-        if key not in self._summaries:
-            keys = self.prompt.k[layer_idx, :covered].transpose(0, 1).contiguous()
-            if score == KEY_CODES:
-                centre, step, steps = read_codes(encode_keys(keys))
-                self._summaries[key] = (centre + steps * step).unflatten(1, (-1, chunk_size))
-            else:
-                self._summaries[key] = summarize_chunks(keys.unflatten(1, (-1, chunk_size)), score)
-        return self._summaries[key]
+    def _chunk_summaries(self, layer_idx: int, i: int) -> torch.Tensor:
+        """[H, vectors, D]: what a setting keeps on the device of one layer to choose chunks by."""
+        if (layer_idx, i) not in self._summaries:
+            held = self.held[i]
+            k, v = (x[layer_idx, : held.covered].transpose(0, 1) for x in (self.prompt.k, self.prompt.v))
+            assert held.query_rms is not None, "heads are dynamic after an observation"
+            self._summaries[layer_idx, i] = summarize_heads(held.config.retrieval, k, v, held.query_rms[layer_idx])
+        return self._summaries[layer_idx, i]
+
+
+def _score_chunks(q: torch.Tensor, vectors: torch.Tensor, retrieval: Retrieval, covered: int) -> torch.Tensor:
+    """[E, G, C]: how much each query of q [E, G, D] wants each chunk, by summaries [E, vectors, D]."""
+    if not retrieval.is_coded:
+        summaries = vectors.unflatten(1, (covered // retrieval.chunk_size, -1))
+        return score_chunks_by_query(q, summaries, retrieval.chunk_score)
+    by_token = score_tokens_by_query(q, vectors, retrieval.coded_channels(q.shape[2]))[..., :covered]
+    return by_token.unflatten(2, (-1, retrieval.chunk_size)).amax(dim=3)
 
 
 def _softmax_attention(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from hybridkv_kernels.chunks import ESTIMATING_SCORES, KEY_CODES, Retrieval
+from hybridkv_kernels.chunks import CODED_SCORES, ESTIMATING_SCORES, Retrieval
 
 BUDGET_FLAG = "--kv-compressor-budget"
 CONFIG_FLAG = "--kv-compressor-config"
@@ -60,20 +60,32 @@ ObservationRows = Annotated[
 ]
 MinPromptTokens = Annotated[int, Field(ge=1, description="prompts with fewer tokens are served dense")]
 ChunkScore = Annotated[
-    Literal["mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread", "key_codes"],
+    Literal[
+        "mean_max",
+        "mean_mean",
+        "quest",
+        "arkvale",
+        "mean2_max",
+        "mean4_max",
+        "mean_spread",
+        "key_codes",
+        "half_codes",
+        "quarter_codes",
+    ],
     Field(
         description="how the queries of a KV head score a chunk. 'mean_max' and 'mean_mean' multiply each query with "
         "the mean key of the chunk and take the maximum or the mean over the queries. 'mean2_max' and 'mean4_max' have "
         "two or four mean keys a chunk. 'mean_spread' adds half the spread of the chunk's keys. 'quest' takes Quest's "
         "bound by the smallest and largest key elements, 'arkvale' the centre of the keys plus half their extent. "
-        "'key_codes' multiplies with every key of the chunk, each stored with two bits an element"
+        "'key_codes' multiplies with every key of the chunk, each stored with two bits an element, 'half_codes' "
+        "and 'quarter_codes' with the half or the quarter of their elements that the head's queries read most"
     ),
 ]
 ChunkSize = Annotated[
     Literal[1, 2, 4, 8, 16, 32, 64] | None,
     Field(
         description="tokens that a dynamic head retrieves together, a divisor of page_size. null means 1 with "
-        "chunk_score 'key_codes', and a page otherwise"
+        "a chunk_score of codes, and a page otherwise"
     ),
 ]
 Unretrieved = Annotated[
@@ -196,7 +208,7 @@ class RetrievalConfig(CompressorConfig):
         """Tokens that dynamic heads retrieve together."""
         if self.chunk_size is not None:
             return self.chunk_size
-        return 1 if self.chunk_score == KEY_CODES else self.page_size
+        return 1 if self.chunk_score in CODED_SCORES else self.page_size
 
     @property
     def estimates(self) -> bool:

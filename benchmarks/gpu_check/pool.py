@@ -54,6 +54,7 @@ class Request:
     seq_len: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     reservation: Reservation | None = None
+    query_rms: torch.Tensor | None = None
 
 
 def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLayout) -> PromptGeometry:
@@ -139,23 +140,26 @@ class Pool:
         request: Request,
         statistic: torch.Tensor | None = None,
         salience: torch.Tensor | None = None,
+        query_rms: torch.Tensor | None = None,
         *,
         spans: Sequence[VisualSpan] = (),
         may_retrieve: bool = True,
     ) -> None:
         """Compress a request, then give back its prompt's pages and what was reserved and not used.
 
-        `statistic` is [L, H], `salience` [L, H, N]; both are random unless given.
+        `statistic` is [L, H], `salience` [L, H, N], `query_rms` [L, H, D]; they are random unless given.
         """
         heads = (self.shape.num_layers, self.shape.num_kv_heads)
         statistic = self.rand(*heads) if statistic is None else statistic
         salience = self.rand(*heads, request.seq_len) / request.seq_len if salience is None else salience
+        request.query_rms = self.rand(*heads, self.shape.head_dim) if query_rms is None else query_rms
         with torch.device("cpu"):
             reservation = self._reserve(request.seq_len, tuple(spans), may_retrieve)
             slots = self.req_to_token[request.row, : reservation.geometry.covered].long()
             self.cache.observer.watch(request.row, range(request.seq_len))
             self.cache.bind(request.row, reservation)
-            self.cache.compress(request.row, slots, ObservedPrompt(reservation.spans, statistic, salience))
+            observed = ObservedPrompt(reservation.spans, statistic, salience, request.query_rms)
+            self.cache.compress(request.row, slots, observed)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self._commit(request, reservation)

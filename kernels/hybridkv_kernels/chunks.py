@@ -1,27 +1,29 @@
 """Chunks of a dynamic head: the vectors that stand for them on the device, and how their retrieval is set.
 
 A chunk is what a dynamic head retrieves together: some tokens of a prompt, a page of them or a part of it. Its summary
-is a few vectors of head_dim beside the kept rows; KEY_CODES have two bits for each element of each key instead.
+is a few vectors of head_dim beside the kept rows; CODED_SCORES have two bits for elements of each key instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
 from hybridkv_kernels import checks
 
-KEY_CODES = "key_codes"
+CODED_SCORES = {"key_codes": 1, "half_codes": 2, "quarter_codes": 4}
+"""Scores by codes of every single key, and of how many of its channels one is coded."""
 SUMMARY_SCORES = ("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread")
-"""Scores of a chunk as a whole, from a few vectors; KEY_CODES knows each of its keys."""
-CHUNK_SCORES = (*SUMMARY_SCORES, KEY_CODES)
+"""Scores of a chunk as a whole, from a few vectors."""
+CHUNK_SCORES = (*SUMMARY_SCORES, *CODED_SCORES)
 ESTIMATING_SCORES = ("mean_max", "mean_mean", "mean2_max", "mean4_max")  # their summaries are means, as a row is
 
 CODED_TOKENS = 8
-"""Tokens whose 2-bit codes of one element share a word of 16 bits."""
+"""Tokens whose 2-bit codes of one channel share a word of 16 bits."""
 CODE_HEADER = 2
-"""Vectors ahead of the codes: centre and step of each element."""
+"""Coded vectors ahead of the words: the step of each turned channel, and which channels of the keys were turned."""
 
 _BOXES = ("quest", "arkvale")
 _NUM_VECTORS = dict.fromkeys(SUMMARY_SCORES, 1) | {"quest": 2, "arkvale": 2, "mean2_max": 2, "mean4_max": 4}
@@ -35,7 +37,7 @@ class Retrieval:
     ----------
     num_sink_chunks, num_recent_chunks : first and last chunks of a prompt that win over every score, sinks before
         recent; at least one place of a buffer is left to the score where it has two.
-    chunk_score : one of CHUNK_SCORES. "key_codes" takes the best token of a chunk, by the codes of `encode_keys`.
+    chunk_score : one of CHUNK_SCORES. The coded ones take the best token of a chunk, by the codes of `encode_keys`.
     chunk_size : tokens of a chunk, a divisor of the page size. A buffer of n pages holds n * page_size / chunk_size.
     estimate : whether chunks that are not retrieved take part in attention through their means. Their summaries carry
         mean values then (`summarize_chunks` with v), the chunks are pages, and the score is an ESTIMATING one.
@@ -64,8 +66,24 @@ class Retrieval:
 
     @property
     def score_vectors(self) -> int:
-        """Vectors of a chunk's summary that its score reads; 0 with key codes, which have none a chunk."""
-        return 0 if self.chunk_score == KEY_CODES else summary_vectors(self.chunk_score)
+        """Vectors of a chunk's summary that its score reads; 0 with codes, which have none a chunk."""
+        return 0 if self.is_coded else summary_vectors(self.chunk_score)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether single keys are scored by their codes."""
+        return self.chunk_score in CODED_SCORES
+
+    def coded_channels(self, head_dim: int) -> int:
+        """Channels of a key that are coded; ValueError where they are no whole share of `head_dim`, or no codes."""
+        share = CODED_SCORES[self.chunk_score] if self.is_coded else 0
+        if not share or head_dim % share:
+            legal = ", ".join(score for score, share in CODED_SCORES.items() if head_dim % share == 0)
+            raise ValueError(
+                f"chunk_score: expected one of {legal} where keys of head size {head_dim} are coded, "
+                f"got {self.chunk_score!r}"
+            )
+        return head_dim // share
 
     @property
     def num_means(self) -> int:
@@ -83,14 +101,14 @@ class Retrieval:
         Raises
         ------
         ValueError
-            The score is unknown; or the tokens are not whole chunks, of KEY_CODES not a multiple of CODED_TOKENS.
+            The score is unknown; or the tokens are not whole chunks, with codes not a multiple of CODED_TOKENS.
         """
         check_score(self.chunk_score, estimate=self.estimate)
-        unit = CODED_TOKENS if self.chunk_score == KEY_CODES else self.chunk_size
+        unit = CODED_TOKENS if self.is_coded else self.chunk_size
         if num_tokens % unit:
             raise ValueError(f"num_tokens: expected a multiple of {unit} for {self.chunk_score}, got {num_tokens}")
-        if self.chunk_score == KEY_CODES:
-            return CODE_HEADER + num_tokens // unit
+        if self.is_coded:
+            return -(-(CODE_HEADER + num_tokens // unit) // CODED_SCORES[self.chunk_score])
         return num_tokens // unit * self.stored_vectors
 
     def forced_chunks(self, num_chunks: int, num_selected: torch.Tensor) -> torch.Tensor:
@@ -169,18 +187,22 @@ def summarize_chunks(k: torch.Tensor, chunk_score: str, v: torch.Tensor | None =
     return torch.cat(means, dim=2).to(k.dtype)
 
 
-def encode_keys(k: torch.Tensor) -> torch.Tensor:
-    """Two bits for each element of each key, from which `retrieve_chunks` scores single tokens.
+def encode_keys(k: torch.Tensor, query_rms: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """Two bits for each of the channels of a key that its head's queries read, to score single tokens by.
 
     Parameters
     ----------
     k : [E, N, D], bf16 | fp16 | fp32. Keys after RoPE of E heads; N is a multiple of 8.
+    query_rms : [E, D], not negative. Root mean square of each element over the observed queries of a head.
+    num_channels : C of the D channels are coded, those whose query_rms times standard deviation over the keys is
+        largest; D is a multiple of C.
 
     Returns
     -------
-    [E, 2 + N / 8, D], dtype of k: the mean of each element over the tokens, its root mean square distance to it (the
-    step), and words whose bits 2 i and 2 i + 1 are the code of token 8 w + i: a key's element is about
-    mean + (code - 1.5) step. Codes are cut at -1, 0 and 1 steps from the mean.
+    [E, ceil((2 + N / 8) * C / D), D], dtype of k. Row by row, it holds coded vectors of C numbers: the *step* of each
+    turned channel, the numbers of the coded channels in ascending order, and N / 8 vectors of words, whose bits 2 i and
+    2 i + 1 are the code of token 8 w + i. The key of a token, turned by `turn_channels` and without its mean over the
+    tokens, is about (code - 1.5) step: codes are cut at -1, 0 and 1 steps. The step is the standard deviation.
 
     Raises
     ------
@@ -189,33 +211,72 @@ def encode_keys(k: torch.Tensor) -> torch.Tensor:
 
     Notes
     -----
-    Per-channel quantization of keys after KIVI (arXiv 2402.02750), here only to rank them: the rows themselves are
-    fetched exactly. A normal variable loses an eighth of its variance. In fp32 the words use half of their bits.
+    Per-channel quantization of keys after KIVI (arXiv 2402.02750), of channels chosen as in Double Sparsity
+    (arXiv 2408.07092) and turned as in QuaRot (arXiv 2404.00456), here only to rank keys: the rows themselves are
+    fetched exactly. Turning spreads the outliers of a channel over all of them, which two bits would cut off. A normal
+    variable loses an eighth of its variance. In fp32 the words use half of their bits.
     """
     checks.check_shape("k", k, (None, None, None))
     checks.check_dtype("k", k, checks.FLOATS)
+    checks.check_shape("query_rms", query_rms, (k.shape[0], k.shape[2]))
     if k.shape[1] % CODED_TOKENS:
         raise ValueError(f"k: expected a multiple of {CODED_TOKENS} tokens, got {k.shape[1]}")
+    if num_channels < 1 or k.shape[2] % num_channels:
+        raise ValueError(f"num_channels: expected a divisor of the head size {k.shape[2]}, got {num_channels}")
+    integer = torch.int32 if k.itemsize == 4 else torch.int16
     keys = k.float()
-    # One key that is no number must not blind the head to all others.
-    finite = keys.isfinite()
-    count = finite.sum(dim=1, keepdim=True).clamp(min=1)
-    centre = (keys.where(finite, 0.0).sum(dim=1, keepdim=True) / count).to(k.dtype)  # [E, 1, D], as step
-    offset = keys - centre.float()
-    step = (offset.where(finite, 0.0).square().sum(dim=1, keepdim=True) / count).sqrt().to(k.dtype)
+    reach = query_rms.float().nan_to_num(0.0) * _mean_and_spread(keys)[1].squeeze(1)  # [E, D]
+    channels = reach.argsort(dim=1, descending=True, stable=True)[:, :num_channels].sort(dim=1).values  # [E, C]
+    turned = turn_channels(keys, channels)  # [E, N, C]
+    centre, step = _mean_and_spread(turned)
+    step = step.to(k.dtype)
+    offset = turned - centre
     codes = (offset >= -step.float()).int() + (offset >= 0) + (offset >= step.float())
-    words = (codes.unflatten(1, (-1, CODED_TOKENS)) << _code_shifts(k.device)).sum(dim=2)  # [E, N / 8, D]
+    words = (codes.unflatten(1, (-1, CODED_TOKENS)) << _code_shifts(k.device)).sum(dim=2)  # [E, N / 8, C]
     # The element's bits, whatever number they are: fp32 leaves the upper half empty.
-    stored = words.to(torch.int32 if k.itemsize == 4 else torch.int16).view(k.dtype)
-    return torch.cat((centre, step, stored), dim=1)
+    numbers = torch.cat((channels.unsqueeze(1), words), dim=1).to(integer).view(k.dtype)
+    vectors = torch.cat((step, numbers), dim=1).flatten(1)
+    return torch.nn.functional.pad(vectors, (0, -vectors.shape[1] % k.shape[2])).unflatten(1, (-1, k.shape[2]))
 
 
-def read_codes(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Centre and step [E, 1, D] and steps from the centre [E, N, D], all fp32, of vectors of `encode_keys`."""
-    centre, step = vectors[:, :CODE_HEADER].float().split(1, dim=1)
-    words = vectors[:, CODE_HEADER:].contiguous().view(torch.int32 if vectors.itemsize == 4 else torch.int16).int()
-    codes = ((words.unsqueeze(2) >> _code_shifts(vectors.device)) & 3).flatten(1, 2)  # [E, N / 8, 8, D] -> [E, N, D]
-    return centre, step, codes - 1.5
+def read_codes(vectors: torch.Tensor, num_channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Step [E, 1, C], fp32, channels [E, C], int64, and steps from the mean [E, >= N, C], fp32, of `encode_keys`.
+
+    With an odd number of words in half rows, the last 8 tokens are padding.
+    """
+    coded = vectors.flatten(1).unflatten(1, (-1, num_channels))
+    numbers = coded[:, 1:].contiguous().view(torch.int32 if vectors.itemsize == 4 else torch.int16).int()
+    codes = ((numbers[:, 1:].unsqueeze(2) >> _code_shifts(vectors.device)) & 3).flatten(1, 2)  # [E, N / 8, 8, C]
+    return coded[:, :1].float(), numbers[:, 0].long(), codes - 1.5
+
+
+def turn_channels(x: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    """[E, N, C], fp32: channels [E, C] of vectors x [E, N, D], turned by `rotation`."""
+    chosen = x.gather(2, channels.unsqueeze(1).expand(-1, x.shape[1], -1))
+    return chosen.float() @ rotation(channels.shape[1], x.device)
+
+
+@functools.lru_cache
+def rotation(num_channels: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[C, C], dtype: a Hadamard matrix, symmetric, of the largest power of two in C, repeated along the diagonal.
+
+    A power of two makes it a rotation, but for a factor of the square root of two where that is none: so a product with
+    numbers of 16 bits rounds nothing, and the factor falls out of a score.
+    """
+    size = num_channels & -num_channels
+    block = torch.ones(1, 1, device="cpu")
+    while len(block) < size:
+        block = torch.cat((torch.cat((block, block), dim=1), torch.cat((block, -block), dim=1)))
+    return torch.block_diag(*[block / 2 ** (size.bit_length() // 2)] * (num_channels // size)).to(device, dtype)
+
+
+def _mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[E, 1, D] twice: mean and standard deviation of x [E, N, D] over those N that are finite numbers."""
+    # One key that is no number must not blind the head to all others.
+    finite = x.isfinite()
+    count = finite.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = x.where(finite, 0.0).sum(dim=1, keepdim=True) / count
+    return mean, ((x - mean).where(finite, 0.0).square().sum(dim=1, keepdim=True) / count).sqrt()
 
 
 def _code_shifts(device: torch.device) -> torch.Tensor:

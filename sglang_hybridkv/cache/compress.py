@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from hybridkv_kernels.chunks import KEY_CODES, Retrieval, encode_keys, summarize_chunks, top_chunks
+from hybridkv_kernels.chunks import Retrieval, encode_keys, summarize_chunks, top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageTable
 from sglang_hybridkv.cache.memory import CacheMemory
@@ -25,11 +25,13 @@ class ObservedPrompt:
     ----------
     spans : its images and videos.
     statistic : [L, H] or [L, H, S]. salience : [L, H, >= covered]. fp32, from `Compressor.score_layer`.
+    query_rms : [L, H, D], fp32. Root mean square of each element over the observed queries of a KV head.
     """
 
     spans: tuple[VisualSpan, ...]
     statistic: torch.Tensor
     salience: torch.Tensor
+    query_rms: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def compress_prompt(
         if compressor.merges and not plan.kept[layer_idx].all():
             _merge_layer(memory, compressor, row, slots, plan, layer_idx)
         if compressor.config.retrieval is not None:
-            _offload_layer(memory, compressor.config.retrieval, row, slots, layer_idx)
+            _offload_layer(memory, compressor.config.retrieval, row, slots, layer_idx, observed.query_rms[layer_idx])
     num_dynamic = is_dynamic.sum()
     outcome = torch.stack((is_dynamic.numel() - num_dynamic, num_dynamic))
     reservation.outcome.copy_(outcome, non_blocking=True)
@@ -229,7 +231,15 @@ def _merge_layer(
     views.k_flat[destination], views.v_flat[destination] = keys[kept], values[kept]
 
 
-def _offload_layer(memory: CacheMemory, retrieval: Retrieval, row: int, slots: torch.Tensor, layer_idx: int) -> None:
+def _offload_layer(
+    memory: CacheMemory,
+    retrieval: Retrieval,
+    row: int,
+    slots: torch.Tensor,
+    layer_idx: int,
+    query_rms: torch.Tensor,
+) -> None:
+    """Write host rows and summaries of one layer's dynamic heads; query_rms [H, D]."""
     views, table, store = memory.views, memory.table, memory.store
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if len(heads) == 0:
@@ -240,13 +250,18 @@ def _offload_layer(memory: CacheMemory, retrieval: Retrieval, row: int, slots: t
     host_ids = table.host_page_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)  # [E, pages]
     store.k_pages[host_ids] = keys.unflatten(1, (num_pages, page_size)).to(store.k_pages.device)
     store.v_pages[host_ids] = values.unflatten(1, (num_pages, page_size)).to(store.v_pages.device)
-    _write_summaries(memory, row, layer_idx, heads, _summaries(retrieval, keys, values))
+    _write_summaries(memory, row, layer_idx, heads, summarize_heads(retrieval, keys, values, query_rms[heads]))
 
 
-def _summaries(retrieval: Retrieval, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """[E, vectors, D]: what the device keeps of keys and values [E, covered, D] to choose, or to estimate, chunks."""
-    if retrieval.chunk_score == KEY_CODES:
-        return encode_keys(keys)
+def summarize_heads(
+    retrieval: Retrieval, keys: torch.Tensor, values: torch.Tensor, query_rms: torch.Tensor
+) -> torch.Tensor:
+    """[E, vectors, D]: what the device keeps of keys and values [E, covered, D] to choose, or to estimate, chunks.
+
+    query_rms : [E, D]. See `ObservedPrompt`.
+    """
+    if retrieval.is_coded:
+        return encode_keys(keys, query_rms, retrieval.coded_channels(keys.shape[2]))
     k, v = (x.unflatten(1, (-1, retrieval.chunk_size)) for x in (keys, values))
     return summarize_chunks(k, retrieval.chunk_score, v if retrieval.estimate else None).flatten(1, 2)
 

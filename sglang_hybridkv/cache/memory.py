@@ -55,7 +55,14 @@ def make_memory(
     num_rows : request rows, row 0, which is padding, included.
     max_prompt_tokens : of the longest prompt that is compressed.
     num_host_pages : size of the host store; it is page-locked beside a CUDA pool.
+
+    Raises
+    ------
+    ValueError
+        The head size cannot be coded as the settings say.
     """
+    if config.retrieval is not None and config.retrieval.is_coded:
+        config.retrieval.coded_channels(keys.shape[-1])
     layout, page_size, device = layout_of(keys, config.page_size), config.page_size, keys.device
     prompt_pages = -(-max_prompt_tokens // page_size)
     summary_pages = -(-config.summary_vectors(prompt_pages * page_size) // (2 * page_size))

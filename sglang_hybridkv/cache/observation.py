@@ -19,6 +19,7 @@ class _Prompt:
     is_text: torch.Tensor
     statistic: list[torch.Tensor] = dataclasses.field(default_factory=list)
     salience: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    query_rms: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
 class PromptObserver:
@@ -112,10 +113,13 @@ class PromptObserver:
         statistic, salience = self.compressor.score_layer(layer)
         prompt.statistic.append(statistic)
         prompt.salience.append(salience)
+        by_head = q.float().unflatten(1, (k_rows.shape[1], -1))  # [W, H, G, D]
+        prompt.query_rms.append(by_head.square().mean(dim=(0, 2)).sqrt())
         return len(prompt.statistic) == self.num_layers
 
     def finish(self, row: int) -> ObservedPrompt:
         """What was seen of a prompt whose layers have all run; the row is forgotten."""
         prompt = self._prompts.pop(row)
         del self._windows[row]
-        return ObservedPrompt(prompt.spans, torch.stack(prompt.statistic), torch.stack(prompt.salience))
+        scores = (torch.stack(layers) for layers in (prompt.statistic, prompt.salience, prompt.query_rms))
+        return ObservedPrompt(prompt.spans, *scores)

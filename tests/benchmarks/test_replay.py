@@ -54,7 +54,8 @@ class Engine:
         """[L, ANSWER, H * G * D]: attention of the answer's tokens, one step each."""
         pool, request = self.pool, self.request
         seen, may_retrieve = observe(self.prompt, pool.compressor), pool.compressor.may_retrieve
-        pool.compress(request, seen.statistic, seen.salience, spans=self.prompt.spans, may_retrieve=may_retrieve)
+        observed = (seen.statistic, seen.salience, seen.query_rms)
+        pool.compress(request, *observed, spans=self.prompt.spans, may_retrieve=may_retrieve)
         outs = []
         for i in range(ANSWER):
             pool.append_token(request)

@@ -2,27 +2,42 @@
 
 import torch
 
-
-def coded_keys(keys):
-    """Keys [N, D] as their codes tell them: each element one of four values around its mean over the tokens."""
-    mean = keys.mean(dim=0)
-    step = ((keys - mean) ** 2).mean(dim=0).sqrt()
-    levels = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=keys.dtype)
-    edges = torch.stack((-step, torch.zeros_like(step), step), dim=1)  # [D, 3]
-    codes = torch.searchsorted(edges, (keys - mean).T.contiguous(), right=True).T
-    return mean + levels[codes] * step
+from hybridkv_kernels.chunks import CODED_SCORES
 
 
-def plain_scores(keys, q, chunk_score):
+def coded_scores(keys, q, query_rms, num_channels):
+    """[G, N]: queries [G, D] times the codes of keys [N, D], over the length of what the codes meet.
+
+    Codes are of the channels with the largest query_rms [D] times spread, turned: each one of four values around the
+    mean over the tokens.
+    """
+    reach = query_rms * ((keys - keys.mean(dim=0)) ** 2).mean(dim=0).sqrt()
+    channels = sorted(sorted(range(len(reach)), key=lambda d: (-float(reach[d]), d))[:num_channels])
+    size = max(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if num_channels % n == 0)
+    signs = [
+        [(-1) ** bin(i & j).count("1") if i // size == j // size else 0 for j in range(num_channels)]
+        for i in range(num_channels)
+    ]
+    turn = torch.tensor(signs, dtype=keys.dtype) / size**0.5
+    turned = keys[:, channels] @ turn
+    step = ((turned - turned.mean(dim=0)) ** 2).mean(dim=0).sqrt()
+    edges = torch.stack((-step, torch.zeros_like(step), step), dim=1)  # [C, 3]
+    codes = torch.searchsorted(edges, (turned - turned.mean(dim=0)).T.contiguous(), right=True).T
+    scaled = q[:, channels] @ turn * step
+    return scaled @ (codes - 1.5).to(keys.dtype).T / scaled.norm(dim=1, keepdim=True)
+
+
+def plain_scores(keys, q, chunk_score, query_rms=None):
     """Score of each chunk of one head, from the keys [C, P, D] themselves, in fp64 and by the published formulas.
 
     A finer mean is the best mean of a chunk's parts, each scored as a small chunk. The spread of a chunk counts in
-    place of the first element of its mean key. Codes are those of all keys.
+    place of the first element of its mean key. Codes are those of all keys; they alone look at query_rms [D].
     """
     keys, q = keys.double(), q.double()
-    if chunk_score == "key_codes":
-        scores = (q @ coded_keys(keys.flatten(0, 1)).T).unflatten(1, keys.shape[:2])  # [G, C, P]
-        return scores.amax(dim=(0, 2)).tolist()
+    if chunk_score in CODED_SCORES:
+        num_channels = keys.shape[2] // CODED_SCORES[chunk_score]
+        scores = coded_scores(keys.flatten(0, 1), q, query_rms.double(), num_channels).unflatten(1, keys.shape[:2])
+        return scores.amax(dim=(0, 2)).tolist()  # over [G, C, P]
     if chunk_score in ("mean2_max", "mean4_max"):
         parts = int(chunk_score[4])
         scores = plain_scores(keys.unflatten(1, (parts, -1)).flatten(0, 1), q, "mean_max")

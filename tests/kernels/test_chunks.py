@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hybridkv_kernels.chunks import (
     ESTIMATING_SCORES,
-    KEY_CODES,
     SUMMARY_SCORES,
     Retrieval,
     summarize_chunks,
@@ -174,7 +173,7 @@ def test_a_selection_of_another_size_than_its_buffer_is_an_error():
     ("retrieval", "name"),
     [
         (Retrieval(1, 1, "best", 8), "chunk_score"),
-        (Retrieval(1, 1, KEY_CODES, 8, estimate=True), "chunk_score"),
+        (Retrieval(1, 1, "key_codes", 8, estimate=True), "chunk_score"),
         (Retrieval(1, 1, "mean_max", 3), "chunk_size"),
         (Retrieval(1, 1, "mean_max", 0), "chunk_size"),
         (Retrieval(1, 1, "mean_max", 4, estimate=True), "chunk_size"),

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from hybridkv_kernels.chunks import CHUNK_SCORES, ESTIMATING_SCORES, KEY_CODES
+from hybridkv_kernels.chunks import CHUNK_SCORES, CODED_SCORES, ESTIMATING_SCORES
 from hybridkv_kernels.head_pages import HeadPageTable
 from hybridkv_kernels.retrieve_chunks import naive, retrieve_chunks
 from tests.builders import (
@@ -27,8 +27,9 @@ from tests.kernels.shapes import DTYPES, each_model_shape
 from tests.kernels.test_decode_attn import changed
 
 P = 8
-# Chunk score and size; None is the default, for key codes single tokens and for the others pages.
-SCORED = [*((score, None) for score in CHUNK_SCORES), (KEY_CODES, 2), (KEY_CODES, P), ("mean2_max", 4), ("quest", 4)]
+# Chunk score and size; None is the default, for codes single tokens and for the others pages.
+CODED_CHUNKS = [("key_codes", P), ("half_codes", 2)]
+SCORED = [*((score, None) for score in CHUNK_SCORES), *CODED_CHUNKS, ("mean2_max", 4), ("quest", 4)]
 
 each_implementation = pytest.mark.usefixtures("kernels")
 
@@ -56,7 +57,7 @@ def check_selection(pool, prompt, layer, q):
         forced = plain_forced(covered // size, len(held), sinks, recent)
         assert forced <= held
         chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.shape.head_dim)
-        scores = plain_scores(chunks, grouped[head], config.chunk_score)
+        scores = plain_scores(chunks, grouped[head], config.chunk_score, prompt.query_rms[layer, head])
         chosen, dropped = held - forced, set(range(covered // size)) - held
         if chosen and dropped:
             assert min(scores[c] for c in chosen) >= max(scores[c] for c in dropped) - 1e-4
@@ -83,7 +84,7 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
     @initialize(
         seed=st.integers(0, 2**31 - 1),
         budget=st.sampled_from([0.15, 0.3, 0.6, 1.0]),
-        scored=st.sampled_from([*((score, None) for score in CHUNK_SCORES), (KEY_CODES, 2), (KEY_CODES, P)]),
+        scored=st.sampled_from([*((score, None) for score in CHUNK_SCORES), *CODED_CHUNKS]),
         theta=st.sampled_from([0.0, 0.5, 1.01]),
         windows=st.sampled_from([(0, 0), (4, 16), (20, 40)]),
         group_size=st.sampled_from([1, 7]),
@@ -337,7 +338,7 @@ def test_equals_naive_over_many_steps(twin, windows, scored):
 
 @pytest.mark.parametrize("budget", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("num_programs", [1, 10_000])
-@pytest.mark.parametrize(("block", "chunk_score"), [(32, "mean_spread"), (2048, "mean_spread"), (64, KEY_CODES)])
+@pytest.mark.parametrize(("block", "chunk_score"), [(32, "mean_spread"), (2048, "mean_spread"), (64, "half_codes")])
 def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk_score, num_programs, budget):
     """By few or many programs, over blocks of any size, or by one to four threads."""
     if twin in ("triton", "cuda"):
@@ -357,11 +358,11 @@ def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scored", ["mean_spread", KEY_CODES, "single tokens"])
+@pytest.mark.parametrize("scored", ["mean_spread", *CODED_SCORES, "single tokens"])
 @each_model_shape
 def test_equals_naive_for_model_shapes(twin, shape, scored):
     dtype, page_size, group_size, head_dim = shape
-    how = {"chunk_score": KEY_CODES} if scored == "single tokens" else {"chunk_score": scored, "chunk_size": page_size}
+    how = {"chunk_score": "half_codes"} if scored == "single tokens" else {"chunk_score": scored, "chunk_size": page_size}
     config = eager_config(page_size=page_size, budget=0.3, **how)
     shape = {"head_dim": head_dim, "group_size": group_size, "pages": 60, "host_pages": 40, "dtype": dtype}
     pool = TinyPool(fresh_generator(), config, **shape)
@@ -373,7 +374,7 @@ def test_equals_naive_for_model_shapes(twin, shape, scored):
 
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("num_tokens", [P, 2 * P - 1, 2 * P, 2 * P + 1, 3 * P])
-@pytest.mark.parametrize("chunk_score", ["mean_spread", KEY_CODES])
+@pytest.mark.parametrize("chunk_score", ["mean_spread", *CODED_SCORES])
 def test_equals_naive_for_few_chunks(chunk_score, num_tokens):
     pool = dynamic_pool(budget=1.0, chunk_score=chunk_score)
     prompts = [pool.add_prompt(n) for n in (num_tokens, 1, P - 1)]

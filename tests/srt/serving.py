@@ -108,7 +108,8 @@ class Serving:
         heads, covered = (len(self.layers), self.heads), reservation.geometry.covered
         statistic = torch.rand(heads, generator=self.generator)
         salience = torch.rand(*heads, prompt_len, generator=self.generator) / prompt_len
-        self.cache.compress(row, slots, ObservedPrompt((), statistic, salience))
+        query_rms = torch.rand(*heads, self.head_dim, generator=self.generator)
+        self.cache.compress(row, slots, ObservedPrompt((), statistic, salience, query_rms))
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer[slots[:covered]] = NAN
         self.req_to_token[row, :covered] = 0

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 constexpr int kMaxGroup = 16;
-constexpr int kCodedTokens = 8, kCodeHeader = 2;  // of key codes; chunks.py says what they are
+constexpr int kCodedTokens = 8, kCodeHeader = 2;  // of codes; chunks.py says what they are
 
 extern "C" {
 
@@ -39,7 +39,9 @@ enum HkChunkScore : int32_t {
   HK_ARKVALE = 3,
   HK_MEAN2_MAX = 4,
   HK_MEAN4_MAX = 5,
-  HK_KEY_CODES = 7  // 6, mean_spread, arrives as HK_MEAN_MAX with another query
+  HK_KEY_CODES = 7,  // 6, mean_spread, arrives as HK_MEAN_MAX with another query
+  HK_HALF_CODES = 8,
+  HK_QUARTER_CODES = 9
 };
 
 struct RetrieveArgs {

@@ -43,16 +43,39 @@ static inline uint32_t code_word(Storage stored) {
   return word;
 }
 
-// Products of B queries [B, D] with the codes of 2 * kCodedTokens tokens, whose words are at `first` and `second` (null:
+// The word as a number of its own.
+template <typename Storage>
+static inline int64_t code_number(Storage stored) {
+  return sizeof(Storage) == 2 ? int64_t(int16_t(code_word(stored))) : int64_t(int32_t(code_word(stored)));
+}
+
+// `rotation` of chunks.py, in place: butterflies of the largest power of two in C, and the power of two that is their
+// scale.
+template <int C>
+static void turn_channels(float* x) {
+  constexpr int kSize = C & -C;
+  for (int width = 1; width < kSize; width *= 2)
+    for (int start = 0; start < C; start += 2 * width)
+#pragma omp simd
+      for (int i = start; i < start + width; ++i) {
+        const float sum = x[i] + x[i + width], difference = x[i] - x[i + width];
+        x[i] = sum, x[i + width] = difference;
+      }
+  float scale = 1.f;
+  for (int size = kSize; size > 1; size /= 4) scale *= 0.5f;
+  for (int c = 0; c < C; ++c) x[c] *= scale;
+}
+
+// Products of B queries [B, C] with the codes of 2 * kCodedTokens tokens, whose words are at `first` and `second` (null:
 // none): the tokens are the lanes, so that nothing is summed across them.
-template <typename Storage, int D, int B>
+template <typename Storage, int C, int B>
 static void multiply_codes(const Storage* first, const Storage* second, const float* q, float* out) {
   constexpr int kLanes = 2 * kCodedTokens;
   alignas(64) float sums[B][kLanes] = {};
-  for (int d = 0; d < D; ++d) {
-    const uint32_t word = code_word(first[d]) | (second ? code_word(second[d]) << kLanes : 0u);
+  for (int c = 0; c < C; ++c) {
+    const uint32_t word = code_word(first[c]) | (second ? code_word(second[c]) << kLanes : 0u);
     float weights[B];
-    for (int g = 0; g < B; ++g) weights[g] = q[g * D + d];
+    for (int g = 0; g < B; ++g) weights[g] = q[g * C + c];
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
       const float code = float(int32_t((word >> (2 * lane)) & 3u));
@@ -62,22 +85,24 @@ static void multiply_codes(const Storage* first, const Storage* second, const fl
   std::memcpy(out, sums, sizeof(sums));
 }
 
-// best[i]: the maximum over the group of constants[g] + query g times the codes of token i, of up to two words.
-template <typename Storage, int D>
-static void score_codes(const Storage* first, const Storage* second, const float* q, const float* constants, int group,
-                        float* best) {
+// best[i]: the maximum over the group of factors[g] * (query g times the codes of token i - totals[g]), of up to two
+// words.
+template <typename Storage, int C>
+static void score_codes(const Storage* first, const Storage* second, const float* q, const float* totals,
+                        const float* factors, int group, float* best) {
   constexpr int kLanes = 2 * kCodedTokens, kBlock = 4;
   alignas(64) float products[kBlock * kLanes];
   std::fill(best, best + kLanes, -std::numeric_limits<float>::infinity());
   for (int start = 0; start < group; start += kBlock) {
     const int count = std::min(group - start, kBlock);
-    const float* block = q + start * D;
-    if (count == 4) multiply_codes<Storage, D, 4>(first, second, block, products);
-    else if (count == 3) multiply_codes<Storage, D, 3>(first, second, block, products);
-    else if (count == 2) multiply_codes<Storage, D, 2>(first, second, block, products);
-    else multiply_codes<Storage, D, 1>(first, second, block, products);
-    for (int g = 0; g < count; ++g)
-      for (int i = 0; i < kLanes; ++i) best[i] = std::max(best[i], constants[start + g] + products[g * kLanes + i]);
+    const float* block = q + start * C;
+    if (count == 4) multiply_codes<Storage, C, 4>(first, second, block, products);
+    else if (count == 3) multiply_codes<Storage, C, 3>(first, second, block, products);
+    else if (count == 2) multiply_codes<Storage, C, 2>(first, second, block, products);
+    else multiply_codes<Storage, C, 1>(first, second, block, products);
+    for (int g = start; g < start + count; ++g)
+      for (int i = 0; i < kLanes; ++i)
+        best[i] = std::max(best[i], factors[g] * (products[(g - start) * kLanes + i] - totals[g]));
   }
 }
 
@@ -88,37 +113,44 @@ struct DynamicHead {
   int64_t row, head, num_chunks, num_selected;
 
   void score(const Storage* q_src, int group, std::vector<float>& scores) const {
-    if (a.chunk_score == HK_KEY_CODES) score_by_codes(q_src, group, scores);
+    if (a.chunk_score == HK_KEY_CODES) score_by_codes<D>(q_src, group, scores);
+    else if (a.chunk_score == HK_HALF_CODES) score_by_codes<D / 2>(q_src, group, scores);
+    else if (a.chunk_score == HK_QUARTER_CODES) score_by_codes<D / 4>(q_src, group, scores);
     else score_by_summaries(q_src, group, scores);
     // NaN has no order, and std::nth_element leaves the array without one.
     for (float& score : scores)
       if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
   }
 
-  // The best token of each chunk; a step of the codes goes to the query, rounded to the pool's type as everywhere.
+  // The best token of each chunk; a step of the codes goes to the query, rounded to the pool's type as everywhere. C of
+  // the D channels are coded, so that a summary vector holds D / C coded ones.
+  template <int C>
   void score_by_codes(const Storage* q_src, int group, std::vector<float>& scores) const {
-    alignas(64) float q[kMaxGroup * D], centre[D], step[D];
-    float constants[kMaxGroup], best[2 * kCodedTokens];
+    alignas(64) float q[kMaxGroup * C], step[C];
+    float totals[kMaxGroup], factors[kMaxGroup], best[2 * kCodedTokens];
     Summaries<Storage, D, RetrieveArgs> summary{a, row, head};
-    load_row<T, D>(summary(0), centre);
-    load_row<T, D>(summary(1), step);
+    const auto coded = [&](int64_t vector) { return summary(vector * C / D) + vector * C % D; };
+    load_row<T, C>(coded(0), step);
+    const Storage* channels = coded(1);
     for (int g = 0; g < group; ++g) {
-      float total = 0.f;
-      load_row<T, D>(q_src + g * D, q + g * D);
-      constants[g] = dot<D>(q + g * D, centre);
-      for (int d = 0; d < D; ++d) {
-        const float scaled = std::min(std::max(q[g * D + d] * step[d], -T::kMax), T::kMax);
-        total += q[g * D + d] = T::load(T::store(scaled));
+      float total = 0.f, square = 0.f, *query = q + g * C;
+      for (int c = 0; c < C; ++c) query[c] = T::load(q_src[g * D + code_number(channels[c])]);
+      turn_channels<C>(query);
+      for (int c = 0; c < C; ++c) {
+        const float scaled = std::min(std::max(query[c] * step[c], -T::kMax), T::kMax);
+        query[c] = T::load(T::store(scaled));
+        total += query[c], square += query[c] * query[c];
       }
-      constants[g] -= 1.5f * total;
+      const float spread = std::sqrt(square);
+      totals[g] = 1.5f * total, factors[g] = 1.f / (spread > 0.f ? spread : 1.f);
     }
     std::fill(scores.begin(), scores.end(), -std::numeric_limits<float>::infinity());
     const int64_t num_words = num_chunks * a.chunk_size / kCodedTokens;
     for (int64_t w = 0; w < num_words; w += 2) {
       // Two words lie side by side: the header is even, and so is what a half of a page holds.
-      const Storage* first = summary(kCodeHeader + w);
+      const Storage* first = coded(kCodeHeader + w);
       const int64_t count = std::min<int64_t>(num_words - w, 2) * kCodedTokens;
-      score_codes<Storage, D>(first, count > kCodedTokens ? first + D : nullptr, q, constants, group, best);
+      score_codes<Storage, C>(first, count > kCodedTokens ? first + C : nullptr, q, totals, factors, group, best);
       for (int64_t i = 0; i < count; ++i) {
         float& score = scores[size_t((w * kCodedTokens + i) / a.chunk_size)];
         score = std::max(score, best[i]);

@@ -6,7 +6,7 @@ counted in chunks, of which a head page has page_size / chunk_size.
 
 import torch
 
-from hybridkv_kernels.chunks import KEY_CODES, Retrieval, read_codes, top_chunks
+from hybridkv_kernels.chunks import Retrieval, read_codes, top_chunks, turn_channels
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 
 SPREAD_WEIGHT = 0.5  # of a chunk's spread along the query, beside q . mean key
@@ -73,8 +73,9 @@ def score_row(
     """[E, C], dtype: how much the query groups q [E, G, D] of the dynamic `heads` [E] want each chunk of a request."""
     num_tokens, chunk_score = int(table.num_prompt_pages[row]) * table.layout.page_size, retrieval.chunk_score
     vectors = table.read_summaries(views, row, layer_idx, heads, retrieval.count_vectors(num_tokens))
-    if chunk_score == KEY_CODES:
-        return score_coded_chunks(q, vectors, retrieval.chunk_size, dtype)
+    if retrieval.is_coded:
+        num_channels = retrieval.coded_channels(q.shape[-1])
+        return score_coded_chunks(q, vectors, num_channels, retrieval.chunk_size, num_tokens, dtype)
     # [E, C * stored, D] -> [E, C, stored, D], of which the score reads the first V.
     summaries = vectors.unflatten(1, (num_tokens // retrieval.chunk_size, -1))[:, :, : retrieval.score_vectors]
     q, chunk_score = as_plain_score(q, chunk_score)
@@ -82,23 +83,34 @@ def score_row(
 
 
 def score_coded_chunks(
-    q: torch.Tensor, vectors: torch.Tensor, chunk_size: int, dtype: torch.dtype = torch.float32
+    q: torch.Tensor,
+    vectors: torch.Tensor,
+    num_channels: int,
+    chunk_size: int,
+    num_tokens: int,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """[E, C], dtype: the best q . key of any query of the group and any of the `chunk_size` tokens of each chunk."""
-    scores = score_tokens_by_query(q, vectors, dtype)
+    """[E, C], dtype: the best score of any query of the group and any of the `chunk_size` tokens of each chunk."""
+    scores = score_tokens_by_query(q, vectors, num_channels, dtype)[..., :num_tokens]
     by_chunk = scores.masked_fill(scores.isnan(), float("-inf")).unflatten(2, (-1, chunk_size))  # [E, G, C, T]
     return by_chunk.amax(dim=(1, 3))
 
 
-def score_tokens_by_query(q: torch.Tensor, vectors: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[E, G, N], dtype: q [E, G, D] times the keys that `encode_keys` made vectors [E, 2 + N / 8, D] of.
+def score_tokens_by_query(
+    q: torch.Tensor, vectors: torch.Tensor, num_channels: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """[E, G, N], dtype: how far each token stands out to each query of q [E, G, D], by vectors of `encode_keys`.
+
+    It is q . (key - mean key), by the codes, over the spread that it would have if the channels were independent. So the
+    queries of a group, which differ in length, are heard alike: each names the tokens that stand out to it.
 
     The step goes to the query, which is rounded to its dtype again: then every device multiplies the same numbers.
     """
-    centre, step, steps = read_codes(vectors)
+    step, channels, steps = read_codes(vectors, num_channels)
     limit = torch.finfo(q.dtype).max
-    scaled = (q.float() * step).clamp(-limit, limit).to(q.dtype).to(dtype)
-    return (q.to(dtype) * centre).sum(dim=-1, keepdim=True) + scaled @ steps.to(dtype).transpose(1, 2)
+    scaled = (turn_channels(q, channels) * step).clamp(-limit, limit).to(q.dtype).to(dtype)
+    spread = scaled.square().sum(dim=-1, keepdim=True).sqrt()
+    return scaled @ steps.to(dtype).transpose(1, 2) / torch.where(spread > 0, spread, 1.0)
 
 
 def as_plain_score(q: torch.Tensor, chunk_score: str) -> tuple[torch.Tensor, str]:

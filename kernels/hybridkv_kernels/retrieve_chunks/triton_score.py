@@ -1,6 +1,6 @@
 """Triton parts of `retrieve_chunks` that score chunks: programs of an entry (request, KV head) share its chunks.
 
-Scores by key codes are a product of matrices, too: the two bits of a code become the first ones of the mantissa of 1.0,
+Scores by codes are a product of matrices, too: the two bits of a code become the first ones of the mantissa of 1.0,
 which is 1 + code / 4 exactly in every type, and cheaper than a conversion of integers.
 
 A score is written as a uint32 image that orders as the scores do, for `gpu.top`, and the mark beside it is cleared.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hybridkv_kernels import gpu
-from hybridkv_kernels.chunks import CODE_HEADER, CODED_TOKENS, KEY_CODES, Retrieval
+from hybridkv_kernels.chunks import CODE_HEADER, CODED_TOKENS, Retrieval, rotation
 from hybridkv_kernels.gpu.head_pages import dot, summary_rows
 
 VARYING = ("layer_idx", "pages_per_layer", "max_pages", "num_sinks", "num_recent")
@@ -66,25 +66,34 @@ def _group_score(per_query, G: tl.constexpr, BG: tl.constexpr, SCORE: tl.constex
 
 
 @triton.jit
-def _coded_query(q, centre, step, INTERPRETED: tl.constexpr):
-    """What `_coded_scores` needs of a query group [BG, BD]: its product with the step [BD], fp32, and a constant [BG].
+def _coded_query(turned, step, INTERPRETED: tl.constexpr, DTYPE: tl.constexpr):
+    """What `_coded_scores` needs of a turned query group [BG, BC]: its product with the step [BC], and two times [BG].
 
-    A code stands for code - 1.5 steps and is read as 1 + code / 4, so 5.5 times the scaled query is too much.
+    A code stands for code - 1.5 steps and is read as 1 + code / 4, so the constant takes 5.5 times the scaled query
+    away. The factor divides a score by the spread that independent channels would give it.
     """
-    wide = q.to(tl.float32)
-    scaled = wide * step[None, :]
-    if q.dtype == tl.float16:  # infinity times a code of 0 would be no number
+    scaled = turned * step[None, :]
+    if DTYPE == tl.float16:  # infinity times a code of 0 would be no number
         scaled = tl.where(scaled > 65504.0, 65504.0, tl.where(scaled < -65504.0, -65504.0, scaled))
-    if INTERPRETED and q.dtype == tl.bfloat16:  # the interpreter cuts off what a GPU rounds
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts off what a GPU rounds
         bits = scaled.to(tl.uint32, bitcast=True)
         scaled = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    scaled = scaled.to(q.dtype)
-    return scaled, tl.sum(wide * centre[None, :], 1) - 5.5 * tl.sum(scaled.to(tl.float32), 1)
+    scaled = scaled.to(DTYPE)
+    wide = scaled.to(tl.float32)
+    spread = tl.sqrt(tl.sum(wide * wide, 1))
+    return scaled, -5.5 * tl.sum(wide, 1), 1.0 / tl.where(spread > 0.0, spread, 1.0)
 
 
 @triton.jit
 def _token_score(
-    words, token: tl.constexpr, scaled, constant, G: tl.constexpr, MANTISSA: tl.constexpr, INTERPRETED: tl.constexpr
+    words,
+    token: tl.constexpr,
+    scaled,
+    constant,
+    factor,
+    G: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     """[BW], fp32: score of one of the 8 tokens of each word for the query that likes it best."""
     shift: tl.constexpr = MANTISSA - 2 - 2 * token
@@ -94,24 +103,31 @@ def _token_score(
     else:
         moved = words >> -shift
     values = ((moved & (3 << (MANTISSA - 2))) | one).to(scaled.dtype, bitcast=True)
-    by_query = 4.0 * dot(values, tl.trans(scaled), INTERPRETED) + constant[None, :]
+    by_query = (4.0 * dot(values, tl.trans(scaled), INTERPRETED) + constant[None, :]) * factor[None, :]
     is_member = (tl.arange(0, scaled.shape[0]) < G)[None, :]
     return tl.max(tl.where(is_member, by_query, -float("inf")), 1)
 
 
 @triton.jit
 def _coded_scores(
-    words, scaled, constant, CHUNK: tl.constexpr, G: tl.constexpr, MANTISSA: tl.constexpr, INTERPRETED: tl.constexpr
+    words,
+    scaled,
+    constant,
+    factor,
+    CHUNK: tl.constexpr,
+    G: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """[BW * 8 / CHUNK], fp32: score of the best token of each chunk, from words [BW, BD] of 8 tokens, as integers."""
-    s0 = _token_score(words, 0, scaled, constant, G, MANTISSA, INTERPRETED)
-    s1 = _token_score(words, 1, scaled, constant, G, MANTISSA, INTERPRETED)
-    s2 = _token_score(words, 2, scaled, constant, G, MANTISSA, INTERPRETED)
-    s3 = _token_score(words, 3, scaled, constant, G, MANTISSA, INTERPRETED)
-    s4 = _token_score(words, 4, scaled, constant, G, MANTISSA, INTERPRETED)
-    s5 = _token_score(words, 5, scaled, constant, G, MANTISSA, INTERPRETED)
-    s6 = _token_score(words, 6, scaled, constant, G, MANTISSA, INTERPRETED)
-    s7 = _token_score(words, 7, scaled, constant, G, MANTISSA, INTERPRETED)
+    """[BW * 8 / CHUNK], fp32: score of the best token of each chunk, from words [BW, BC] of 8 tokens, as integers."""
+    s0 = _token_score(words, 0, scaled, constant, factor, G, MANTISSA, INTERPRETED)
+    s1 = _token_score(words, 1, scaled, constant, factor, G, MANTISSA, INTERPRETED)
+    s2 = _token_score(words, 2, scaled, constant, factor, G, MANTISSA, INTERPRETED)
+    s3 = _token_score(words, 3, scaled, constant, factor, G, MANTISSA, INTERPRETED)
+    s4 = _token_score(words, 4, scaled, constant, factor, G, MANTISSA, INTERPRETED)
+    s5 = _token_score(words, 5, scaled, constant, factor, G, MANTISSA, INTERPRETED)
+    s6 = _token_score(words, 6, scaled, constant, factor, G, MANTISSA, INTERPRETED)
+    s7 = _token_score(words, 7, scaled, constant, factor, G, MANTISSA, INTERPRETED)
     # The last join is the lowest bit of a token's number.
     even = tl.join(tl.join(s0, s4), tl.join(s2, s6))
     odd = tl.join(tl.join(s1, s5), tl.join(s3, s7))
@@ -164,7 +180,31 @@ def _load_summaries(
 
 
 @triton.jit
-def _load_vector(
+def _load_coded(
+    k_flat,
+    v_flat,
+    pages,
+    first,
+    vector,
+    mask,
+    pages_per_layer,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    P: tl.constexpr,
+    L: tl.constexpr,
+    H: tl.constexpr,
+):
+    """[BV, BC]: coded vectors `vector` [BV] of C numbers, D / C in a summary vector; zero where not `mask`."""
+    SHARE: tl.constexpr = D // C
+    row, in_values = summary_rows(pages, first, vector // SHARE, mask, pages_per_layer, L, H, P)
+    start = tl.where(in_values, v_flat + row * D, k_flat + row * D) + vector % SHARE * C
+    c = tl.arange(0, BC)
+    return tl.load(start[:, None] + c[None, :], mask=mask[:, None] & (c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_header(
     k_flat,
     v_flat,
     pages,
@@ -172,16 +212,15 @@ def _load_vector(
     vector: tl.constexpr,
     pages_per_layer,
     D: tl.constexpr,
-    BD: tl.constexpr,
+    C: tl.constexpr,
+    BC: tl.constexpr,
     P: tl.constexpr,
     L: tl.constexpr,
     H: tl.constexpr,
 ):
-    """[BD], fp32: one summary vector of an entry."""
+    """[1, BC]: one coded vector of an entry."""
     place, mask = tl.full([1], vector, tl.int32), tl.full([1], 1, tl.int1)
-    return tl.sum(
-        _load_summaries(k_flat, v_flat, pages, first, place, mask, pages_per_layer, D, BD, P, L, H).to(tl.float32), 0
-    )
+    return _load_coded(k_flat, v_flat, pages, first, place, mask, pages_per_layer, D, C, BC, P, L, H)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -263,6 +302,7 @@ def _score_codes_kernel(
     max_chunks,
     num_sinks,
     num_recent,
+    rotations,
     L: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
@@ -273,28 +313,44 @@ def _score_codes_kernel(
     BD: tl.constexpr,
     BC: tl.constexpr,
     MANTISSA: tl.constexpr,
+    CHANNELS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The same where single tokens are scored by key codes, 8 of them a summary vector; BC is whole vectors."""
+    """The same where single tokens are scored by codes of CHANNELS of their D elements, 8 of them a coded vector.
+
+    BC chunks are whole vectors, and BD holds the channels. `rotations` is `chunks.rotation` of them.
+    """
     entry = tl.program_id(0).to(tl.int64)
     row, head, is_mine = load_entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
         return
     num_chunks, num_selected = tl.load(all_num_prompt_pages + row) * C, tl.load(num_head_pages + head) * C
     pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
-    q = _load_group(queries, entry * G, D, G, BG, BD)
     CHUNK: tl.constexpr = P // C
     WORDS: tl.constexpr = BC * CHUNK // _CODED_TOKENS
-    centre = _load_vector(k_flat, v_flat, pages, first, 0, pages_per_layer, D, BD, P, L, H)
-    step = _load_vector(k_flat, v_flat, pages, first, 1, pages_per_layer, D, BD, P, L, H)
-    scaled, constant = _coded_query(q, centre, step, INTERPRETED)
+    header = (k_flat, v_flat, pages, first)
+    step = _load_header(*header, 0, pages_per_layer, D, CHANNELS, BD, P, L, H).to(tl.float32)
+    numbers = _load_header(*header, 1, pages_per_layer, D, CHANNELS, BD, P, L, H)
+    channel = tl.max(numbers.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True).to(tl.int32), 0)
+    member, c = tl.arange(0, BG), tl.arange(0, BD)
+    q = tl.load(
+        queries + (entry * G + member)[:, None] * D + channel[None, :],
+        mask=(member < G)[:, None] & (c < CHANNELS)[None, :],
+        other=0.0,
+    )
+    inside = (c < CHANNELS)[:, None] & (c < CHANNELS)[None, :]
+    turn = tl.load(rotations + c[:, None] * CHANNELS + c[None, :], mask=inside, other=0.0)
+    # The rotation is symmetric; on this side of the product are the rows that a matrix product wants many of.
+    turned = tl.trans(dot(turn, tl.trans(q), INTERPRETED))
+    scaled, constant, factor = _coded_query(turned, tl.max(step, 0), INTERPRETED, q.dtype)
     num_words = num_chunks * CHUNK // _CODED_TOKENS
     for tile in range(tl.program_id(1), tl.cdiv(num_chunks, BC), tl.num_programs(1)):
         chunk, word = tl.arange(0, BC) + tile * BC, tl.arange(0, WORDS) + tile * WORDS
         inside, vector = chunk < num_chunks, word + _CODE_HEADER
-        words = _load_summaries(k_flat, v_flat, pages, first, vector, word < num_words, pages_per_layer, D, BD, P, L, H)
+        is_word = word < num_words
+        words = _load_coded(k_flat, v_flat, pages, first, vector, is_word, pages_per_layer, D, CHANNELS, BD, P, L, H)
         words = words.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True)
-        score = _coded_scores(words, scaled, constant, CHUNK, G, MANTISSA, INTERPRETED)
+        score = _coded_scores(words, scaled, constant, factor, CHUNK, G, MANTISSA, INTERPRETED)
         image = _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
         tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
         tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
@@ -312,11 +368,14 @@ def score_launch(q: torch.Tensor, group: int, retrieval: Retrieval) -> tuple[tri
         "INTERPRETED": gpu.is_interpreted(),
         "num_stages": 2,
     }
-    if retrieval.chunk_score == KEY_CODES:
+    if retrieval.is_coded:
         # A vector is read once for its 8 tokens; the matrix product of a warp takes 16 of them.
         vectors = 16 if q.dtype == torch.float32 else 32
+        channels = retrieval.coded_channels(head_dim)
         constants |= {"BC": vectors * CODED_TOKENS // size, "BG": max(8, triton.next_power_of_2(group))}
-        return _score_codes_kernel, constants | {"MANTISSA": _MANTISSA_BITS[q.dtype], "num_warps": 2}
+        constants |= {"BD": max(16, triton.next_power_of_2(channels)), "CHANNELS": channels}
+        constants |= {"rotations": rotation(channels, q.device, q.dtype), "MANTISSA": _MANTISSA_BITS[q.dtype]}
+        return _score_codes_kernel, constants | {"num_warps": 2}
     vectors, stored = retrieval.score_vectors, retrieval.stored_vectors
     kind = "mean_max" if retrieval.chunk_score == "mean_spread" else retrieval.chunk_score
     return _score_kernel, constants | {"VECTORS": vectors, "STORED": stored, "SCORE": kind, "num_warps": 4}

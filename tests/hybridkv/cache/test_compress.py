@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.chunks import encode_keys
+from hybridkv_kernels.chunks import CODED_SCORES, encode_keys
 from sglang_hybridkv.cache.compress import digest_plan
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
@@ -20,7 +20,7 @@ from sglang_hybridkv.requests.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
 
 P = 16
-CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale", "key_codes"]
+CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale", *CODED_SCORES]
 THETA = {"static": 0.0, "dynamic": 1.01, "mixed": 0.5}
 
 
@@ -245,8 +245,10 @@ def test_summaries_survive_their_way_through_head_pages(case):
             continue
         read = pool.table.read_summaries(pool.views, prompt.row, layer, heads, vectors)
         keys = prompt.keys[layer, heads, : geometry.covered]
-        if score == "key_codes":
-            assert torch.equal(read.view(torch.int32), encode_keys(keys).view(torch.int32)), "bit by bit"
+        if score in CODED_SCORES:
+            num_channels = keys.shape[2] // CODED_SCORES[score]
+            coded = encode_keys(keys, prompt.query_rms[layer, heads], num_channels)
+            assert torch.equal(read.view(torch.int32), coded.view(torch.int32)), "bit by bit"
             continue
         chunks = keys.unflatten(1, (-1, 8))
         plain = [chunks.mean(2)] if score.startswith("mean") else [chunks.amin(2), chunks.amax(2)]
