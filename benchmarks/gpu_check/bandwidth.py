@@ -71,27 +71,41 @@ SMALL = Workload(2, 1024, num_steps=3, num_layers=2)
 """For machines without a GPU: the same code, no conclusion."""
 
 
-def quotients(
-    *, decode_bytes: int, summary_bytes: int, stock_bytes: int, copy_gb_s: float, decode_ms: float, step_ms: float,
-    stock_ms: float, layers_measured: int,
-) -> Row:  # fmt: skip
-    """What the times say. Bytes and times are of `layers_measured` layers.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Bytes and milliseconds of `layers_measured` layers, and the bandwidth of a copy in GB/s.
+
+    `decode` is the decode kernel, `summary` what retrieval reads, `step` both, and `stock` attention to all rows.
+    """
+
+    decode_bytes: int
+    summary_bytes: int
+    stock_bytes: int
+    decode_ms: float
+    step_ms: float
+    stock_ms: float
+    copy_gb_s: float
+    layers_measured: int
+
+
+def quotients(measured: Measured) -> Row:
+    """What the times say.
 
     `bandwidth_share` is the bytes of the decode kernel over its time, over the bandwidth of the copy (read and write
     both counted). `speedup` is that of a whole step over stock, attention measured and weights by their bytes;
     `byte_bound` what it would be if both sides only moved their bytes, `bound_share` how much of it was reached.
     """
-    scale = NUM_LAYERS / layers_measured
-    weights_ms = WEIGHT_BYTES / copy_gb_s / 1e6
-    speedup = (weights_ms + scale * stock_ms) / (weights_ms + scale * step_ms)
-    ours = WEIGHT_BYTES + scale * (decode_bytes + summary_bytes)
-    bound = (WEIGHT_BYTES + scale * stock_bytes) / ours
-    decode_gb_s = decode_bytes / decode_ms / 1e6
+    scale = NUM_LAYERS / measured.layers_measured
+    weights_ms = WEIGHT_BYTES / measured.copy_gb_s / 1e6
+    speedup = (weights_ms + scale * measured.stock_ms) / (weights_ms + scale * measured.step_ms)
+    ours = WEIGHT_BYTES + scale * (measured.decode_bytes + measured.summary_bytes)
+    bound = (WEIGHT_BYTES + scale * measured.stock_bytes) / ours
+    decode_gb_s = measured.decode_bytes / measured.decode_ms / 1e6
     values = {
-        "copy_gb_s": copy_gb_s,
+        "copy_gb_s": measured.copy_gb_s,
         "decode_gb_s": decode_gb_s,
-        "bandwidth_share": decode_gb_s / copy_gb_s,
-        "attention_speedup": stock_ms / step_ms,
+        "bandwidth_share": decode_gb_s / measured.copy_gb_s,
+        "attention_speedup": measured.stock_ms / measured.step_ms,
         "speedup": speedup,
         "byte_bound": bound,
         "bound_share": speedup / bound,
@@ -147,7 +161,7 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     row |= {name: round(value, 4) for name, value in times.items()}
     row |= {"stock_ms_by_kernel": {name: round(value, 4) for name, value in stock_ms.items()}}
     row |= {"chunk_hit_rate": round(hits / chosen, 3) if chosen else None, "query_similarity": QUERY_SIMILARITY}
-    return row | quotients(**sizes, **times, copy_gb_s=copy_gb_s, layers_measured=shape.num_layers)
+    return row | quotients(Measured(**sizes, **times, copy_gb_s=copy_gb_s, layers_measured=shape.num_layers))
 
 
 def fit(workload: Workload, device: str) -> Workload:

@@ -17,10 +17,10 @@ import pytest
 from benchmarks.quality import table
 from benchmarks.quality.cases import TASKS, Cell
 from benchmarks.quality.cli import main
-from benchmarks.quality.runs import plan_keys
+from benchmarks.quality.runs import RunSettings, plan_keys
 from benchmarks.quality.servers import ServerSpec
 from benchmarks.quality.store import read_answers
-from benchmarks.quality.table import RunSettings, run_plan, smoke_verdict, text_verdict
+from benchmarks.quality.table import run_plan, smoke_verdict, text_verdict
 from tests.benchmarks.fake_endpoint import COMPRESSED, FakeEndpoint, serving, stand_for_servers
 
 CELLS = [Cell("coherent", 400, 3, TASKS), Cell("page", 400, 2, ("read",))]

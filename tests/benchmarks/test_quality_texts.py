@@ -15,10 +15,10 @@ from benchmarks.quality.cases import SECOND_TASKS, TASKS, Cell, make_exchanges
 from benchmarks.quality.cli import main
 from benchmarks.quality.client import FORCED_LOGIT, forcing_processor, undo_forcing
 from benchmarks.quality.models import MODELS
-from benchmarks.quality.presets import build_plan
-from benchmarks.quality.runs import plan_keys
+from benchmarks.quality.presets import Choices, build_plan
+from benchmarks.quality.runs import RunSettings, plan_keys
 from benchmarks.quality.servers import ServerSpec
-from benchmarks.quality.table import RunSettings, run_plan
+from benchmarks.quality.table import run_plan
 from benchmarks.texts import FREE_KINDS, HELD_OUT, KINDS
 from tests.benchmarks.fake_endpoint import FakeEndpoint, serving, stand_for_servers
 
@@ -59,7 +59,7 @@ def test_halves_have_keys_and_texts_of_their_own() -> None:
     assert ours != theirs
     with pytest.raises(ValueError, match="^split: expected"):
         Cell("coherent", 400, 2, TASKS, HELD_OUT)
-    for spec, cells in build_plan(MODELS["smollm2"].presets["headline"], split=HELD_OUT):
+    for spec, cells in build_plan(MODELS["smollm2"].presets["headline"], Choices(split=HELD_OUT)):
         assert {cell.split for cell in cells} == {HELD_OUT}, spec
 
 

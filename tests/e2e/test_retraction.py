@@ -22,9 +22,9 @@ NO_OVERLAP = "--disable-overlap-schedule"
 @pytest.fixture(scope="module", params=[(), (NO_OVERLAP,)], ids=["overlap", "no-overlap"])
 def servers(request: pytest.FixtureRequest) -> Iterator[dict[float, Server]]:
     """By budget; both retract a request every fifth step, whose refill then needs several chunks."""
-    shape = {"pool_tokens": POOL, "chunk_tokens": 256}
+    sizes = {"max_total_tokens": POOL, "chunked_prefill_size": 256}
     made = {
-        budget: make_server(VL, budget, None, *request.param, **shape, env=RETRACT_ENV, name=f"retract-{budget}")
+        budget: make_server(VL, budget, None, *request.param, **sizes, env=RETRACT_ENV, name=f"retract-{budget}")
         for budget in (1.0, 0.1)
     }
     for _ in run_servers(*made.values()):

@@ -34,36 +34,25 @@ HAS_TRITON_TWINS = gpu.is_installed() and all(
 )
 needs_twins = pytest.mark.skipif(not HAS_TRITON_TWINS, reason="Triton or a Triton kernel is not here")
 
-PAGES, ROWS, MAX_CONTEXT = 120, 7, 400
+LAYERS, PAGES, ROWS, MAX_CONTEXT = 2, 120, 7, 400
 BACKENDS = ("torch_native", "triton", "flashinfer")
 
 
 class Serving:
     """Requests of one tiny model; `backend` is one of BACKENDS, made ours as SGLang makes it."""
 
-    def __init__(
-        self,
-        backend,
-        monkeypatch,
-        *,
-        compressor="hybridkv",
-        layers=2,
-        heads=2,
-        group=2,
-        head_dim=64,
-        page_size=8,
-        dtype=torch.bfloat16,
-        **config,
-    ):
-        self.generator = fresh_generator()
-        self.heads, self.group, self.head_dim, self.dtype, self.page_size = heads, group, head_dim, dtype, page_size
+    heads, head_dim, dtype = 2, 64, torch.bfloat16
+
+    def __init__(self, backend, monkeypatch, *, compressor="hybridkv", group=2, page_size=8, **config):
+        self.generator, self.group, self.page_size = fresh_generator(), group, page_size
+        heads, head_dim, dtype = self.heads, self.head_dim, self.dtype
         self.pool = HybridTokenToKVPool(
             size=PAGES * page_size,
             page_size=page_size,
             dtype=dtype,
             head_num=heads,
             head_dim=head_dim,
-            layer_num=layers,
+            layer_num=LAYERS,
             device="cpu",
             enable_memory_saver=False,
             enable_alt_stream=False,
@@ -86,7 +75,7 @@ class Serving:
         self.req_to_token = torch.zeros(ROWS, MAX_CONTEXT, dtype=torch.int32)
         self.lens: dict[int, int] = {}
         self.layers = [
-            RadixAttention(heads * group, head_dim, head_dim**-0.5, heads, layer_id) for layer_id in range(layers)
+            RadixAttention(heads * group, head_dim, head_dim**-0.5, heads, layer_id) for layer_id in range(LAYERS)
         ]
         self.backend = make_hybrid(_STOCK[backend](self, monkeypatch))
 
