@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hybridkv_kernels.chunks import ESTIMATING_SCORES, KEY_CODES, Retrieval
 
@@ -115,6 +115,11 @@ OnHostStoreFull = Annotated[
 ]
 
 
+def _may_be_bool(annotation: Any) -> bool:
+    """Whether true or false is among what an annotation allows."""
+    return annotation is bool or isinstance(annotation, bool) or any(map(_may_be_bool, get_args(annotation)))
+
+
 class CompressorConfig(BaseModel):
     """What the engine needs to know for every method."""
 
@@ -130,6 +135,14 @@ class CompressorConfig(BaseModel):
     pool_mode: PoolMode = "average"
     observation_rows: ObservationRows = 32
     min_prompt_tokens: MinPromptTokens = 512
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # To a Literal, however strict, true is 1.
+        if isinstance(value, bool) and not _may_be_bool(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("true and false are not allowed here")
+        return value
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -237,16 +250,17 @@ def parse_config(text: str | dict | None, config_class: type[Config], *, budget:
         One sentence that names the flag or field, the value and the legal values.
     """
     values = _load(text)
-    if budget is not None:
-        if "budget" in values and values["budget"] != budget:
-            raise ValueError(
-                f"{BUDGET_FLAG} {budget} and budget {values['budget']!r} of {CONFIG_FLAG} differ; give only one of them"
-            )
+    from_flag = budget is not None and "budget" not in values
+    if from_flag:
         values["budget"] = budget
+    elif budget is not None and values["budget"] != budget:
+        raise ValueError(
+            f"{BUDGET_FLAG} {budget} and budget {values['budget']!r} of {CONFIG_FLAG} differ; give only one of them"
+        )
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_one_sentence(error, config_class, budget_from_flag=budget is not None)) from None
+        raise ValueError(_one_sentence(error, config_class, budget_from_flag=from_flag)) from None
 
 
 def legal_values(field: str, config_class: type[CompressorConfig]) -> str:
