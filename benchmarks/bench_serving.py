@@ -129,16 +129,12 @@ def ratio_row(rows: Sequence[Row], batch: int) -> Row:
 
 def _stream(server: Server, ids: list[int], new_tokens: int) -> Stream:
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    body = {"input_ids": ids, "sampling_params": sampling, "stream": True}
+    body = {"input_ids": ids, "sampling_params": sampling}
     events: list[tuple[float, int]] = []
     meta: dict[str, Any] = {}
     sent = time.perf_counter()
-    with server.client.stream("POST", "/generate", json=body) as response:
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
+    with server.stream("/generate", body) as answers:
+        for event in answers:
             if "error" in event:
                 raise ServerError(f"generate: {event['error']}")
             meta = event["meta_info"]

@@ -119,7 +119,6 @@ class Text(Facts):
         return KINDS if self.sentences else tuple(kind for kind in KINDS if kind != "cloze")
 
 
-# Prose ----------------------------------------------------------------------------------------------------------------
 def _license_texts() -> Iterator[tuple[str, str, str]]:
     """Yield half, name and text of the license files that are there."""
     for split, names in LICENSE_FILES.items():
@@ -203,7 +202,6 @@ def count_tokens(text: str) -> int:
     return round(pieces + len(re.findall(r"\d| (?=\d)|[^\w\s]+|_|\n+", text)))
 
 
-# Texts ----------------------------------------------------------------------------------------------------------------
 def _words(split: str, words: str) -> list[str]:
     """Return one half's share of some words."""
     return words.split()[SPLITS.index(split) :: len(SPLITS)]
@@ -287,9 +285,6 @@ def draw_text(rng: np.random.Generator, length: int, *, split: str = DEVELOPMENT
     body = "\n\n".join(paragraphs)
     codes = tuple(sorted(facts.codes, key=lambda fact: body.index(f"of the {fact[0]} is")))
     return Text(**vars(facts) | {"codes": codes}, body=body, sentences=sentences)
-
-
-# Questions ------------------------------------------------------------------------------------------------------------
 
 
 def _is_cloze(sentence: str) -> bool:
@@ -387,7 +382,6 @@ def every_fact(split: str) -> Iterator[str]:
             yield from part
 
 
-# Answers --------------------------------------------------------------------------------------------------------------
 def normalise(kind: str, said: str) -> str:
     """Return what is compared of an answer: its first sentence, which the question began.
 

@@ -75,14 +75,9 @@ def setups(device: str) -> tuple[list[Setup], list[str]]:
             "attention backends triton and flashinfer, CUDA graphs: they need a GPU"
         ]
     found = [Setup("cuda", "triton", "float32"), Setup("cuda", "triton", "bfloat16")]
-    if not has_flashinfer():
+    if importlib.util.find_spec("flashinfer") is None:
         return found, ["attention backend flashinfer: the package flashinfer is not installed"]
     return [*found, Setup("cuda", "flashinfer", "bfloat16")], []
-
-
-def has_flashinfer() -> bool:
-    """Whether there is a FlashInfer to import."""
-    return importlib.util.find_spec("flashinfer") is not None
 
 
 def compare(ours: Sequence[Answer], stock: Sequence[Answer]) -> Row:

@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from benchmarks.models.make_models import save_checkpoint
-from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, processor_files
+from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, TOWER_OF_CELLS, processor_files
 from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, drawings_digest, piece_text
-from benchmarks.scenes import CELL_PIXELS
 
 NUM_PIECES = 6144
 """One template each; the tower's work a cell grows with the square."""
+VISION_NAMES = ("vision_start", "image", "vision_end", "video")
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 SPARE_IDS = (7, 8, 9, 10)
 """Of SmolLM2's vocabulary: special tokens that no training text had; they get the names of `VISION_TOKENS`."""
@@ -110,22 +110,10 @@ def build_config(language: Any, num_pieces: int) -> Qwen2_5_VLConfig:
             "hidden_size": vision_hidden,
             "intermediate_size": vision_hidden,
             "num_heads": vision_hidden // 64,
-            "patch_size": PATCH_PIXELS,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "window_size": CELL_PIXELS,
             "out_hidden_size": language.hidden_size,
-            "fullatt_block_indexes": [],
-            "tokens_per_second": 2,
-            "in_channels": 3,
+            **TOWER_OF_CELLS,
         },
-        **dict(
-            zip(
-                ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"),
-                SPARE_IDS,
-                strict=True,
-            )
-        ),
+        **{f"{name}_token_id": token for name, token in zip(VISION_NAMES, SPARE_IDS, strict=True)},
         tie_word_embeddings=True,
     )
 

@@ -49,11 +49,6 @@ def run_servers(*servers: Server) -> Iterator[list[Server]]:
 
 
 @pytest.fixture(scope="session")
-def vl_model() -> Path:
-    return make_model(VL)
-
-
-@pytest.fixture(scope="session")
 def vision(vl_model: Path) -> Vision:
     """Prompts with images for the model of `stock` and `tenth`."""
     return Vision(vl_model)

@@ -10,7 +10,6 @@ from benchmarks.harness import Server, parallel
 from tests.e2e.checks import Answer, Reference, ask, assert_nothing_lost, assert_same, request_body
 from tests.e2e.conftest import VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, Vision, text
-from tests.e2e.streams import stream
 
 pytestmark = pytest.mark.server
 
@@ -70,7 +69,7 @@ def test_retracted_requests_count_once_and_say_that_they_were_compressed(servers
     """Also when retracted before the commit, or with one token left, which is then served dense."""
     server = servers[0.1]
     before = server.compressor_state()
-    with stream(server, request_body(text(9540, 400), 600)) as beside:
+    with server.stream("/generate", request_body(text(9540, 400), 600)) as beside:
         next(beside)
         answers = [ask(server, text(9541 + i, 400), 6 + i) for i in range(16)]
     after = server.compressor_state()
