@@ -70,7 +70,7 @@ def engine_flags(
     device = device or detect_device()
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    # The attention backend is one and the same on both sides of a comparison.
+    # Both sides of a comparison have the same attention backend.
     flags = ["--device", device, "--attention-backend", "triton" if device == "cuda" else "torch_native"]
     flags += ["--chunked-prefill-size", str(chunked_prefill_size), "--enable-cache-report"]
     flags += ["--max-total-tokens", str(max_total_tokens)] if max_total_tokens else []

@@ -44,7 +44,7 @@ class Prompt:
     logits : [vocabulary]. Of the token after the prompt.
     spans : images.
     scaling : factor of q . k before the softmax.
-    position_delta : what a token's index misses of its position; 0 but for M-RoPE.
+    position_delta : a token's position less its index, after the prompt; not 0 only with M-RoPE.
     """
 
     ids: torch.Tensor
@@ -72,7 +72,7 @@ class Held:
     kept : [L, H, covered], bool. Rows of static heads; of dynamic heads, those that the buffer starts with.
     is_dynamic : [L, H], bool.
     num_pages : [L, H], int64. Kept or buffer pages.
-    config : of the compressor; says how chunks are scored.
+    config : settings of the compressor; they say how chunks are scored.
     merged : per layer, keys and values [H, covered, D] in place of the prompt's; None without merging.
     device_pages : pages of L x H head pages on the device, summaries and rounding included.
     """
@@ -267,7 +267,7 @@ class Replay:
             score, chunk_size = retrieval.chunk_score, retrieval.chunk_size
             settings, kv_heads = torch.tensor(members).T
             summaries = self._chunk_summaries(layer_idx, score, chunk_size, covered)[kv_heads]  # [E, C, V, D]
-            # Each key for itself, as its codes tell it.
+            # Each key stands for itself, as its codes describe it.
             score = "mean_max" if score == KEY_CODES else score
             q = grouped[settings, kv_heads]  # [E, G, T, D]
             by_query = score_chunks_by_query(q.flatten(1, 2), summaries, score).unflatten(1, q.shape[1:3])
@@ -383,7 +383,7 @@ class ReplayedModel:
     def prefill(self, inputs: dict[str, torch.Tensor], base: Prompt | None = None) -> Prompt:
         """Run a prompt; `base` is another one, with the same images, whose common beginning is not computed again."""
         ids = inputs["input_ids"][0]
-        # One token is left to compute: its logits are wanted.
+        # At least one token is left to compute, as its logits are wanted.
         num_base = 0 if base is None else min(_common_prefix(ids, base.ids), len(ids) - 1)
         spans = self._spans(ids)
         if num_base < max((span.end for span in spans), default=0):

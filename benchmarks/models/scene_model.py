@@ -30,7 +30,7 @@ TOWER_OF_CELLS = {
     "tokens_per_second": 2,
     "in_channels": 3,
 }
-"""Of a vision tower that looks at each cell for itself."""
+"""Settings of a vision tower that looks at each cell by itself."""
 
 
 def _words() -> list[str]:

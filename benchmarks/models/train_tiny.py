@@ -53,7 +53,7 @@ _USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assista
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Part of the curriculum: cells a side of the whole layout, scenes a batch, questions a scene."""
+    """Part of the curriculum: cells on a side of the whole layout, scenes in a batch, questions about a scene."""
 
     least_side: int
     most_side: int
@@ -227,7 +227,7 @@ def _add_turn(
     question = ask(rng, scene, str(rng.choice(scene.kinds, p=weights / weights.sum())))
     ids += encode(("" if first else _USER) + question.text + _ASSISTANT)
     answer, kind = encode(question.answer), KINDS.index(question.kind)
-    # The words after the one that was asked for tell whether the scene was read; the first ones are copied.
+    # Only the words after the one that was asked for show whether the scene was read. The first ones are copied.
     for i, token in enumerate((*answer, token_id(_END))):
         labels.append([b, len(ids) - 1, token, len(KINDS) if i == len(answer) or i < 2 else kind])
         ids.append(token)

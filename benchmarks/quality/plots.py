@@ -65,8 +65,10 @@ def draw_curves(rows: Sequence[Row], field: str, label: str, path: Path) -> Path
 
 
 def common_tasks(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the tasks that every server was asked; without second questions, which are not about the budget, and
-    without free text, which is neither right nor wrong."""
+    """Rows of the tasks that every server was asked.
+
+    Second questions are left out, as they are not about the budget, and free text, as it is neither right nor wrong.
+    """
     asked: dict[tuple[str, float | None], set[str]] = {}
     for row in rows:
         asked.setdefault((name_of(row), row["budget"]), set()).add(row["task"])

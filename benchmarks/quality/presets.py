@@ -31,7 +31,7 @@ SCENE_TASKS = ("get", "list", "chain", "count", "main")
 HEADLINE_CELL = Cell("coherent", 1600, 120, (*SCENE_TASKS, *SECOND_TASKS))
 PLAIN_CELL = Cell("coherent", 1600, 40, SCENE_TASKS)
 TEXT_TASKS = ("needle", "price", "crew", "cloze", *FREE_KINDS, *SECOND_TASKS)
-"""Without what SmolLM2 cannot do, compressed or not: "pair", "hop" and "tally"."""
+"""Tasks without those that SmolLM2 cannot do, compressed or not: "pair", "hop" and "tally"."""
 TEXT_CELLS = tuple(Cell(TEXT, length, n, TEXT_TASKS) for length, n in ((2000, 40), (1000, 20), (4000, 20), (7000, 10)))
 OTHER_CELLS = (
     Cell("coherent", 400, 40, SCENE_TASKS),
@@ -92,9 +92,9 @@ class Preset:
     Attributes
     ----------
     compressors, budgets : every compressor at every budget; stock is always there.
-    variants : of hybridkv.
+    variants : names of hybridkv's settings that are compared.
     cells : asked of stock, of `full` and at every budget that `cells_at` does not have.
-    cells_at : fewer, by budget.
+    cells_at : other cells for some budgets; these are fewer.
     """
 
     compressors: tuple[str, ...]
@@ -105,7 +105,7 @@ class Preset:
 
 
 PRESETS = {
-    # For continuous integration: lookups only, and few enough for five minutes on two busy cores.
+    # This one is for continuous integration: lookups only, and few enough for five minutes on two busy cores.
     "smoke": Preset((HYBRIDKV,), (0.1,), (Cell("coherent", 1600, 32, LOOKUP_KINDS),)),
     "headline": Preset((FULL, *COMPARED), HEADLINE_BUDGETS, (HEADLINE_CELL,)),
     "full": Preset(
@@ -119,12 +119,12 @@ PRESETS = {
 }
 
 TEXT_PRESETS = {
-    # For continuous integration: minutes, in process.
+    # This one is for continuous integration, too: it takes minutes, in process.
     "smoke": Preset((HYBRIDKV,), (0.1,), (Cell(TEXT, 1000, 8, ("needle", "price", "crew", "cloze", "summary")),)),
     "headline": Preset((FULL, HYBRIDKV, "snapkv", "quest", "random"), HEADLINE_BUDGETS, TEXT_CELLS[:1]),
     "full": Preset((FULL, *(name for name in COMPARED if name != "sparsemm")), (0.1, 0.05, 0.2), TEXT_CELLS),
 }
-"""For models of text, with real weights. sparsemm is left out: its calibration is about images."""
+"""Compressors for models of text, with real weights. sparsemm is left out: its calibration is about images."""
 
 Plan = list[tuple[ServerSpec, Sequence[Questions]]]
 

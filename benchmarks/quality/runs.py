@@ -37,7 +37,7 @@ class RunSettings:
     ----------
     out : folder of the answers.
     model : checkpoint; None with `base_url`.
-    request_tokens : of the KV pool, for each request at once.
+    request_tokens : tokens of the KV pool for each request that runs at once.
     base_url, served_model : a server that runs already, and its name for the model.
     in_process : answers are computed here, without servers.
     """
@@ -55,7 +55,7 @@ class RunSettings:
 
     @functools.cached_property
     def draw(self) -> DrawText | None:
-        """Shows texts as pictures, where the model is one that reads pages."""
+        """What shows texts as pictures, where the model is one that reads pages."""
         if self.model is None or not (self.model / PIECES_FILE).is_file():
             return None
         return PageWriter.load(self.model).draw_parts
@@ -118,7 +118,7 @@ def add_forced(answer: Answer, exchange: Exchange, client: Client, stock: Answer
 
 @contextlib.contextmanager
 def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, whatever happens, lets requests on their way end and starts no other."""
+    """A pool of threads. When the block ends, for whatever reason, no request starts, and those on their way finish."""
     pool = ThreadPoolExecutor(max_workers=count)
     try:
         yield pool
@@ -154,7 +154,7 @@ def ask_cells(
     # SGLang encodes the images of one batch together, on the CPU with attention that is quadratic in all their patches.
     new_images = threading.Lock()
 
-    # Of a data set every question has images of its own: one at a time, a GPU would have little to do.
+    # Every question of a data set has images of its own: one at a time, they would leave a GPU with little to do.
     together = all(isinstance(cell, DataSet) for cell in cells) and detect_device() != "cpu"
 
     def ask_scene(cell: Questions, index: int) -> None:

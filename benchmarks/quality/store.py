@@ -46,8 +46,8 @@ class AnswerFile:
 
     Attributes
     ----------
-    spec : of the server.
-    answers : by key.
+    spec : server that answered.
+    answers : what it answered, by key.
     """
 
     def __init__(self, folder: Path, spec: ServerSpec) -> None:

@@ -22,11 +22,11 @@ from benchmarks.scenes import LOOKUP_KINDS
 
 SMOKE_MARGIN = 0.03
 SMOKE_LEAST = 0.5
-"""Stock must get this share right, or a comparison with it says nothing."""
+"""Stock must get this share of the answers right, or a comparison with it says nothing."""
 TEXT_LEAST = 0.3
-"""The same of questions about texts: the models of real weights that fit two cores are weak."""
+"""The same share of questions about texts. It is lower, as the models of real weights that fit two cores are weak."""
 TEXT_KEPT = 0.8
-"""Of what stock answers right about texts, this share has to stay right."""
+"""Share of stock's right answers about texts that has to stay right."""
 
 Results = list[tuple[ServerSpec, Answers]]
 
@@ -98,7 +98,7 @@ def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None
         bar = progress.add_task("", total=sum(len(plan_keys(settings.seed, cells)) for _, cells in plan))
 
         def skip(count: int) -> None:
-            # Not as progress: the time left is estimated from the questions that are asked.
+            # These do not count as progress: the time left is estimated from the questions that are asked.
             progress.update(bar, total=(progress.tasks[0].total or 0) - count)
 
         for spec, cells in plan:

@@ -18,7 +18,7 @@ struct DecodeArgs {
   const int32_t* covered;         // [rows]
   const int32_t* first_head_page; // [rows, num_layers, num_kv_heads]
   const int32_t* num_head_pages;  // [rows, num_layers, num_kv_heads]
-  const int32_t* num_prompt_pages; // [rows]; this and the next three are read where chunks, pages then, are estimated
+  const int32_t* num_prompt_pages; // [rows]; this and the next three are read where chunks are estimated, as pages
   const int32_t* first_summary_page; // [rows, num_layers, num_kv_heads]
   const uint8_t* is_dynamic;      // [rows, num_layers, num_kv_heads]
   const int32_t* held_chunks;        // [head pages]

@@ -43,8 +43,8 @@ static inline uint32_t code_word(Storage stored) {
   return word;
 }
 
-// Products of B queries [B, D] with the codes of 2 * kCodedTokens tokens, whose words are at `first` and `second` (null:
-// none): the tokens are the lanes, so that nothing is summed across them.
+// Products of B queries [B, D] with the codes of 2 * kCodedTokens tokens, whose words are at `first` and `second`, which
+// may be null. The tokens are the lanes, so that nothing is summed across them.
 template <typename Storage, int D, int B>
 static void multiply_codes(const Storage* first, const Storage* second, const float* q, float* out) {
   constexpr int kLanes = 2 * kCodedTokens;
@@ -95,7 +95,8 @@ struct DynamicHead {
       if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
   }
 
-  // The best token of each chunk; a step of the codes goes to the query, rounded to the pool's type as everywhere.
+  // The best token of each chunk. The query is multiplied by the step of the codes and rounded to the pool's type, as in
+  // the other implementations.
   void score_by_codes(const Storage* q_src, int group, std::vector<float>& scores) const {
     alignas(64) float q[kMaxGroup * D], centre[D], step[D];
     float constants[kMaxGroup], best[2 * kCodedTokens];
@@ -115,7 +116,7 @@ struct DynamicHead {
     std::fill(scores.begin(), scores.end(), -std::numeric_limits<float>::infinity());
     const int64_t num_words = num_chunks * a.chunk_size / kCodedTokens;
     for (int64_t w = 0; w < num_words; w += 2) {
-      // Two words lie side by side: the header is even, and so is what a half of a page holds.
+      // Two words lie side by side: the header has an even number of vectors, and so has each half of a page.
       const Storage* first = summary(kCodeHeader + w);
       const int64_t count = std::min<int64_t>(num_words - w, 2) * kCodedTokens;
       score_codes<Storage, D>(first, count > kCodedTokens ? first + D : nullptr, q, constants, group, best);
@@ -145,7 +146,7 @@ struct DynamicHead {
     }
   }
 
-  // Sinks first, then the most recent, as many as leave one place to the score; returns how many.
+  // Chooses sinks first, then the most recent chunks, as many as leave one place to the score; returns how many.
   int64_t force(std::vector<float>& scores) const {
     const int64_t places = std::max<int64_t>(num_selected - 1, 1), sinks = std::min<int64_t>(places, a.num_sink_chunks);
     const int64_t recent = std::min<int64_t>(places - sinks, a.num_recent_chunks);
