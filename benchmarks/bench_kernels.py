@@ -1,7 +1,8 @@
 """Decode kernels on the CPU: one step of a compressed prompt beside our own full attention, layers rotated.
 
 ``python -m benchmarks.bench_kernels --json`` prints one JSON object a row and nothing else on stdout. Queries drift
-from step to step as in decoding, so that part of the chunks a dynamic head wants is in its buffer; the row says which.
+from step to step as in decoding, so that a dynamic head's buffer holds part of the chunks it wants. The row says how
+large that part is.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def make_pool(context: int, budget: float, dtype: torch.dtype, num_dynamic: int)
     pool = Pool(
         shape,
         HybridKV(make_config(shape, budget, num_dynamic / NUM_KV_HEADS)),
-        # Both prompts, and what is reserved for the compressed one: its budget, and at most half of it as summaries.
+        # There are both prompts and what is reserved for the compressed one: its budget, and summaries of at most half
+        # that size.
         num_pages=math.ceil((2.5 + budget) * num_pages) + 4,
         num_host_pages=num_pages + 1,
         max_context=context + PAGE_SIZE,
@@ -73,7 +75,7 @@ def packed_sdpa(pool: Pool, dense: Request) -> Callable[[int, torch.Tensor], tor
 
 
 def time_steps(queries: torch.Tensor, functions: dict[str, Callable[[int, torch.Tensor], Any]]) -> dict[str, float]:
-    """Median milliseconds a layer of each function; they take turns step by step, so that noise hits all alike."""
+    """Median milliseconds a layer of each function. They take turns step by step, so that noise hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for step, layers in enumerate(queries):
         for name, function in functions.items():

@@ -75,7 +75,7 @@ def _resident_row(server: Server, budget: float, prompt_tokens: int) -> Row:
         "prompt_tokens": prompt_tokens,
         "new_tokens": RESIDENT_NEW_TOKENS,
         "resident_ratio": record["resident_ratio"],
-        # Peaks of the server so far; they are this request's because prompt lengths go up.
+        # These are peaks of the server so far. They belong to this request because prompt lengths go up.
         "device_kv_bytes": state["peak_device_kv_bytes"],
         "stock_kv_bytes": state["peak_stock_kv_bytes"],
         "host_bytes": record["host_bytes"],
@@ -87,7 +87,7 @@ def _resident_row(server: Server, budget: float, prompt_tokens: int) -> Row:
 def resident_rows(model: Path, budgets: list[float], prompt_tokens: list[int], dtype: str | None) -> Iterator[Row]:
     """Yield one row per budget and prompt length; one server per budget."""
     longest = max(prompt_tokens)
-    # Prompt, compressed pages at budget 1.0 and generated tokens, with room to spare.
+    # The pool holds the prompt, its compressed pages at budget 1.0 and the generated tokens, with room to spare.
     recipe = engine_flags(
         max_total_tokens=2 * longest + 4096, max_running_requests=2, chunked_prefill_size=2048, dtype=dtype
     )

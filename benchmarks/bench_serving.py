@@ -129,16 +129,12 @@ def ratio_row(rows: Sequence[Row], batch: int) -> Row:
 
 def _stream(server: Server, ids: list[int], new_tokens: int) -> Stream:
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    body = {"input_ids": ids, "sampling_params": sampling, "stream": True}
+    body = {"input_ids": ids, "sampling_params": sampling}
     events: list[tuple[float, int]] = []
     meta: dict[str, Any] = {}
     sent = time.perf_counter()
-    with server.client.stream("POST", "/generate", json=body) as response:
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line[6:])
+    with server.stream("/generate", body) as answers:
+        for event in answers:
             if "error" in event:
                 raise ServerError(f"generate: {event['error']}")
             meta = event["meta_info"]
@@ -155,7 +151,7 @@ def _run_batch(server: Server, batch: int, prompt_tokens: int, new_tokens: int, 
     prompts = [random_prompt(1000 * seed + i, prompt_tokens) for i in range(batch)]
     streams = parallel(lambda ids: _stream(server, ids, new_tokens), prompts)
     for stream in streams:
-        # Not 0: random prompts may begin with the same token.
+        # The limit is not 0, as random prompts may begin with the same token.
         if stream.meta.get("cached_tokens", 0) > prompt_tokens // 100:
             raise Unfit(f"{stream.meta['cached_tokens']} tokens of a prompt were cached")
     return streams
@@ -211,7 +207,8 @@ def server_rows(kind: ServerKind, args: argparse.Namespace, model: Path, progres
     recipe = engine_flags(
         args.engine,
         max_total_tokens=args.max_total_tokens,
-        # More than run: SGLang counts a prompt that is prefilled in chunks twice, and would leave the last one waiting.
+        # This is more than run at once: SGLang counts a prompt that is prefilled in chunks twice, and would leave the
+        # last one waiting.
         max_running_requests=max(args.batches) + 4,
         chunked_prefill_size=args.chunked_prefill_size,
         dtype=args.dtype,
@@ -222,7 +219,7 @@ def server_rows(kind: ServerKind, args: argparse.Namespace, model: Path, progres
     env = {**recipe.env, "OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "passive"}
     with Server(model, flags, env, name=f"serving-{kind.label.replace(' ', '-')}") as server:
         progress.console.print(f"[bold]{kind.label}[/]  [dim]{server.log}[/]")
-        # As many at once as will be measured: what is made on first use is made here.
+        # As many requests run at once as will be measured, so that what is made on first use is made here.
         _run_batch(server, max(args.batches), min(WARM_UP_TOKENS, args.prompt_tokens), 8, 0)
         for batch in [*args.batches, 0]:
             yield _measure(server, kind, batch, args, progress)

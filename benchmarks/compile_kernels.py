@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not there, and read what they take: `make kernels-compile`.
+"""Compile the Triton kernels for GPUs that are not there, and read what resources they take: `make kernels-compile`.
 
 Each case calls a kernel's Python twin on a few CPU tensors; the launches are caught, specialised as Triton would do it
 (types, alignment, constants) and compiled for each target instead of run. Exits with 1 where a decode kernel spills or
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel of a case takes on one architecture; bytes are a thread's, shared ones a program's."""
+    """What one kernel of a case takes on one architecture. Bytes are those of a thread, shared ones of a program."""
 
     case: Case
     kernel: str
@@ -117,7 +117,7 @@ def decode_attn(num_means: int = 0) -> Callable[[Shape], Any]:
 
 
 def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | None = None) -> Callable[[Shape], Any]:
-    """Retrieval of one layer of a pool of this shape, for prompts of up to LONG chunks; None is chunks of a page."""
+    """Retrieval of one layer of a pool of this shape, for prompts of up to LONG chunks, which are pages with None."""
 
     def call(shape: Shape) -> Any:
         size = chunk_size or shape.page_size
@@ -154,7 +154,7 @@ def cases() -> Iterator[Case]:
         )
     yield Case("decode_attn estimate", shape_of(page_size=8), decode_attn(1), is_gated=True)
     yield Case("decode_attn estimate", shape_of(), decode_attn(4), is_gated=True)
-    # Kernels of each decode step that has dynamic heads.
+    # These kernels run in each decode step that has dynamic heads.
     for chunk_score in ("mean_max", "mean4_max", "arkvale"):
         yield Case(f"retrieve_chunks {chunk_score}", shape_of(page_size=8), retrieve_chunks(chunk_score), is_gated=True)
     yield Case("retrieve_chunks estimate", shape_of(page_size=8), retrieve_chunks("mean2_max", True), is_gated=True)
@@ -171,11 +171,11 @@ def cases() -> Iterator[Case]:
     yield Case(
         "retrieve_chunks key_codes", shape_of(torch.float16, head_dim=80, group_size=1), codes[16], is_gated=True
     )
-    # More registers than the limit, but no spills.
+    # These take more registers than the limit, but do not spill.
     yield Case("retrieve_chunks key_codes", shape_of(group_size=16, page_size=32), codes[1])
     yield Case("retrieve_chunks key_codes", shape_of(torch.float32), codes[1])
     yield Case("retrieve_chunks arkvale", shape_of(torch.float32), retrieve_chunks("arkvale"))
-    # Kernels that run once a prompt; not held to the limits.
+    # These kernels run once a prompt, and are not held to the limits.
     for shape in (shape_of(), shape_of(torch.float32), shape_of(torch.float16, head_dim=80, group_size=1)):
         yield Case("score_heads", shape, score_heads)
     yield Case("compact_kv", shape_of(), compact_kv)

@@ -133,7 +133,7 @@ def _hold_chat(server: Server, chat: Chat, run: Run, console: Console, advance: 
             messages.append({"role": "user", "content": question.text})
         answer = server.chat(messages, max_tokens=32)
         run.turns.append((question, answer))
-        # The right answer, so that every server is asked the same in the next turn.
+        # The history gets the right answer, so that every server is asked the same in the next turn.
         messages.append({"role": "assistant", "content": question.answer})
         _show(console, question, answer)
         advance()
@@ -146,7 +146,7 @@ def _ask_long(server: Server, chat: Chat, run: Run, console: Console) -> None:
     run.long = server.chat([user_message(scene, question)], max_tokens=LONG_NEW_TOKENS, ignore_eos=True)
     details = f"first token {run.long.ttft * 1000:.0f} ms, then {run.long.tokens_per_second:.0f} tokens/s"
     console.print(f"  {run.long.prompt_tokens} tokens  [dim]({details})[/]")
-    # Once more by /generate, whose answers say what compression did to this request.
+    # The question is asked once more by /generate, whose answers say what compression did to the request.
     answer = server.generate(**_raw_prompt(chat), sampling_params=sampling)
     run.record, run.state = answer["meta_info"].get("kv_compressor"), server.compressor_state()
 

@@ -80,8 +80,8 @@ def measure_prompt(
 
     Returns
     -------
-    [L, H], fp32, by name; the last three of MEASURES are means over the answer's tokens, each a decode step. And the
-    share of the answer's tokens that the model predicts with its full cache.
+    Measures [L, H], fp32, by name, and the share of the answer's tokens that the model predicts with its full cache.
+    The last three of MEASURES are means over the answer's tokens, each of which is a decode step.
 
     is_dynamic : 1 for a head that retrieves chunks, else 0.
     rows_kept : prompt rows in the head's pages.
@@ -113,7 +113,7 @@ def result_rows(measured: Sequence[dict[str, torch.Tensor]]) -> Iterator[dict[st
 
 
 def diagnose(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Ask the questions of bench_quality that the arguments name, measure; returns the rows."""
+    """Ask the questions of bench_quality that the arguments name, and measure; returns the rows."""
     compressor_class = get_compressor(args.compressor)
     compressor = compressor_class(parse_config(args.config, compressor_class.config_class, budget=args.budget))
     context = args.context or contexts_of(args.scene)[1]

@@ -13,11 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -71,7 +70,7 @@ def engine_flags(
     device = device or detect_device()
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    # The attention backend is one and the same on both sides of a comparison.
+    # Both sides of a comparison have the same attention backend.
     flags = ["--device", device, "--attention-backend", "triton" if device == "cuda" else "torch_native"]
     flags += ["--chunked-prefill-size", str(chunked_prefill_size), "--enable-cache-report"]
     flags += ["--max-total-tokens", str(max_total_tokens)] if max_total_tokens else []
@@ -180,9 +179,7 @@ class Server:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def start(self) -> None:
@@ -248,22 +245,26 @@ class Server:
         answer: dict[str, Any] = response.json()
         return answer
 
+    @contextlib.contextmanager
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+        """POST, and yield the events of the streamed answer as they come; the block's end closes the connection."""
+        with self.client.stream("POST", path, json=body | {"stream": True}) as response:
+            if response.is_error:
+                response.read()
+                raise ServerError(f"{path}: HTTP {response.status_code}: {response.text[:500]}")
+            lines = (line for line in response.iter_lines() if line.startswith("data: ") and line != "data: [DONE]")
+            yield (json.loads(line.removeprefix("data: ")) for line in lines)
+
     def chat(self, messages: list[dict[str, Any]], *, max_tokens: int = 32, **body: Any) -> ChatAnswer:
         """Stream one greedy answer of /v1/chat/completions and time it."""
         body = {"model": "default", "messages": messages, "max_tokens": max_tokens, "temperature": 0, **body}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body["stream_options"] = {"include_usage": True}
         usage: dict[str, Any] = {}
         pieces: list[str] = []
         first: float | None = None
         started = time.perf_counter()
-        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.is_error:
-                response.read()
-                raise ServerError(f"chat: HTTP {response.status_code}: {response.text[:500]}")
-            for line in response.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line[6:])
+        with self.stream("/v1/chat/completions", body) as events:
+            for event in events:
                 usage = event.get("usage") or usage
                 piece = event["choices"][0]["delta"].get("content") if event.get("choices") else None
                 if piece:

@@ -1,6 +1,6 @@
 """Scores of answers as the benchmarks define them, each from 0 to 1.
 
-Libraries do the work where one is kept: rouge-score and pycocoevalcap (CIDEr). They come with
+ROUGE-L and CIDEr are computed by the libraries rouge-score and pycocoevalcap. They come with
 ``pip install sglang-hybridkv[quality]`` and are loaded when a metric needs them.
 """
 
@@ -22,7 +22,7 @@ References = tuple[str, ...]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-"""That of VQA's evaluation, which MileBench uses."""
+"""Punctuation that VQA's evaluation removes, which MileBench uses."""
 
 
 def _load(module: str, metric: str) -> Any:

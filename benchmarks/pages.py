@@ -25,9 +25,9 @@ from benchmarks import texts
 from benchmarks.scenes import CELL_PIXELS, image_url
 
 PIECES_FILE = "pieces.json"
-"""In the folder of a checkpoint that reads pages: the token ids whose drawings it knows, and a digest of these."""
+"""File of a checkpoint that reads pages: the token ids whose drawings it knows, and a digest of the drawings."""
 CELLS_PER_LINE = 128
-"""Each line costs two tokens that the text does not have; lines of 199 cells were no closer to the text."""
+"""Each line costs two tokens that the text does not have. Lines of 199 cells brought results no closer to it."""
 MOST_CELLS_PER_LINE = 199
 """The image processor of Qwen2-VL refuses pictures more than 200 times as long as high."""
 
@@ -42,7 +42,7 @@ NEEDLE_WORDS = (
 )
 _PAPER, _INK, _FAINT = 255, 0, 128
 _SCREEN = np.where(np.indices((CELL_PIXELS, CELL_PIXELS)).sum(0) % 2, 64, 192)
-"""Grey below it is ink: every second pixel of what is faint."""
+"""A pixel is ink where its grey is below this. Of what is faint, every second pixel is."""
 _MARGIN = 3  # pixels at the left edge, for the bar of pieces that follow the last one without a space
 _SIZES = range(20, 6, -1)  # of the font, in pixels
 _LONGEST_RUN = 8
@@ -100,16 +100,16 @@ def draw_piece(text: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def asked_texts() -> Iterator[str]:
-    """Everything that a text of the quality bench can hold, of both halves: sentences, and facts with every word."""
+    """Everything that a text of the quality bench can hold: the sentences of both halves, and facts with every word."""
     for split in texts.SPLITS:
         sentences = itertools.chain.from_iterable(texts.passages(split))
         for part in itertools.chain(texts.every_fact(split), sentences):
-            # At the start of a paragraph, and after another sentence.
+            # A sentence stands at the start of a paragraph, and after another sentence.
             yield f"\n\n{part} {part}\n\n"
 
 
 def sources() -> Iterator[str]:
-    """Texts like those of the quality bench: Debian's licences, where they are, and the manual in Python."""
+    """Texts like those of the quality bench: Debian's licences, where the machine has them, and Python's manual."""
     from pydoc_data import topics
 
     yield " ".join([NEEDLE_WORDS] * 100)
@@ -136,7 +136,7 @@ def drawings_digest(tokenizer: Any, pieces: Sequence[int]) -> str:
 
 
 def _is_drawable(text: str) -> bool:
-    """No part of a character, no control character, and no long run of one sign, which is hard to count."""
+    """Whether it has no part of a character, no control character, and no long run of one sign, hard to count."""
     is_long_run = len(text) > _LONGEST_RUN and len(set(text.strip())) < 2
     return "\ufffd" not in text and text.replace("\n", "").isprintable() and not is_long_run
 
@@ -185,7 +185,7 @@ class PageWriter:
 
     @classmethod
     def load(cls, folder: Path) -> PageWriter:
-        """Of a checkpoint made by `benchmarks.models.train_reader`.
+        """Make it for a checkpoint of `benchmarks.models.train_reader`.
 
         Raises
         ------

@@ -44,7 +44,7 @@ class Prompt:
     logits : [vocabulary]. Of the token after the prompt.
     spans : images.
     scaling : factor of q . k before the softmax.
-    position_delta : what a token's index misses of its position; 0 but for M-RoPE.
+    position_delta : a token's position less its index, after the prompt; not 0 only with M-RoPE.
     """
 
     ids: torch.Tensor
@@ -72,7 +72,7 @@ class Held:
     kept : [L, H, covered], bool. Rows of static heads; of dynamic heads, those that the buffer starts with.
     is_dynamic : [L, H], bool.
     num_pages : [L, H], int64. Kept or buffer pages.
-    config : of the compressor; says how chunks are scored.
+    config : settings of the compressor; they say how chunks are scored.
     merged : per layer, keys and values [H, covered, D] in place of the prompt's; None without merging.
     device_pages : pages of L x H head pages on the device, summaries and rounding included.
     query_rms : [L, H, D], of the observed queries, by which keys are coded; None where no head is dynamic.
@@ -223,14 +223,13 @@ class Replay:
         for i, held in enumerate(self.held):
             for kv_head in (~held.is_dynamic[layer_idx]).nonzero().flatten().tolist():
                 rows = self._static_rows(i, layer_idx, kv_head)
-                head = (grouped[i, kv_head], k[i, kv_head], v[i, kv_head])
-                out[i, kv_head] = _softmax_attention(*head, *rows, None, is_later, scaling)
+                own = (k[i, kv_head], v[i, kv_head])
+                out[i, kv_head] = _softmax_attention(grouped[i, kv_head], rows, own, None, is_later, scaling)
         for settings, kv_heads, unseen in self._retrieve(layer_idx, grouped):
-            keys, values = (
-                x[layer_idx, :, kv_heads].transpose(0, 1).unsqueeze(1) for x in (self.prompt.k, self.prompt.v)
-            )
-            heads = (x[settings, kv_heads] for x in (grouped, k.unsqueeze(2), v.unsqueeze(2)))
-            out[settings, kv_heads] = _softmax_attention(*heads, keys, values, unseen, is_later, scaling)
+            prompt, heads = self.prompt, (settings, kv_heads)
+            rows = tuple(x[layer_idx, :, kv_heads].transpose(0, 1).unsqueeze(1) for x in (prompt.k, prompt.v))
+            own = tuple(x.unsqueeze(2)[heads] for x in (k, v))
+            out[heads] = _softmax_attention(grouped[heads], rows, own, unseen, is_later, scaling)
         return out.flatten(1, 2)
 
     def seen(self, layer_idx: int, q: torch.Tensor) -> torch.Tensor:
@@ -302,15 +301,18 @@ def _score_chunks(q: torch.Tensor, vectors: torch.Tensor, retrieval: Retrieval, 
 
 def _softmax_attention(
     q: torch.Tensor,
-    own_k: torch.Tensor,
-    own_v: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    own: Sequence[torch.Tensor],
     unseen: torch.Tensor | None,
     is_later: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """One softmax over prompt rows and own tokens; q [..., G, T, D], the others [..., 1, rows, D] or without the 1."""
+    """[..., G, T, D]: one softmax of queries q [..., G, T, D] over the prompt's `rows` and their `own` tokens.
+
+    Both are keys and values [..., 1, rows, D], or without the 1. `unseen` marks prompt rows that a query does not
+    attend to, and `is_later` [T, tokens] own tokens that come after it.
+    """
+    (k, v), (own_k, own_v) = rows, own
     on_prompt = q @ k.transpose(-1, -2) * scaling
     if unseen is not None:
         on_prompt.masked_fill_(unseen, float("-inf"))
@@ -387,7 +389,7 @@ class ReplayedModel:
     def prefill(self, inputs: dict[str, torch.Tensor], base: Prompt | None = None) -> Prompt:
         """Run a prompt; `base` is another one, with the same images, whose common beginning is not computed again."""
         ids = inputs["input_ids"][0]
-        # One token is left to compute: its logits are wanted.
+        # At least one token is left to compute, as its logits are wanted.
         num_base = 0 if base is None else min(_common_prefix(ids, base.ids), len(ids) - 1)
         spans = self._spans(ids)
         if num_base < max((span.end for span in spans), default=0):

@@ -37,7 +37,7 @@ COLOURS = {
     "navy": (15, 15, 90),
     "white": (255, 255, 255),
 }
-"""The last one is paper: only pages have it."""
+"""The last colour is paper, which only pages have."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789"
 CODES = tuple(letter + digit for letter in LETTERS for digit in DIGITS)
@@ -107,7 +107,7 @@ class Question:
     ----------
     answer : empty where any answer is as right as another.
     begun : words that the answer is made to begin with; `answer` is what follows them.
-    max_tokens : longest answer.
+    max_tokens : tokens of the longest answer.
     """
 
     kind: str

@@ -106,8 +106,8 @@ class Text(Facts):
 
     Attributes
     ----------
-    body : all of it, paragraphs separated by empty lines.
-    sentences : of the prose, long enough to leave a part of them to complete.
+    body : the whole text, with empty lines between paragraphs.
+    sentences : sentences of the prose that are long enough to leave a part of them to complete.
     """
 
     body: str
@@ -119,7 +119,6 @@ class Text(Facts):
         return KINDS if self.sentences else tuple(kind for kind in KINDS if kind != "cloze")
 
 
-# Prose ----------------------------------------------------------------------------------------------------------------
 def _license_texts() -> Iterator[tuple[str, str, str]]:
     """Yield half, name and text of the license files that are there."""
     for split, names in LICENSE_FILES.items():
@@ -134,7 +133,7 @@ def _manual_texts() -> Iterator[tuple[str, str, str]]:
     from pydoc_data.topics import topics
 
     for number, name in enumerate(sorted(topics, key=lambda name: (-len(topics[name]), name))):
-        # Halves of about one size: 0, 3, 4, 7, ... of the longest first.
+        # The first half takes topics 0, 3, 4, 7, ... of the longest first, so that both are of about the same size.
         yield SPLITS[number % 4 in (1, 2)], name, topics[name]
 
 
@@ -178,7 +177,7 @@ def passages(split: str) -> tuple[tuple[str, ...], ...]:
     """
     runs: dict[tuple[str, str, int], list[str]] = {}
     seen: set[str] = set()
-    # Of both halves: a sentence that is in both belongs to the first that has it.
+    # Both halves are read: a sentence that is in both belongs to the first that has it.
     for half, name, text in _source_texts():
         for paragraph, sentence in _sentences(text):
             folded = re.sub(r"\W+", " ", sentence).lower().strip()
@@ -196,14 +195,13 @@ def sources_digest() -> str:
 def count_tokens(text: str) -> int:
     """Estimate the tokens of a text as SmolLM2 counts them: measured within 5 % on these texts."""
     words = re.findall(r"[^\W\d_]+", text)
-    # A long word is two tokens or three, and so is many a word that begins a line; a digit is one token, and so is the
+    # A long word is two tokens or three, and so are many words that begin a line. A digit is one token, and so is the
     # space before a number.
     pieces = sum(1.04 + 0.035 * max(0, len(word) - 4) for word in words)
     pieces += 0.8 * len(re.findall(r"\n[^\W\d_]", text))
     return round(pieces + len(re.findall(r"\d| (?=\d)|[^\w\s]+|_|\n+", text)))
 
 
-# Texts ----------------------------------------------------------------------------------------------------------------
 def _words(split: str, words: str) -> list[str]:
     """Return one half's share of some words."""
     return words.split()[SPLITS.index(split) :: len(SPLITS)]
@@ -235,7 +233,7 @@ def _draw_facts(rng: np.random.Generator, split: str) -> Facts:
 
 
 def _choose_prose(rng: np.random.Generator, split: str, length: int) -> list[list[str]]:
-    """Choose passages of about `length` tokens; the last one is cut where it has to be."""
+    """Choose passages of about `length` tokens; the last one is cut to fit."""
     known = passages(split)
     chosen: list[list[str]] = []
     left = length
@@ -289,12 +287,9 @@ def draw_text(rng: np.random.Generator, length: int, *, split: str = DEVELOPMENT
     return Text(**vars(facts) | {"codes": codes}, body=body, sentences=sentences)
 
 
-# Questions ------------------------------------------------------------------------------------------------------------
-
-
 def _is_cloze(sentence: str) -> bool:
     least, most = CLOZE_SENTENCE
-    # Without what an answer could leave out or change: quotation marks, parentheses.
+    # Sentences with quotation marks or parentheses are left out, as an answer could leave these out or change them.
     return least <= len(sentence.split()) <= most and re.fullmatch(r"[A-Za-z ,.'-]+[.]", sentence) is not None
 
 
@@ -319,7 +314,7 @@ def _ask_price(rng: np.random.Generator, text: Text) -> tuple[str, str, str, int
     i = int(rng.integers(1, len(text.prices)))
     (before, its_price), (article, price) = text.prices[i - 1 : i + 1]
     asked = f"Copy the lines of the price list that begin with {before} and {article}."
-    # The line before it shows what a line is; without it the models that these texts are for find one of three.
+    # The line before it shows what a line is. Without it, the models that these texts are for find one price in three.
     return asked, f"{before}: {its_price}\n{article}:", price, 8
 
 
@@ -350,7 +345,7 @@ _ASK: dict[str, Callable[[np.random.Generator, Text], tuple[str, str, str, int]]
     "cloze": _ask_cloze,
     "tally": _ask_tally,
 }
-"""What is asked, how the answer begins, how it goes on, and its most tokens, by kind."""
+"""For each kind, a function that makes the question, the beginning of the answer, the rest, and its most tokens."""
 
 
 def ask_text(rng: np.random.Generator, text: Text, kind: str) -> Question:
@@ -387,7 +382,6 @@ def every_fact(split: str) -> Iterator[str]:
             yield from part
 
 
-# Answers --------------------------------------------------------------------------------------------------------------
 def normalise(kind: str, said: str) -> str:
     """Return what is compared of an answer: its first sentence, which the question began.
 
@@ -401,7 +395,7 @@ def normalise(kind: str, said: str) -> str:
 
 
 def is_right(question: Question, said: str) -> bool | None:
-    """Whether what follows the beginning of an answer is right; None where nothing is."""
+    """Whether what follows the beginning of an answer is right; None where there is no right answer."""
     if not question.answer:
         return None
     return normalise(question.kind, said) == normalise(question.kind, question.answer)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from hybridkv_kernels.chunks import CODED_SCORES, ESTIMATING_SCORES, Retrieval
 
@@ -70,7 +70,6 @@ ChunkScore = Annotated[
         "mean_spread",
         "key_codes",
         "half_codes",
-        "quarter_codes",
     ],
     Field(
         description="how the queries of a KV head score a chunk. 'mean_max' and 'mean_mean' multiply each query with "
@@ -78,7 +77,7 @@ ChunkScore = Annotated[
         "two or four mean keys a chunk. 'mean_spread' adds half the spread of the chunk's keys. 'quest' takes Quest's "
         "bound by the smallest and largest key elements, 'arkvale' the centre of the keys plus half their extent. "
         "'key_codes' multiplies with every key of the chunk, each stored with two bits an element, 'half_codes' "
-        "and 'quarter_codes' with the half or the quarter of their elements that the head's queries read most"
+        "with the half of their elements that the head's queries read most"
     ),
 ]
 ChunkSize = Annotated[
@@ -127,6 +126,11 @@ OnHostStoreFull = Annotated[
 ]
 
 
+def _may_be_bool(annotation: Any) -> bool:
+    """Whether true or false is among what an annotation allows."""
+    return annotation is bool or isinstance(annotation, bool) or any(map(_may_be_bool, get_args(annotation)))
+
+
 class CompressorConfig(BaseModel):
     """What the engine needs to know for every method."""
 
@@ -142,6 +146,14 @@ class CompressorConfig(BaseModel):
     pool_mode: PoolMode = "average"
     observation_rows: ObservationRows = 32
     min_prompt_tokens: MinPromptTokens = 512
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # To a Literal, however strict, true is 1.
+        if isinstance(value, bool) and not _may_be_bool(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("true and false are not allowed here")
+        return value
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -249,16 +261,17 @@ def parse_config(text: str | dict | None, config_class: type[Config], *, budget:
         One sentence that names the flag or field, the value and the legal values.
     """
     values = _load(text)
-    if budget is not None:
-        if "budget" in values and values["budget"] != budget:
-            raise ValueError(
-                f"{BUDGET_FLAG} {budget} and budget {values['budget']!r} of {CONFIG_FLAG} differ; give only one of them"
-            )
+    from_flag = budget is not None and "budget" not in values
+    if from_flag:
         values["budget"] = budget
+    elif budget is not None and values["budget"] != budget:
+        raise ValueError(
+            f"{BUDGET_FLAG} {budget} and budget {values['budget']!r} of {CONFIG_FLAG} differ; give only one of them"
+        )
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_one_sentence(error, config_class, budget_from_flag=budget is not None)) from None
+        raise ValueError(_one_sentence(error, config_class, budget_from_flag=from_flag)) from None
 
 
 def legal_values(field: str, config_class: type[CompressorConfig]) -> str:

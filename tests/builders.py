@@ -172,25 +172,12 @@ class TinyPool(Pool):
     `keys`, `values` [L, H, N, D] of a request are all that was ever written for it.
     """
 
-    def __init__(
-        self,
-        generator,
-        config=None,
-        *,
-        compressor=None,
-        num_layers=2,
-        num_kv_heads=2,
-        group_size=2,
-        head_dim=32,
-        pages=160,
-        host_pages=64,
-        dtype=torch.float32,
-    ):
+    def __init__(self, generator, config=None, *, compressor=None, pages=160, host_pages=64, **shape):
         config = config or HybridKVConfig(preset="paper", min_prompt_tokens=1, min_head_pages=1)
         compressor = compressor or HybridKV(config)
         page_size = compressor.config.page_size
-        shape = Shape(dtype, page_size, group_size, head_dim, num_layers, num_kv_heads)
         sizes = {"num_pages": pages, "num_host_pages": host_pages, "max_context": pages * page_size}
+        shape = Shape(**{"page_size": page_size, "head_dim": 32} | shape)
         super().__init__(shape, compressor, **sizes, generator=generator)
         for tensor in (self.keys, self.values, self.store.k_pages, self.store.v_pages):
             tensor.fill_(NAN)

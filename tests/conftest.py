@@ -69,6 +69,14 @@ def _used(name):
         yield name
 
 
+@pytest.fixture(scope="session")
+def vl_model():
+    """Folder of a tiny Qwen2.5-VL with random weights."""
+    from benchmarks.models.make_models import make_model
+
+    return make_model("tiny-qwen2_5_vl")
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """Fast tests first, then slow ones, then those that need a server; GPU tests only with `-m gpu`, and on a GPU.

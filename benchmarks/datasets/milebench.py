@@ -27,14 +27,14 @@ PAPER_SETS = (
     "MMCoQA",
     "MultiModalQA",
 )
-"""Those of the HybridKV paper: its CL-CH, STD and MM-QA are the first, second and last."""
+"""Sets that the HybridKV paper uses. Its CL-CH, STD and MM-QA are the first, second and last."""
 
 PLACEHOLDER = re.compile(r"\{(?:image|table)#(\d+)\}")
 METRICS = {"open-ended": "rouge_l", "multi-choice": "multiple_choice"}
 LOOSE_SETS = ("MMCoQA", "NeedleInAHaystack")
-"""Right when the answer occurs anywhere."""
+"""The set whose answers are right when the reference occurs anywhere in them."""
 UNLETTERED_SET = "GPR1200"
-"""Its choices are more than the alphabet has letters, and stand without any."""
+"""The set whose choices are more than the alphabet has letters. They stand without letters."""
 
 
 def load_set(folder: Path, name: str) -> Iterator[Example]:
@@ -72,8 +72,10 @@ def _example(record: Record, name: str, instructions: tuple[str, ...], metric: s
 
 
 def _number_images(task: Record, context: str, num_images: int) -> str:
-    """Turn placeholders into `{image#i}`. MileBench takes the images in the order of the placeholders; where one is
-    named twice that does not work out, and the number that is written counts.
+    """Turn placeholders into `{image#i}`.
+
+    MileBench takes the images in the order of the placeholders. Where an image is named twice, the numbers of the
+    placeholders count instead.
     """
     numbers = [int(number) for number in PLACEHOLDER.findall(context)]
     if len(numbers) == num_images:

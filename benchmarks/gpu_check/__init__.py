@@ -1,1 +1,1 @@
-"""What can only be proven on a GPU host, in one command; on any other machine as far as that goes (docs/gpu.md)."""
+"""One command proves what only a GPU host can prove; elsewhere it runs what does not need a GPU (docs/gpu.md)."""

@@ -27,10 +27,10 @@ from sglang_hybridkv.requests.geometry import covered_tokens
 MIN_COPY_SHARE = 0.75
 MIN_BOUND_SHARE = 0.8
 NUM_LAYERS, WEIGHT_BYTES = 28, 15.2e9
-"""Of Qwen2.5-VL-7B in bfloat16."""
+"""Number of layers of Qwen2.5-VL-7B, and bytes of its weights in bfloat16."""
 QUERY_SIMILARITY = 0.95
 MEMORY_SHARE = 0.7
-"""Of the free device memory for the pool; with less than it wants, fewer layers take turns."""
+"""Share of the free device memory that the pool may take. Where all layers need more, fewer layers take turns."""
 
 QUOTIENTS = ("bandwidth_share", "attention_speedup", "speedup", "byte_bound", "bound_share")
 
@@ -57,41 +57,56 @@ class Workload:
 
     @property
     def config(self) -> HybridKVConfig:
-        """Of the compressor."""
+        """Settings of the compressor."""
         share = self.num_dynamic / self.shape.num_kv_heads
         return make_config(self.shape, self.budget, share, chunk_score=self.chunk_score)
 
     @property
     def summary_vectors(self) -> int:
-        """Of one dynamic head."""
+        """Vectors in the summary of one dynamic head."""
         return self.config.summary_vectors(covered_tokens(self.context, self.page_size))
 
 
 SMALL = Workload(2, 1024, num_steps=3, num_layers=2)
-"""For machines without a GPU: the same code, no conclusion."""
+"""The workload of machines without a GPU. It runs the same code, but its times prove nothing."""
 
 
-def quotients(
-    *, decode_bytes: int, summary_bytes: int, stock_bytes: int, copy_gb_s: float, decode_ms: float, step_ms: float,
-    stock_ms: float, layers_measured: int,
-) -> Row:  # fmt: skip
-    """What the times say. Bytes and times are of `layers_measured` layers.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Bytes and milliseconds of `layers_measured` layers, and the bandwidth of a copy in GB/s.
 
-    `bandwidth_share` is the bytes of the decode kernel over its time, over the bandwidth of the copy (read and write
-    both counted). `speedup` is that of a whole step over stock, attention measured and weights by their bytes;
-    `byte_bound` what it would be if both sides only moved their bytes, `bound_share` how much of it was reached.
+    `decode` stands for the decode kernel, `summary` for what retrieval reads, `step` for both, and `stock` for
+    attention to all rows.
     """
-    scale = NUM_LAYERS / layers_measured
-    weights_ms = WEIGHT_BYTES / copy_gb_s / 1e6
-    speedup = (weights_ms + scale * stock_ms) / (weights_ms + scale * step_ms)
-    ours = WEIGHT_BYTES + scale * (decode_bytes + summary_bytes)
-    bound = (WEIGHT_BYTES + scale * stock_bytes) / ours
-    decode_gb_s = decode_bytes / decode_ms / 1e6
+
+    decode_bytes: int
+    summary_bytes: int
+    stock_bytes: int
+    decode_ms: float
+    step_ms: float
+    stock_ms: float
+    copy_gb_s: float
+    layers_measured: int
+
+
+def quotients(measured: Measured) -> Row:
+    """What the times say: two bandwidths in GB/s, then ratios without a unit.
+
+    `bandwidth_share` divides the bandwidth of the decode kernel by that of the copy, whose reads and writes both count.
+    `speedup` divides the time of a whole step of stock by ours; attention is measured, and the weights count by their
+    bytes. `byte_bound` is what it would be if both sides only moved their bytes. `bound_share` is the speedup over it.
+    """
+    scale = NUM_LAYERS / measured.layers_measured
+    weights_ms = WEIGHT_BYTES / measured.copy_gb_s / 1e6
+    speedup = (weights_ms + scale * measured.stock_ms) / (weights_ms + scale * measured.step_ms)
+    ours = WEIGHT_BYTES + scale * (measured.decode_bytes + measured.summary_bytes)
+    bound = (WEIGHT_BYTES + scale * measured.stock_bytes) / ours
+    decode_gb_s = measured.decode_bytes / measured.decode_ms / 1e6
     values = {
-        "copy_gb_s": copy_gb_s,
+        "copy_gb_s": measured.copy_gb_s,
         "decode_gb_s": decode_gb_s,
-        "bandwidth_share": decode_gb_s / copy_gb_s,
-        "attention_speedup": stock_ms / step_ms,
+        "bandwidth_share": decode_gb_s / measured.copy_gb_s,
+        "attention_speedup": measured.stock_ms / measured.step_ms,
         "speedup": speedup,
         "byte_bound": bound,
         "bound_share": speedup / bound,
@@ -147,7 +162,7 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     row |= {name: round(value, 4) for name, value in times.items()}
     row |= {"stock_ms_by_kernel": {name: round(value, 4) for name, value in stock_ms.items()}}
     row |= {"chunk_hit_rate": round(hits / chosen, 3) if chosen else None, "query_similarity": QUERY_SIMILARITY}
-    return row | quotients(**sizes, **times, copy_gb_s=copy_gb_s, layers_measured=shape.num_layers)
+    return row | quotients(Measured(**sizes, **times, copy_gb_s=copy_gb_s, layers_measured=shape.num_layers))
 
 
 def fit(workload: Workload, device: str) -> Workload:
@@ -178,7 +193,7 @@ def _make_pool(workload: Workload, generator: torch.Generator) -> Pool:
         shape,
         HybridKV(workload.config),
         num_pages=_pool_tokens(workload) // shape.page_size + 2,
-        # A request reserves pages for the case that all its heads are dynamic, and gives the rest back.
+        # A request reserves pages for the case that all its heads are dynamic, and gives back those it does not use.
         num_host_pages=int(num_pages * (1 + share * workload.num_requests)) + 1,
         max_context=workload.context + 2 * shape.page_size,
         num_rows=2 * workload.num_requests,
@@ -191,7 +206,7 @@ def _captured(launch: Callable[[], None], device: str) -> Callable[[], None]:
 
 
 def _drift(step: DecodeStep) -> None:
-    """Queries of the next step, like those of the last one, so that part of the wanted chunks is there."""
+    """Queries of the next step. They are like those of the last one, so that part of the wanted chunks is there."""
     noise = step.pool.randn(*step.q.shape)
     step.q.copy_(QUERY_SIMILARITY * step.q + (1 - QUERY_SIMILARITY**2) ** 0.5 * noise)
 
@@ -230,7 +245,7 @@ def copy_bandwidth(num_bytes: int, device: str, repeats: int) -> float:
 def stock_milliseconds(
     pool: Pool, step: DecodeStep, dense: list[Request], device: str, repeats: int
 ) -> dict[str, float]:
-    """Full attention of the same requests, by kernel: our own on dense requests, on a GPU SGLang's besides."""
+    """Full attention of the same requests, by kernel: our own on dense requests, and on a GPU SGLang's, too."""
     rows, lens = pool.rows(dense), pool.lens(dense)
     launches: dict[str, Callable[[], None]] = {"ours, dense": lambda: step.attend_all(rows, lens)}
     if device == "cuda":
@@ -246,8 +261,10 @@ def stock_milliseconds(
 
 
 def check_step(step: DecodeStep, requests: list[Request]) -> float:
-    """What was timed was right: largest relative error of the first and the last request, in the first and the last
-    layer; on a GPU the pool is larger than 32 bits count."""
+    """Largest relative error of what was timed: of the first and the last request, in the first and the last layer.
+
+    On a GPU the pool has more elements than 32 bits can count.
+    """
     places = itertools.product((0, len(step.q) - 1), (0, len(requests) - 1))
     return max(check_attention(step.pool, at, step.q[at, i], requests[i], step.out[at, i]) for at, i in places)
 

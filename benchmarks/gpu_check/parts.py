@@ -25,7 +25,7 @@ from hybridkv_kernels import dispatch
 from sglang_hybridkv.config import ChunkScore
 
 KERNEL_SECONDS = 3600.0
-"""For the tests of the kernels. Compiling takes most of it, without a GPU interpreting."""
+"""Time limit for the tests of the kernels. Most of it goes into compiling, or into interpreting without a GPU."""
 ROOT = Path(__file__).parents[2]
 SERVER_LOAD = {
     "cpu": servers.Load((200, 333), 8),
@@ -46,7 +46,7 @@ class Context:
     ----------
     device : "cpu" or "cuda".
     model : checkpoint of the servers; a callable, as it may have to be made.
-    seed : of all random input.
+    seed : seed of all random input.
     """
 
     device: str
@@ -60,7 +60,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a part ended: "ran" (all of it), "reduced" (as far as it goes without a GPU) or "failed"."""
+    """How a part ended: "ran" (all of it), "reduced" (what does not need a GPU) or "failed"."""
 
     part: str
     status: str
@@ -106,7 +106,7 @@ def run_part(part: Part, context: Context, put: Callable[[Row], None]) -> Outcom
 
 
 def _free_device_memory(device: str) -> None:
-    """Servers of a later part need what torch would keep for this process."""
+    """Free the device memory that torch would keep for this process, as servers of a later part need it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -117,7 +117,7 @@ def _fault_of(row: Row) -> str:
 
 
 def kernel_rows(context: Context) -> Iterator[Row]:
-    """The tests of the kernels, on a GPU those of Triton's and FlashInfer's kernels there; a row a file of tests."""
+    """Run the tests of the kernels, on a GPU those of Triton's and FlashInfer's; yield a row for each file of tests."""
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing:
         raise Mismatch(
@@ -125,7 +125,7 @@ def kernel_rows(context: Context) -> Iterator[Row]:
         )
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        # Without what pyproject.toml asks of pytest for our own runs, such as a plugin for timeouts.
+        # pyproject.toml asks more of pytest for our own runs, such as a plugin for timeouts. It is left out here.
         command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
         command += ["-m", "gpu" if context.has_gpu else "not gpu", f"--junitxml={report}", "tests/kernels"]
         command += [f"--hypothesis-seed={context.seed}"]
@@ -170,7 +170,7 @@ def bandwidth_rows(context: Context) -> Iterator[Row]:
         row = bandwidth.measure(workload, context.device, context.seed)
         missed = bandwidth.unmet(row) if context.has_gpu else []
         if not context.has_gpu:
-            # Quotients of another device, length and baseline say nothing of those that count.
+            # Quotients of another device, length and baseline say nothing about those that count.
             row = {name: value for name, value in row.items() if name not in bandwidth.QUOTIENTS}
         yield row | {"page_size": page_size, "judged": context.has_gpu, "ok": not missed, "failures": missed}
 

@@ -48,7 +48,7 @@ def first_heads(shape: Shape, num_dynamic: int) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Request:
-    """One request of a `Pool`. A compressed prompt has left zeros in `pages`, so that positions still count in it."""
+    """One request of a `Pool`. A compressed prompt leaves zeros in `pages`, so that the places of later pages stay."""
 
     row: int
     seq_len: int = 0
@@ -90,7 +90,7 @@ class Pool:
         sizes = (shape.num_layers, num_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
         self.keys, self.values = (torch.zeros(sizes, dtype=shape.dtype, device=self.device) for _ in range(2))
         sizes_of_cache = {"num_rows": num_rows + 1, "max_prompt_tokens": max_context, "num_host_pages": num_host_pages}
-        with torch.device("cpu"):  # tests may have another default, a server has not
+        with torch.device("cpu"):  # tests may have another default device, a server has not
             self.cache = CompressedCache.create(self.keys, self.values, compressor, **sizes_of_cache)
         memory = self.cache.memory
         self.layout, self.views, self.table, self.store = memory.layout, memory.views, memory.table, memory.store

@@ -1,4 +1,4 @@
-"""What was timed was right: decode attention beside exact attention, for a few requests; and how a check fails."""
+"""Compare decode attention with exact attention for a few requests: what was timed must be right."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from benchmarks.gpu_check.pool import Pool, Request
 from hybridkv_kernels.decode_attn.naive import layer_head_pages
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-"""Largest error as a share of the largest number of a request's output: the second product's inputs are rounded, and
-the output."""
+"""Largest error as a share of the largest number of a request's output. The inputs of the second product are rounded,
+and so is the output."""
 
 
 class Mismatch(Exception):

@@ -32,7 +32,7 @@ class Load:
     chunked_prefill_size: int = 1024
 
     def pool_tokens(self) -> int:
-        """Every request twice: at budget 1.0 prompt and compressed pages are both there for a moment."""
+        """Tokens of the pool: every request counts twice, as at budget 1.0 its prompt and compressed pages coexist."""
         return 2 * sum(length + self.new_tokens for length in self.prompt_tokens) + 4096
 
 
@@ -45,7 +45,7 @@ class Setup:
     dtype: str
 
     def flags(self, load: Load, budget: float | None) -> tuple[list[str], dict[str, str]]:
-        """Flags and environment of a server; CUDA graphs and the overlap scheduler are as SGLang has them, on."""
+        """Flags and environment of a server. CUDA graphs and the overlap scheduler stay on, as in SGLang."""
         recipe = engine_flags(
             self.device,
             max_total_tokens=load.pool_tokens(),
@@ -54,14 +54,14 @@ class Setup:
             dtype=self.dtype,
         )
         flags = merge_flags(list(recipe.flags), ["--attention-backend", self.attention_backend])
-        # A budget of random weights' heads is small: a short prompt is compressed, too.
+        # Heads of random weights get small budgets, so that a short prompt is compressed, too.
         config = None if budget is None else {"min_prompt_tokens": 64}
         return flags + compression_flags(budget, config), dict(recipe.env)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Generated tokens, their log-probs, and what the compressor did; a stock server says nothing of that."""
+    """Generated tokens, their log-probs, and what the compressor did, which a stock server does not say."""
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -75,19 +75,16 @@ def setups(device: str) -> tuple[list[Setup], list[str]]:
             "attention backends triton and flashinfer, CUDA graphs: they need a GPU"
         ]
     found = [Setup("cuda", "triton", "float32"), Setup("cuda", "triton", "bfloat16")]
-    if not has_flashinfer():
+    if importlib.util.find_spec("flashinfer") is None:
         return found, ["attention backend flashinfer: the package flashinfer is not installed"]
     return [*found, Setup("cuda", "flashinfer", "bfloat16")], []
 
 
-def has_flashinfer() -> bool:
-    """Whether there is a FlashInfer to import."""
-    return importlib.util.find_spec("flashinfer") is not None
-
-
 def compare(ours: Sequence[Answer], stock: Sequence[Answer]) -> Row:
-    """How far answers agree: requests with the same tokens, and over the tokens up to the first that differs, where
-    both servers had read the same, the largest difference of log-probs."""
+    """How far answers agree: the requests with the same tokens, and the largest difference of log-probs.
+
+    The difference is taken over the tokens up to the first that differs, where both servers had read the same.
+    """
     worst, same, common, total = 0.0, 0, 0, 0
     for mine, theirs in zip(ours, stock, strict=True):
         pairs = list(zip(mine.ids, theirs.ids, strict=True))

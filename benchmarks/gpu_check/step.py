@@ -12,7 +12,7 @@ NAN = float("nan")
 
 
 class DecodeStep:
-    """Retrieval and attention of all layers for a batch of fixed size, from and to tensors that stay where they are.
+    """Retrieval and attention of all layers for a batch of fixed size; inputs and outputs are tensors at fixed places.
 
     On a GPU `run` replays a CUDA graph, captured with a batch of padding rows; elsewhere it runs the same calls.
     """
@@ -27,7 +27,7 @@ class DecodeStep:
         self.run = capture(self.launch) if pool.device.type == "cuda" else self.launch
 
     def launch(self) -> None:
-        """What SGLang's forward does of it."""
+        """Retrieve and attend in all layers, as SGLang's forward does."""
         for layer_idx, q in enumerate(self.q):
             self.pool.cache.retrieve(layer_idx, q, self.rows)
             self.attend(layer_idx, self.rows, self.lens)
@@ -52,7 +52,7 @@ class DecodeStep:
 
 
 def capture(launch: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of `launch`, as a function that replays it; warmed up before, as kernels compile at first use."""
+    """A function that replays a CUDA graph of `launch`. It runs before the capture, as kernels compile at first use."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

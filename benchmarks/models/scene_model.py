@@ -14,21 +14,23 @@ from tokenizers import pre_tokenizers as token_splitters
 from tokenizers import trainers as token_trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.models.make_models import CHAT_TEMPLATE, save_checkpoint
+from benchmarks.models.make_models import CHAT_TEMPLATE, SPECIAL_TOKENS, save_checkpoint
 from benchmarks.scenes import CELL_PIXELS, CODES, COLOURS, KINDS, MOST_DOTS
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+SPECIAL = tuple(token for token in SPECIAL_TOKENS if token != "<|vision_pad|>")
 HIDDEN, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, MLP = 256, 4, 4, 2, 64, 512
 VISION_HIDDEN, VISION_HEADS, PATCH_PIXELS, MERGE = 128, 2, 14, 2
 MAX_POSITIONS = 16384
+TOWER_OF_CELLS = {
+    "patch_size": PATCH_PIXELS,
+    "spatial_merge_size": MERGE,
+    "temporal_patch_size": 2,
+    "window_size": CELL_PIXELS,
+    "fullatt_block_indexes": [],
+    "tokens_per_second": 2,
+    "in_channels": 3,
+}
+"""Settings of a vision tower that looks at each cell by itself."""
 
 
 def _words() -> list[str]:
@@ -102,14 +104,8 @@ def build_config() -> Qwen2_5_VLConfig:
             "hidden_size": VISION_HIDDEN,
             "intermediate_size": 2 * VISION_HIDDEN,
             "num_heads": VISION_HEADS,
-            "patch_size": PATCH_PIXELS,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "window_size": CELL_PIXELS,
             "out_hidden_size": HIDDEN,
-            "fullatt_block_indexes": [],
-            "tokens_per_second": 2,
-            "in_channels": 3,
+            **TOWER_OF_CELLS,
         },
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),

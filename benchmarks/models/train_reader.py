@@ -3,9 +3,9 @@
 The language model is taken as it is. The vision tower maps each 28-pixel cell with a drawn word piece to the language
 model's own input embedding of that piece, so that a page of pictures is to the model what the text is. The tower is
 written down, not trained. Drawings are black and white, so that the norm makes each pixel exactly 1 or -1. The merger's
-first layer holds one template a piece, whose product with a drawing counts the pixels that agree, less what makes it
-positive for the piece's own drawing only; the last layer holds the embeddings. All of it is small integers and powers
-of two, so that float32, bfloat16 and float16 compute the same.
+first layer holds one template for each piece. Its product with a drawing counts the pixels that agree, and a bias makes
+it positive only for the piece's own drawing. The last layer holds the embeddings. All weights are small integers and
+powers of two, so that float32, bfloat16 and float16 compute the same.
 
 Positions: an image is one line of text, and `mrope_section` gives all of the rotation to the column, so that cells
 along a line, and the text after it, have the positions that text would have.
@@ -31,15 +31,15 @@ from transformers import (
 )
 
 from benchmarks.models.make_models import save_checkpoint
-from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, processor_files
+from benchmarks.models.scene_model import MERGE, PATCH_PIXELS, TOWER_OF_CELLS, processor_files
 from benchmarks.pages import PIECES_FILE, choose_pieces, draw_piece, drawings_digest, piece_text
-from benchmarks.scenes import CELL_PIXELS
 
 NUM_PIECES = 6144
-"""One template each; the tower's work a cell grows with the square."""
+"""Word pieces with a template each. The tower's work for a cell grows with the square of their number."""
+VISION_NAMES = ("vision_start", "image", "vision_end", "video")
 VISION_TOKENS = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
 SPARE_IDS = (7, 8, 9, 10)
-"""Of SmolLM2's vocabulary: special tokens that no training text had; they get the names of `VISION_TOKENS`."""
+"""Special tokens of SmolLM2's vocabulary that no training text had; they get the names of `VISION_TOKENS`."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _PATCHES, _PATCH_DIM = MERGE**2, PATCH_PIXELS**2
-_ANSWER = 8.0  # of a template to its own drawing; to any other at most the negative, which a GELU makes nothing
+_ANSWER = 8.0  # output of a template for its own drawing; for any other it is at most -8, which a GELU turns into 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def cell_patches(texts: Sequence[str]) -> torch.Tensor:
 
 
 def processed_pixels(patches: torch.Tensor) -> torch.Tensor:
-    """[cells * 4, 3 * 2 * 196]: what the image processor makes of the same cells; colours and frames are equal."""
+    """[cells * 4, 3 * 2 * 196]: what the image processor makes of the same cells. Colours and frames are equal."""
     return patches.reshape(-1, 1, _PATCH_DIM).expand(-1, 6, -1).flatten(1)
 
 
@@ -110,22 +110,10 @@ def build_config(language: Any, num_pieces: int) -> Qwen2_5_VLConfig:
             "hidden_size": vision_hidden,
             "intermediate_size": vision_hidden,
             "num_heads": vision_hidden // 64,
-            "patch_size": PATCH_PIXELS,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "window_size": CELL_PIXELS,
             "out_hidden_size": language.hidden_size,
-            "fullatt_block_indexes": [],
-            "tokens_per_second": 2,
-            "in_channels": 3,
+            **TOWER_OF_CELLS,
         },
-        **dict(
-            zip(
-                ("vision_start_token_id", "image_token_id", "vision_end_token_id", "video_token_id"),
-                SPARE_IDS,
-                strict=True,
-            )
-        ),
+        **{f"{name}_token_id": token for name, token in zip(VISION_NAMES, SPARE_IDS, strict=True)},
         tie_word_embeddings=True,
     )
 
@@ -174,7 +162,7 @@ def write_tower(tower: Any, patches: torch.Tensor, targets: torch.Tensor) -> Non
         for parameter in tower.parameters():
             parameter.zero_()
         tower.merger.ln_q.weight.fill_(1)
-        # Every channel is a pixel, and all of them are of one size, so that the norm has no rounding to do.
+        # Every channel is a pixel, and all have the same magnitude, so that the norm rounds nothing.
         channels = torch.arange(width // _PATCHES)
         kernel = tower.patch_embed.proj.weight
         kernel.copy_(torch.eye(_PATCH_DIM)[channels % _PATCH_DIM].view(-1, 1, 1, *kernel.shape[-2:]))

@@ -53,7 +53,7 @@ _USER, _ASSISTANT, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assista
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Part of the curriculum: cells a side of the whole layout, scenes a batch, questions a scene."""
+    """Part of the curriculum: cells on a side of the whole layout, scenes in a batch, questions about a scene."""
 
     least_side: int
     most_side: int
@@ -161,13 +161,21 @@ class Batch:
     labels: torch.Tensor
 
 
+def rope_positions(config: Any, ids: torch.Tensor, **grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [3, 1, T] that SGLang gives the tokens `ids` [1, T] of a prompt with images or videos, and how far the
+    next token's is from its index, [1, 1]."""
+    from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
+
+    tokens = (config.image_token_id, config.video_token_id, config.vision_start_token_id)
+    rate = config.vision_config.tokens_per_second
+    return MRotaryEmbedding.get_rope_index(MERGE, *tokens, config.model_type, rate, input_ids=ids, **grids)
+
+
 def place_prompt(layout: list[tuple[int, int]], frame_step: int | None) -> tuple[list[int], torch.Tensor, list[int]]:
     """Ids, positions [3, T] as the server gives them, and visual places up to the first question.
 
     With `frame_step` the layout is one video whose frames are that many positions apart.
     """
-    from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
-
     config, ids, visual = build_config(), list(encode(_USER)), []
     pad = config.image_token_id if frame_step is None else config.video_token_id
     for span in [[size] for size in layout] if frame_step is None else [layout]:
@@ -181,17 +189,7 @@ def place_prompt(layout: list[tuple[int, int]], frame_step: int | None) -> tuple
         rows, columns = layout[0]
         grids = {"video_grid_thw": torch.tensor([[len(layout), MERGE * rows, MERGE * columns]])}
         grids["second_per_grid_ts"] = torch.tensor([frame_step / config.vision_config.tokens_per_second])
-    positions, _ = MRotaryEmbedding.get_rope_index(
-        MERGE,
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.model_type,
-        config.vision_config.tokens_per_second,
-        input_ids=torch.tensor([ids]),
-        **grids,
-    )
-    return ids, positions[:, 0], visual
+    return ids, rope_positions(config, torch.tensor([ids]), **grids)[0][:, 0], visual
 
 
 def draw_batch(
@@ -229,7 +227,7 @@ def _add_turn(
     question = ask(rng, scene, str(rng.choice(scene.kinds, p=weights / weights.sum())))
     ids += encode(("" if first else _USER) + question.text + _ASSISTANT)
     answer, kind = encode(question.answer), KINDS.index(question.kind)
-    # The words after the one that was asked for tell whether the scene was read; the first ones are copied.
+    # Only the words after the one that was asked for show whether the scene was read. The first ones are copied.
     for i, token in enumerate((*answer, token_id(_END))):
         labels.append([b, len(ids) - 1, token, len(KINDS) if i == len(answer) or i < 2 else kind])
         ids.append(token)

@@ -16,7 +16,7 @@ from benchmarks.texts import DEVELOPMENT, LENGTHS, SPLITS, Text, ask_text, draw_
 TEXT = "text"
 SCENES = (*ARRANGEMENTS, TEXT)
 CONTEXTS = {400: ((20, 20),), 1600: ((40, 40),), 2400: ((40, 30), (40, 30))}
-"""Visual tokens: (rows, columns) of each image. Texts have LENGTHS instead."""
+"""(rows, columns) of each image, by the number of visual tokens. Texts have LENGTHS instead."""
 
 SECOND_TASKS = ("second_new", "second_turn", "second_in_place")
 """The second question about the same images or text: in a new request, in a later turn of the conversation, and in
@@ -25,12 +25,12 @@ prefix would do: the server is made to write the first answer and the second que
 
 TASKS = (*KINDS, *texts.KINDS, *SECOND_TASKS)
 SECOND_KINDS = (("get", "list"), ("read", "read"), ("price", "needle"))
-"""First and second question; the first pair whose kinds a scene has."""
+"""Kinds of the first and the second question. The first pair counts whose kinds a scene has."""
 
 END_OF_TURN = "<|im_end|>"
 
 DrawText = Callable[[str], list[dict[str, Any]]]
-"""Shows a text as pictures, parts of a message."""
+"""A function that shows a text as pictures, parts of a message."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cell:
     scene : arrangement of a drawn scene, or "text".
     context : visual tokens of a drawn scene, one of CONTEXTS; tokens of a text, one of LENGTHS.
     n : scenes; each task is asked once a scene.
-    tasks : those that the scene has no answer for are left out.
+    tasks : what is asked; tasks that the scene has no answer for are left out.
     split : half of the prose and the words of a text.
     """
 
@@ -87,7 +87,7 @@ class Exchange:
     ----------
     key : "scene/context/index/task"; the same for every server.
     first : messages of a request that is sent before and not scored; None without.
-    messages : those of the scored request. When the last one is the assistant's, it is what the answer begins with:
+    messages : messages of the scored request. When the last one is the assistant's, it is what the answer begins with:
         the server goes on from there (`continue_final_message`).
     question : scored.
     forced : text that the server is made to write before its answer; None without.
@@ -101,7 +101,7 @@ class Exchange:
 
 
 def _generator(seed: int, *parts: object) -> np.random.Generator:
-    # Not hash(): it differs from process to process.
+    # hash() would differ from process to process.
     return np.random.default_rng([seed, zlib.crc32(repr(parts).encode())])
 
 
@@ -137,7 +137,7 @@ def _beginning(question: Question) -> list[dict[str, Any]]:
 
 
 def _whole(question: Question) -> str:
-    """Beginning and answer."""
+    """The beginning of the answer, and what follows it."""
     return f"{question.begun} {question.answer}".strip()
 
 
@@ -155,7 +155,8 @@ def make_exchange(seed: int, cell: Cell, index: int, scene: Scene | Text, task: 
 
     def opening(question: Question) -> list[dict[str, Any]]:
         if isinstance(scene, Text):
-            # The text first: questions about it share a prefix. A string: templates of text models know no parts.
+            # The text comes first, so that questions about it share a prefix. The content is a string, since templates
+            # of text models know no parts.
             written = f"{scene.body}\n\n{question.text}"
             shown = [*pictures, {"type": "text", "text": f"\n{question.text}"}]
             return [_turn(shown if pictures else written), *_beginning(question)]
@@ -168,7 +169,7 @@ def make_exchange(seed: int, cell: Cell, index: int, scene: Scene | Text, task: 
     kinds = _second_kinds(scene)
     if task not in SECOND_TASKS or kinds is None:
         raise ValueError(f"task: a {cell.scene} scene has no answer for {task!r}")
-    # The same two questions for all three tasks, whose only difference is then where the second one is asked.
+    # All three tasks have the same two questions: they only differ in where the second one is asked.
     rng = _generator(seed, cell.name, cell.context, index, "second")
     first, second = (_ask(rng, scene, kind) for kind in kinds)
     if task == "second_new":
@@ -187,7 +188,7 @@ def make_exchanges(
     """Yield the questions about one scene or text whose keys are not in `skip`; `draw` shows a text as pictures."""
     scene = draw_case(seed, cell, index)
     tasks = [task for task in scene_tasks(scene, cell.tasks) if exchange_key(cell, index, task) not in skip]
-    # Once for all of them: pictures of this size take longer to encode than to ask about.
+    # The pictures are encoded once for all questions: this takes longer than asking about them.
     pictures: list[dict[str, Any]] = []
     if tasks and isinstance(scene, Scene):
         pictures = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in scene.images]

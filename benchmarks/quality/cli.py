@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import re
 import sys
@@ -18,10 +19,10 @@ from benchmarks.quality.cases import CONTEXTS, SCENES, TASKS, TEXT, Cell
 from benchmarks.quality.client import Client, Unreachable
 from benchmarks.quality.data import MAX_TOKENS, DataSet, check_stored, load_data
 from benchmarks.quality.models import MODELS, KnownModel
-from benchmarks.quality.presets import PRESETS, Plan, Preset, Variants, build_plan
+from benchmarks.quality.presets import PRESETS, Choices, Plan, Preset, Variants, build_plan
 from benchmarks.quality.report import write_markdown, write_report
 from benchmarks.quality.rows import Row
-from benchmarks.quality.runs import plan_keys
+from benchmarks.quality.runs import RunSettings, plan_keys
 from benchmarks.quality.servers import (
     CALIBRATION_FILE,
     REQUEST_TOKENS,
@@ -33,7 +34,7 @@ from benchmarks.quality.servers import (
     with_calibration,
 )
 from benchmarks.quality.store import open_store
-from benchmarks.quality.table import RunSettings, run_in_process, run_plan
+from benchmarks.quality.table import run_in_process, run_plan
 from benchmarks.texts import LENGTHS, SPLITS, sources_digest
 from sglang_hybridkv.compressors import get_compressor
 
@@ -145,22 +146,9 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise ValueError(f"--n: expected at least 1, got {args.n}")
     if args.seed < 0:
         raise ValueError(f"--seed: expected at least 0, got {args.seed}")
-
-    def given(values: list[Any] | None) -> tuple[Any, ...] | None:
-        return tuple(values) if values else None
-
-    data = _data(args)
-    plan = build_plan(
-        _preset(MODELS[args.model], args.preset),
-        compressors=args.compressors,
-        budgets=args.budgets,
-        tasks=given(args.tasks),
-        scenes=given(args.scenes),
-        contexts=given(args.contexts),
-        n=args.n,
-        split=args.split,
-        variants=parse_variants(args.variants),
-    )
+    data, preset = _data(args), _preset(MODELS[args.model], args.preset)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Choices)}
+    plan = build_plan(preset, Choices(**given | {"variants": parse_variants(args.variants)}))
     if args.split and not any(isinstance(cell, Cell) and cell.scene == TEXT for cell in data or plan[0][1]):
         raise ValueError("--split: only texts have halves; name them with --scenes or choose a --model of text")
     return [(spec, data) for spec, _ in plan] if data else plan

@@ -16,9 +16,9 @@ MAX_ANSWER_TOKENS = 64
 NUM_TOP_LOGPROBS = 20
 REQUEST_SECONDS = 300.0
 FORCED_LOGIT = 1.0
-"""Of a token that is forced, among log-probabilities, none of which is above 0."""
+"""Logit of a token that is forced. The others are log-probabilities, none of which is above 0."""
 LEAST_PROBABILITY = 1e-7
-"""Of a token that is forced; what it had before is known to about this much."""
+"""Least probability of a token that is forced: what it had before is known to about this accuracy."""
 NEEDS_PROCESSOR = "it has to be SGLang, started with --enable-custom-logit-processor"
 
 
@@ -37,7 +37,7 @@ class Reply:
     Attributes
     ----------
     tokens, top : its tokens, and the log-probabilities of the likeliest ones at each of them.
-    ids : of the tokens; empty where the endpoint does not tell them.
+    ids : ids of the tokens; empty where the endpoint does not tell them.
     record : the compressor's record of the request; None on a stock server.
     """
 
@@ -78,8 +78,8 @@ def forcing_processor() -> str:
 def undo_forcing(token: str, top: dict[str, float]) -> dict[str, float]:
     """Return the log-probabilities before `forcing_processor` lifted a token, from those that the server reports.
 
-    With p the probability that the forced token had, all others lost log(1 - p + e) to it, and it has FORCED_LOGIT
-    less the same: what it has says how much to give back.
+    Let p be the probability that the forced token had. The softmax takes log(1 - p + e) from every logit: from the
+    log-probabilities of all others, and from FORCED_LOGIT. So the forced token's value says how much to give back.
     """
     lost = FORCED_LOGIT - top[token]
     before = 1.0 + math.exp(FORCED_LOGIT) - math.exp(lost)
@@ -92,7 +92,7 @@ def _rounded(top: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 class Client:
-    """Asks one endpoint; safe to use from several threads.
+    """A client of one endpoint, safe to use from several threads.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ class Client:
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": NUM_TOP_LOGPROBS,
-            # Of SGLang: carries the compressor's record of this very request.
+            # SGLang's field, which carries the compressor's record of this very request.
             "return_meta_info": True,
         }
         if messages[-1]["role"] == "assistant":
@@ -177,7 +177,7 @@ class Client:
                 tokens=[position["token"] for position in positions],
                 top=[{t["token"]: t["logprob"] for t in position["top_logprobs"]} for position in positions],
                 record=meta.get("kv_compressor"),
-                # (log-probability, id, text) each.
+                # Each entry is (log-probability, id, text).
                 ids=[token_id for _, token_id, _ in meta.get("output_token_logprobs") or []],
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ class DataSet:
 
     Attributes
     ----------
-    max_tokens : longest answer.
+    max_tokens : tokens of the longest answer.
     """
 
     cases: tuple[Case, ...]

@@ -24,7 +24,7 @@ from sglang_hybridkv.config import parse_config
 
 _WORDS_AROUND = 12
 ROWS_AT_ONCE = 512
-"""Tokens of all settings in one forward: what fits the memory of a small machine."""
+"""Tokens of all settings in one forward: as many as fit the memory of a small machine."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Answerer:
 
 
 def _answer_tokens(tokenizer: Any, exchange: Exchange) -> int:
-    """Longest answer to a question with a right one: a server's limit, and not much longer than the right one."""
+    """Longest answer, in tokens, to a question with a right one: within a server's limit, not much longer than that."""
     right = len(tokenizer(exchange.question.answer, add_special_tokens=False)["input_ids"])
     return min(exchange.question.max_tokens or MAX_ANSWER_TOKENS, right + right // 2 + _WORDS_AROUND)
 

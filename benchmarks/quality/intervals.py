@@ -99,9 +99,9 @@ def mcnemar(pairs: Pairs) -> float:
 def coarse_kl(reference: TopLogprobs, other: TopLogprobs) -> float:
     """Return the least KL(reference || other), in nats, that fits what both servers reported; at most the true one.
 
-    Over the tokens that both list, one bucket of those only `reference` lists, and one of all others. What `other`
-    gives the first bucket is not known, but each of its tokens has at most the smallest probability that `other` does
-    list: within that, the value that makes the divergence smallest is taken.
+    The sum is over the tokens that both list, one bucket of those that only `reference` lists, and one of all others.
+    What `other` gives the first bucket is not known, but each of its tokens has at most the smallest probability that
+    `other` lists. Within this limit, the value that makes the divergence smallest is taken.
     """
     shared = reference.keys() & other.keys()
     p = [math.exp(reference[token]) for token in shared]
@@ -124,7 +124,7 @@ class Agreement(NamedTuple):
     Attributes
     ----------
     num_positions : positions with the same tokens before them.
-    num_same : those at which both chose the same token.
+    num_same : positions of these at which both chose the same token.
     kl_sum : sum of coarse_kl over them, nats.
     """
 

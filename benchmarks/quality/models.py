@@ -21,7 +21,7 @@ class KnownModel:
     Attributes
     ----------
     folder : returns the checkpoint, made the first time.
-    presets : by name.
+    presets : its tables, by name.
     verdict : why the smoke test fails; None when it passes.
     concurrency : requests at once.
     """
@@ -36,6 +36,6 @@ MODELS = {
     "tiny": KnownModel(lambda: TINY_MODEL, PRESETS, smoke_verdict, 8),
     # Two cores compute no more than two prompts of this model at a time.
     "smollm2": KnownModel(smollm2_folder, TEXT_PRESETS, text_verdict, 2),
-    # The same texts and questions, as pages.
+    # This model is asked about the same texts, which it sees as pages.
     "reader": KnownModel(reader_folder, TEXT_PRESETS, text_verdict, 2),
 }

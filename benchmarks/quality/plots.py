@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.quality.cases import SECOND_TASKS
 from benchmarks.quality.rows import Row, name_of, title
@@ -16,16 +16,6 @@ from benchmarks.texts import FREE_KINDS
 
 BASELINES = (STOCK, FULL)
 MARKERS = "osD^v<>Pp*XhHd"
-
-
-def _figure() -> Any:
-    # The module's own state stays untouched: no window system is asked for, no figure is kept.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
 
 
 def _curves(rows: Sequence[Row], field: str) -> dict[str, list[tuple[float, float]]]:
@@ -50,7 +40,8 @@ def _mean_match(rows: Sequence[Row]) -> float:
 
 def draw_curves(rows: Sequence[Row], field: str, label: str, path: Path) -> Path:
     """Draw exact match against a field of the rows, a curve a compressor, stock and full as lines."""
-    figure, axes = _figure()
+    figure = Figure(figsize=(7.0, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.set_title(title(rows[0]))
     measure = "score" if "score" in rows[0] else "exact match"
     rows = common_tasks(rows)
@@ -74,8 +65,10 @@ def draw_curves(rows: Sequence[Row], field: str, label: str, path: Path) -> Path
 
 
 def common_tasks(rows: Sequence[Row]) -> list[Row]:
-    """Rows of the tasks that every server was asked; without second questions, which are not about the budget, and
-    without free text, which is neither right nor wrong."""
+    """Rows of the tasks that every server was asked.
+
+    Second questions are left out, as they are not about the budget, and free text, as it is neither right nor wrong.
+    """
     asked: dict[tuple[str, float | None], set[str]] = {}
     for row in rows:
         asked.setdefault((name_of(row), row["budget"]), set()).add(row["task"])

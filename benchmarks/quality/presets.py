@@ -31,7 +31,7 @@ SCENE_TASKS = ("get", "list", "chain", "count", "main")
 HEADLINE_CELL = Cell("coherent", 1600, 120, (*SCENE_TASKS, *SECOND_TASKS))
 PLAIN_CELL = Cell("coherent", 1600, 40, SCENE_TASKS)
 TEXT_TASKS = ("needle", "price", "crew", "cloze", *FREE_KINDS, *SECOND_TASKS)
-"""Without what SmolLM2 cannot do, compressed or not: "pair", "hop" and "tally"."""
+"""Tasks without those that SmolLM2 cannot do, compressed or not: "pair", "hop" and "tally"."""
 TEXT_CELLS = tuple(Cell(TEXT, length, n, TEXT_TASKS) for length, n in ((2000, 40), (1000, 20), (4000, 20), (7000, 10)))
 OTHER_CELLS = (
     Cell("coherent", 400, 40, SCENE_TASKS),
@@ -92,9 +92,9 @@ class Preset:
     Attributes
     ----------
     compressors, budgets : every compressor at every budget; stock is always there.
-    variants : of hybridkv.
+    variants : names of hybridkv's settings that are compared.
     cells : asked of stock, of `full` and at every budget that `cells_at` does not have.
-    cells_at : fewer, by budget.
+    cells_at : other cells for some budgets; these are fewer.
     """
 
     compressors: tuple[str, ...]
@@ -105,7 +105,7 @@ class Preset:
 
 
 PRESETS = {
-    # For continuous integration: lookups only, and few enough for five minutes on two busy cores.
+    # This one is for continuous integration: lookups only, and few enough for five minutes on two busy cores.
     "smoke": Preset((HYBRIDKV,), (0.1,), (Cell("coherent", 1600, 32, LOOKUP_KINDS),)),
     "headline": Preset((FULL, *COMPARED), HEADLINE_BUDGETS, (HEADLINE_CELL,)),
     "full": Preset(
@@ -119,64 +119,68 @@ PRESETS = {
 }
 
 TEXT_PRESETS = {
-    # For continuous integration: minutes, in process.
+    # This one is for continuous integration, too: it takes minutes, in process.
     "smoke": Preset((HYBRIDKV,), (0.1,), (Cell(TEXT, 1000, 8, ("needle", "price", "crew", "cloze", "summary")),)),
     "headline": Preset((FULL, HYBRIDKV, "snapkv", "quest", "random"), HEADLINE_BUDGETS, TEXT_CELLS[:1]),
     "full": Preset((FULL, *(name for name in COMPARED if name != "sparsemm")), (0.1, 0.05, 0.2), TEXT_CELLS),
 }
-"""For models of text, with real weights. sparsemm is left out: its calibration is about images."""
+"""Compressors for models of text, with real weights. sparsemm is left out: its calibration is about images."""
 
 Plan = list[tuple[ServerSpec, Sequence[Questions]]]
 
 
-def build_plan(
-    preset: Preset,
-    *,
-    compressors: Sequence[str] | None = None,
-    budgets: Sequence[float] | None = None,
-    tasks: tuple[str, ...] | None = None,
-    scenes: tuple[str, ...] | None = None,
-    contexts: tuple[int, ...] | None = None,
-    n: int | None = None,
-    split: str | None = None,
-    variants: Variants | None = None,
-) -> Plan:
+@dataclass(frozen=True)
+class Choices:
+    """What the user gives in place of the preset's; None, or nothing listed, leaves the preset's.
+
+    Attributes
+    ----------
+    n : scenes of each cell.
+    split : half of the texts.
+    """
+
+    compressors: Sequence[str] | None = None
+    budgets: Sequence[float] | None = None
+    tasks: Sequence[str] | None = None
+    scenes: Sequence[str] | None = None
+    contexts: Sequence[int] | None = None
+    n: int | None = None
+    split: str | None = None
+    variants: Variants | None = None
+
+    def cells(self, usual: Sequence[Cell]) -> list[Cell]:
+        """The preset's `usual` cells with these choices in their place; cells that it does not have are made."""
+        known = {(cell.scene, cell.context): cell for cell in usual}
+        usual_tasks = {"page": ("read",), TEXT: TEXT_TASKS}
+        chosen = []
+        for scene in self.scenes or dict.fromkeys(scene for scene, _ in known):
+            sizes = [size for name, size in known if name == scene] or [2000 if scene == TEXT else 1600]
+            for context in self.contexts or sizes:
+                default = Cell(scene, context, 40, usual_tasks.get(scene, SCENE_TASKS))
+                cell = known.get((scene, context), default)
+                half = self.split if self.split and scene == TEXT else cell.split
+                tasks = tuple(self.tasks or cell.tasks)
+                chosen.append(dataclasses.replace(cell, tasks=tasks, n=self.n or cell.n, split=half))
+        return chosen
+
+
+def build_plan(preset: Preset, choices: Choices) -> Plan:
     """Return the servers in the order in which they run, each with its cells.
 
     Baselines come first, hybridkv next: the rows of the others compare with them.
-
-    Parameters
-    ----------
-    preset : what is not given otherwise.
-    compressors, budgets, tasks, scenes, contexts, n, variants : in place of the preset's.
-    split : half of the texts.
     """
-    names = [name for name in (compressors or preset.compressors) if name != STOCK]
-    for budget in budgets or ():
+    names = [name for name in (choices.compressors or preset.compressors) if name != STOCK]
+    for budget in choices.budgets or ():
         if not 0 < budget <= 1:
             raise ValueError(f"--budgets: expected numbers above 0 and at most 1, got {budget:g}")
-
-    def choose(cells: Sequence[Cell]) -> list[Cell]:
-        """The preset's cells with the user's choices in their place; cells that it does not have are made."""
-        known = {(cell.scene, cell.context): cell for cell in cells}
-        usual_tasks = {"page": ("read",), TEXT: TEXT_TASKS}
-        chosen = []
-        for scene in scenes or dict.fromkeys(scene for scene, _ in known):
-            usual = [size for name, size in known if name == scene] or [2000 if scene == TEXT else 1600]
-            for context in contexts or usual:
-                default = Cell(scene, context, 40, usual_tasks.get(scene, SCENE_TASKS))
-                cell = known.get((scene, context), default)
-                half = split if split and scene == TEXT else cell.split
-                chosen.append(dataclasses.replace(cell, tasks=tasks or cell.tasks, n=n or cell.n, split=half))
-        return chosen
-
-    cells = choose(preset.cells)
+    cells = choices.cells(preset.cells)
     plan: Plan = [(ServerSpec(STOCK), cells)]
     if FULL in names:
         plan.append((ServerSpec(FULL, 1.0), cells))
     for name in sorted((name for name in names if name != FULL), key=lambda name: name != HYBRIDKV):
-        for budget in budgets or preset.budgets:
-            own = choose(preset.cells_at.get(budget, preset.cells))
-            for variant, config in ((variants or preset.variants) if name == HYBRIDKV else {"": {}}).items():
+        for budget in choices.budgets or preset.budgets:
+            own = choices.cells(preset.cells_at.get(budget, preset.cells))
+            variants = (choices.variants or preset.variants) if name == HYBRIDKV else {"": {}}
+            for variant, config in variants.items():
                 plan.append((ServerSpec(name, budget, config, variant), own))
     return plan

@@ -48,7 +48,7 @@ def _cell(row: Row | None) -> str:
     if row["exact_match"] is None:
         return "" if row["same_text"] is None else f"{row['same_text']:.2f} same, {row['forced_top1'] or 0:.3f} top-1"
     worse = row["delta_full_high"] is not None and row["delta_full_high"] < 0
-    # Of a model that fails often, what stays right is more than a share of all.
+    # Where a model fails often, the share of stock's right answers that stay right says more than a share of all.
     is_text = str(row["scene"]).startswith(TEXT) and row["kept"] is not None
     kept = f" kept {round(row['kept'] * row['full_right'])} of {row['full_right']}" if is_text else ""
     return f"{row['exact_match']:.3f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]" + (" ▼" if worse else "") + kept

@@ -21,7 +21,7 @@ from benchmarks.quality.store import Answer, Answers
 
 Row = dict[str, Any]
 Group = tuple[str, int | None, str]
-"""Scene, context, task; for a data set its collection ("milebench"), no context, and its name ("milebench/WebQA")."""
+"""Scene, context and task; of a data set its collection ("milebench"), no context, and its name ("milebench/WebQA")."""
 
 
 def name_of(row: Row) -> str:
@@ -73,7 +73,7 @@ def pair_up(ours: Answers, theirs: Answers) -> tuple[list[bool], list[bool]]:
 
 
 def _against(ours: Answers, theirs: Answers) -> dict[str, Any]:
-    """Paired difference; nothing to say of the reference itself."""
+    """Paired difference; empty for the reference itself."""
     mine, other = pair_up(ours, theirs)
     if not mine or all(ours[key] is theirs.get(key) for key in ours):
         return {}
@@ -98,7 +98,7 @@ def _closeness(ours: Answers, stock: Answers) -> dict[str, Any]:
 
 
 def _same_text(ours: Answers, stock: Answers) -> float | None:
-    """Share of the answers that are stock's, token for token; nothing to say of stock itself."""
+    """Share of the answers that are stock's, token for token; None for stock itself."""
     both = [key for key, answer in ours.items() if key in stock and answer is not stock[key]]
     return _mean((float(ours[key]["tokens"] == stock[key]["tokens"]) for key in both), 4)
 
@@ -142,7 +142,7 @@ def make_rows(spec: ServerSpec, answers: Answers, others: Sequence[tuple[ServerS
 
     Parameters
     ----------
-    answers : of this server, by key.
+    answers : what this server answered, by key.
     others : what other servers answered; differences are taken to `full` where it is there, else to stock, and the
         McNemar test against hybridkv with default settings at the same budget.
     """

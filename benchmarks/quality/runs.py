@@ -7,9 +7,12 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import NotCompressed, detect_device
+from benchmarks.pages import PIECES_FILE, PageWriter
 from benchmarks.quality.cases import (
     Cell,
     DrawText,
@@ -22,8 +25,40 @@ from benchmarks.quality.cases import (
 )
 from benchmarks.quality.client import Client, Reply
 from benchmarks.quality.data import CaseExchange, DataSet, Questions, exchanges_of, score_case
-from benchmarks.quality.servers import STOCK, ServerSpec
+from benchmarks.quality.servers import REQUEST_TOKENS, STOCK, ServerSpec
 from benchmarks.quality.store import Answer, AnswerFile, Answers
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all servers of a run share.
+
+    Attributes
+    ----------
+    out : folder of the answers.
+    model : checkpoint; None with `base_url`.
+    request_tokens : tokens of the KV pool for each request that runs at once.
+    base_url, served_model : a server that runs already, and its name for the model.
+    in_process : answers are computed here, without servers.
+    """
+
+    out: Path
+    seed: int
+    concurrency: int
+    request_tokens: int = REQUEST_TOKENS
+    model: Path | None = None
+    dtype: str | None = None
+    calibration: Path | None = None
+    base_url: str | None = None
+    served_model: str = "default"
+    in_process: bool = False
+
+    @functools.cached_property
+    def draw(self) -> DrawText | None:
+        """What shows texts as pictures, where the model is one that reads pages."""
+        if self.model is None or not (self.model / PIECES_FILE).is_file():
+            return None
+        return PageWriter.load(self.model).draw_parts
 
 
 @functools.cache
@@ -83,7 +118,7 @@ def add_forced(answer: Answer, exchange: Exchange, client: Client, stock: Answer
 
 @contextlib.contextmanager
 def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, whatever happens, lets requests on their way end and starts no other."""
+    """A pool of threads. When the block ends, for whatever reason, no request starts, and those on their way finish."""
     pool = ThreadPoolExecutor(max_workers=count)
     try:
         yield pool
@@ -93,18 +128,15 @@ def _workers(count: int, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
 
 
 def ask_cells(
-    spec: ServerSpec,
+    settings: RunSettings,
     cells: Sequence[Questions],
     client: Client,
     file: AnswerFile,
     *,
-    seed: int,
-    concurrency: int,
     advance: Callable[[], Any],
-    stock: Answers | None = None,
-    draw: DrawText | None = None,
+    stock: Answers,
 ) -> None:
-    """Ask a running server whatever its file does not have yet.
+    """Ask the running server of a file's spec whatever the file does not have yet.
 
     The questions about one scene are asked one after the other, so that the radix tree has its images or its text;
     scenes, and the questions of a data set, run concurrently.
@@ -112,7 +144,6 @@ def ask_cells(
     Parameters
     ----------
     stock : what stock answered: the free text that the server is made to write after it has written its own.
-    draw : shows texts as pictures, for models that read pages; None writes them out.
 
     Raises
     ------
@@ -123,24 +154,25 @@ def ask_cells(
     # SGLang encodes the images of one batch together, on the CPU with attention that is quadratic in all their patches.
     new_images = threading.Lock()
 
-    # Of a data set every question has images of its own: one at a time, a GPU would have little to do.
+    # Every question of a data set has images of its own: one at a time, they would leave a GPU with little to do.
     together = all(isinstance(cell, DataSet) for cell in cells) and detect_device() != "cpu"
 
     def ask_scene(cell: Questions, index: int) -> None:
-        for number, exchange in enumerate(exchanges_of(seed, cell, index, file.answers.keys(), draw)):
+        exchanges = exchanges_of(settings.seed, cell, index, file.answers.keys(), settings.draw)
+        for number, exchange in enumerate(exchanges):
             with contextlib.nullcontext() if number or together else new_images:
                 if stop.is_set():
                     return
                 reply = client.ask(
                     exchange, cell.max_tokens if isinstance(cell, DataSet) else exchange.question.max_tokens
                 )
-            check_service(spec, reply)
+            check_service(file.spec, reply)
             answer = score(exchange, reply)
-            add_forced(answer, exchange, client, (stock or {}).get(exchange.key))
+            add_forced(answer, exchange, client, stock.get(exchange.key))
             file.append(answer)
             advance()
 
-    with _workers(concurrency, stop) as pool:
+    with _workers(settings.concurrency, stop) as pool:
         futures = [pool.submit(ask_scene, cell, index) for cell in cells for index in range(cell.n)]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:

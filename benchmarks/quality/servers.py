@@ -21,10 +21,11 @@ FULL = "full"
 HYBRIDKV = "hybridkv"
 MIN_PROMPT_TOKENS = 64
 READY_SECONDS = 900.0
-"""A table runs for hours, maybe beside other work: a slow start is no reason to leave a server out."""
+"""Limit of a start. A table runs for hours, maybe beside other work, so a slow start must not leave a server out."""
 CALIBRATION_FILE = "visual_head_scores.json"
 REQUEST_TOKENS = 8192
-"""Of the KV pool on the CPU, for each request at once: what it takes itself, and what stays for the next question."""
+"""Tokens of the KV pool on the CPU for each request that runs at once: those it takes, and those that stay for the
+next question."""
 SOURCES = ("sglang_hybridkv", "hybridkv_kernels", "hybridkv_patches")
 SOURCE_SUFFIXES = {".py", ".cpp", ".h", ".inc", ".cu", ".cuh"}
 SAMPLED_BYTES = 1 << 20
@@ -110,10 +111,10 @@ def make_server(
     """Return the server of a spec, not yet started."""
     on_cpu = detect_device() == "cpu"
     recipe = engine_flags(
-        # Each running request with its compressed pages, and scenes whose questions are still to come.
+        # There are running requests with their compressed pages, and scenes whose questions are still to come.
         max_total_tokens=request_tokens * concurrency if on_cpu else None,
         max_running_requests=concurrency,
-        # A scene in one piece: its first token is then computed in one batch.
+        # A scene is prefilled in one piece: its first token is then computed in one batch.
         chunked_prefill_size=4096,
         dtype=dtype,
     )
@@ -123,7 +124,7 @@ def make_server(
 
 
 def add_file(digest: Any, path: Path) -> None:
-    """Update a digest with a file's name, its size and both of its ends: all of it where it is small."""
+    """Update a digest with a file's name, its size and both of its ends, which are all of it where it is small."""
     size = path.stat().st_size
     digest.update(f"{path.name} {size}\n".encode())
     with path.open("rb") as stream:

@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from benchmarks.quality.servers import ServerSpec
@@ -47,8 +46,8 @@ class AnswerFile:
 
     Attributes
     ----------
-    spec : of the server.
-    answers : by key.
+    spec : server that answered.
+    answers : what it answered, by key.
     """
 
     def __init__(self, folder: Path, spec: ServerSpec) -> None:
@@ -69,9 +68,7 @@ class AnswerFile:
             self._write({"spec": dataclasses.asdict(self.spec)})
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:
             self._out.close()
 

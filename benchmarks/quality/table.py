@@ -3,68 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks.harness import NotCompressed, ServerError
-from benchmarks.pages import PIECES_FILE, PageWriter
-from benchmarks.quality.cases import Cell, DrawText
+from benchmarks.quality.cases import Cell
 from benchmarks.quality.client import BadAnswer, Client, Unreachable
 from benchmarks.quality.data import Questions
 from benchmarks.quality.presets import Plan
 from benchmarks.quality.rows import Row, kept_share, lookup_share, make_rows
-from benchmarks.quality.runs import ask_cells, plan_keys
-from benchmarks.quality.servers import HYBRIDKV, REQUEST_TOKENS, STOCK, ServerSpec, launch_config, make_server
+from benchmarks.quality.runs import RunSettings, ask_cells, plan_keys
+from benchmarks.quality.servers import HYBRIDKV, STOCK, ServerSpec, launch_config, make_server
 from benchmarks.quality.store import AnswerFile, Answers, read_answers
 from benchmarks.scenes import LOOKUP_KINDS
 
 SMOKE_MARGIN = 0.03
 SMOKE_LEAST = 0.5
-"""Stock must get this share right, or a comparison with it says nothing."""
+"""Stock must get this share of the answers right, or a comparison with it says nothing."""
 TEXT_LEAST = 0.3
-"""The same of questions about texts: the models of real weights that fit two cores are weak."""
+"""The same share of questions about texts. It is lower, as the models of real weights that fit two cores are weak."""
 TEXT_KEPT = 0.8
-"""Of what stock answers right about texts, this share has to stay right."""
+"""Share of stock's right answers about texts that has to stay right."""
 
 Results = list[tuple[ServerSpec, Answers]]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What all servers of a run share.
-
-    Attributes
-    ----------
-    out : folder of the answers.
-    model : checkpoint; None with `base_url`.
-    request_tokens : of the KV pool, for each request at once.
-    base_url, served_model : a server that runs already, and its name for the model.
-    in_process : answers are computed here, without servers.
-    """
-
-    out: Path
-    seed: int
-    concurrency: int
-    request_tokens: int = REQUEST_TOKENS
-    model: Path | None = None
-    dtype: str | None = None
-    calibration: Path | None = None
-    base_url: str | None = None
-    served_model: str = "default"
-    in_process: bool = False
-
-    @functools.cached_property
-    def draw(self) -> DrawText | None:
-        """Shows texts as pictures, where the model is one that reads pages."""
-        if self.model is None or not (self.model / PIECES_FILE).is_file():
-            return None
-        return PageWriter.load(self.model).draw_parts
 
 
 @contextlib.contextmanager
@@ -95,9 +59,8 @@ def _ask_spec(
         num_kept = sum(key in file.answers for key in keys)
         skip(num_kept)
         if num_kept < len(keys):
-            how = {"seed": settings.seed, "concurrency": settings.concurrency, "draw": settings.draw}
             with _serve(settings, spec) as client:
-                ask_cells(spec, cells, client, file, advance=advance, stock=stock, **how)
+                ask_cells(settings, cells, client, file, advance=advance, stock=stock)
         return {key: file.answers[key] for key in keys}
 
 
@@ -135,7 +98,7 @@ def run_plan(settings: RunSettings, plan: Plan, emit: Callable[[list[Row]], None
         bar = progress.add_task("", total=sum(len(plan_keys(settings.seed, cells)) for _, cells in plan))
 
         def skip(count: int) -> None:
-            # Not as progress: the time left is estimated from the questions that are asked.
+            # These do not count as progress: the time left is estimated from the questions that are asked.
             progress.update(bar, total=(progress.tasks[0].total or 0) - count)
 
         for spec, cells in plan:

@@ -63,7 +63,7 @@ def shape_obstacle(
 
 
 def is_debug() -> bool:
-    """Whether kernels check the contents of index tensors, too; they do with HYBRIDKV_DEBUG=1, and then sync."""
+    """Whether HYBRIDKV_DEBUG=1 asks kernels to check the contents of index tensors, too, which syncs."""
     return os.environ.get(DEBUG_ENVIRONMENT, "0") not in ("", "0")
 
 

@@ -13,7 +13,7 @@ import torch
 
 from hybridkv_kernels import checks
 
-CODED_SCORES = {"key_codes": 1, "half_codes": 2, "quarter_codes": 4}
+CODED_SCORES = {"key_codes": 1, "half_codes": 2}
 """Scores by codes of every single key, and of how many of its channels one is coded."""
 SUMMARY_SCORES = ("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread")
 """Scores of a chunk as a whole, from a few vectors."""
@@ -36,11 +36,12 @@ class Retrieval:
     Attributes
     ----------
     num_sink_chunks, num_recent_chunks : first and last chunks of a prompt that win over every score, sinks before
-        recent; at least one place of a buffer is left to the score where it has two.
+        recent. A buffer of two places or more leaves at least one of them to the score.
     chunk_score : one of CHUNK_SCORES. The coded ones take the best token of a chunk, by the codes of `encode_keys`.
-    chunk_size : tokens of a chunk, a divisor of the page size. A buffer of n pages holds n * page_size / chunk_size.
-    estimate : whether chunks that are not retrieved take part in attention through their means. Their summaries carry
-        mean values then (`summarize_chunks` with v), the chunks are pages, and the score is an ESTIMATING one.
+    chunk_size : tokens of a chunk, a divisor of the page size. A buffer of n pages holds n * page_size / chunk_size
+        chunks.
+    estimate : whether chunks that are not retrieved take part in attention through their means. Their summaries then
+        carry mean values (`summarize_chunks` with v), each chunk is a page, and the score is in ESTIMATING_SCORES.
     """
 
     num_sink_chunks: int
@@ -66,7 +67,7 @@ class Retrieval:
 
     @property
     def score_vectors(self) -> int:
-        """Vectors of a chunk's summary that its score reads; 0 with codes, which have none a chunk."""
+        """Vectors of a chunk's summary that its score reads; 0 with codes, which do not belong to one chunk."""
         return 0 if self.is_coded else summary_vectors(self.chunk_score)
 
     @property
@@ -101,7 +102,7 @@ class Retrieval:
         Raises
         ------
         ValueError
-            The score is unknown; or the tokens are not whole chunks, with codes not a multiple of CODED_TOKENS.
+            The score is unknown, the tokens are not whole chunks, or codes get no multiple of CODED_TOKENS.
         """
         check_score(self.chunk_score, estimate=self.estimate)
         unit = CODED_TOKENS if self.is_coded else self.chunk_size
@@ -112,9 +113,10 @@ class Retrieval:
         return num_tokens // unit * self.stored_vectors
 
     def forced_chunks(self, num_chunks: int, num_selected: torch.Tensor) -> torch.Tensor:
-        """[E, C], bool: chunks that are resident whatever the query; at most num_selected - 1 (but 1 of 1) of a head.
+        """[E, C], bool: chunks that are resident whatever the query is.
 
-        Sinks first, then the most recent, as many as leave one place to the score.
+        Sinks come first, then the most recent chunks: of each head at most num_selected - 1, which leaves one place to
+        the score. A head that has a single place gives it to a forced chunk.
         """
         chunks = torch.arange(num_chunks, device=num_selected.device)
         places = (num_selected - 1).clamp(min=1)
@@ -124,7 +126,7 @@ class Retrieval:
 
 
 def check_score(chunk_score: str, *, estimate: bool) -> None:
-    """ValueError unless it is a chunk score, with `estimate` one whose summaries are means."""
+    """ValueError unless `chunk_score` is one of CHUNK_SCORES, and one whose summaries are means if they `estimate`."""
     _check_one_of(chunk_score, ESTIMATING_SCORES if estimate else CHUNK_SCORES, estimate=estimate)
 
 
@@ -213,8 +215,9 @@ def encode_keys(k: torch.Tensor, query_rms: torch.Tensor, num_channels: int) -> 
     -----
     Per-channel quantization of keys after KIVI (arXiv 2402.02750), of channels chosen as in Double Sparsity
     (arXiv 2408.07092) and turned as in QuaRot (arXiv 2404.00456), here only to rank keys: the rows themselves are
-    fetched exactly. Turning spreads the outliers of a channel over all of them, which two bits would cut off. A normal
-    variable loses an eighth of its variance. In fp32 the words use half of their bits.
+    fetched exactly. Two bits would cut off the outliers of a channel; turning spreads them over all channels. The error
+    of the codes is an eighth of the variance where elements are normally distributed. In fp32 the words use half of
+    their bits.
     """
     checks.check_shape("k", k, (None, None, None))
     checks.check_dtype("k", k, checks.FLOATS)
@@ -272,7 +275,7 @@ def rotation(num_channels: int, device: torch.device, dtype: torch.dtype = torch
 
 def _mean_and_spread(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[E, 1, D] twice: mean and standard deviation of x [E, N, D] over those N that are finite numbers."""
-    # One key that is no number must not blind the head to all others.
+    # One key that is not a finite number must not spoil the mean of all others.
     finite = x.isfinite()
     count = finite.sum(dim=1, keepdim=True).clamp(min=1)
     mean = x.where(finite, 0.0).sum(dim=1, keepdim=True) / count

@@ -10,7 +10,7 @@ from hybridkv_kernels import cpu, gpu
 
 ENVIRONMENT = "HYBRIDKV_KERNELS"
 IMPLEMENTATIONS = ("naive", "cpu", "triton")
-_FAST = {"cpu": cpu, "triton": gpu}  # who knows what stands in their way
+_FAST = {"cpu": cpu, "triton": gpu}  # modules whose `obstacle` says why their kernels cannot run
 
 
 def choose(
@@ -31,7 +31,7 @@ def choose(
 
 
 def choose_copy(device: torch.device | str) -> str:
-    """The same for kernels that only copy rows, whatever their type and size."""
+    """Name of the implementation for kernels that only copy rows, whatever their type and size."""
     return _choose(device, lambda fast: fast.copy_obstacle(device))
 
 
@@ -53,7 +53,7 @@ def _fast_for(device: torch.device | str) -> str:
 
 
 def describe(device: torch.device | str, dtype: torch.dtype, head_dim: int, group_size: int) -> str:
-    """The choice for people: its name, the instruction set or target, and why it is not a faster one."""
+    """The choice in words: its name, the instruction set or target, and why no faster one was chosen."""
     chosen = choose(device, dtype, head_dim, group_size)
     if chosen == "cpu":
         return f"cpu ({cpu.instruction_set()})"

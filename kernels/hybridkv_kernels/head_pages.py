@@ -47,7 +47,7 @@ class HeadPageLayout:
         return (layer_idx * self.pages_per_layer + page) * self.num_kv_heads + kv_head
 
     def host_page_ids(self, host_pages: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
-        """The same for the host store, whose pages keep their L * H head pages side by side."""
+        """Rows of the host store for `linear` indices; its pages keep their L * H head pages side by side."""
         linear = linear.to(torch.int64)
         page = host_pages.to(torch.int64)[linear // self.head_pages_per_page]
         return page * self.head_pages_per_page + linear % self.head_pages_per_page
@@ -77,8 +77,8 @@ class HeadPageViews:
     ) -> HeadPageViews:
         """Views of a pool's contiguous `keys` and `values` [L, slots, H, D], and an empty residency map.
 
-        The map takes 4 bytes a chunk of `chunk_size` tokens (None: a page): 1.6 % of bf16 rows of 64 elements for
-        single tokens, 0.2 % for pages of 8.
+        The map takes 4 bytes for each chunk of `chunk_size` tokens (None: a page). With bf16 rows of 64 elements this
+        is 1.6 % of the pool for chunks of a single token, and 0.2 % for pages of 8 tokens.
         """
         page_size, head_dim = layout.page_size, keys.shape[-1]
         num_head_pages = layout.head_pages_per_page * layout.pages_per_layer
@@ -220,7 +220,7 @@ class HeadPageTable:
             checks.check_range(f"table.num_head_pages[{row}]", ends, limit)
 
     def check_summaries(self, req_rows: torch.Tensor, layer_idx: int, num_vectors: int, views: HeadPageViews) -> None:
-        """The same for the residency map of their dynamic heads, and for summaries of `num_vectors` a page."""
+        """ValueError when the residency map or the summary pages of a dynamic head are out of range; debug mode."""
         for row in req_rows.tolist():
             heads = self.is_dynamic[row, layer_idx].nonzero().squeeze(1)
             if len(heads) == 0:

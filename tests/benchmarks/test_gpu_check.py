@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_check import bandwidth, parts, servers
 from benchmarks.gpu_check.__main__ import exit_status, make_table
-from benchmarks.gpu_check.bandwidth import quotients, unmet
+from benchmarks.gpu_check.bandwidth import Measured, quotients, unmet
 from benchmarks.gpu_check.parts import PARTS, Context, Part, chosen_parts, run_part
 from benchmarks.gpu_check.pool import Pool, Shape, first_heads, make_config
 from benchmarks.gpu_check.reference import Mismatch
@@ -82,7 +82,7 @@ class TestBandwidth:
         values = {"decode_bytes": 10**9, "summary_bytes": 10**8, "stock_bytes": 10**10}
         values |= {"decode_ms": 0.25, "step_ms": 0.275, "stock_ms": 2.5}
         values = {name: share * value for name, value in values.items()}
-        return quotients(**values | {"copy_gb_s": 4000.0, "layers_measured": 28} | changes)
+        return quotients(Measured(**values | {"copy_gb_s": 4000.0, "layers_measured": 28} | changes))
 
     def test_kernels_that_only_move_their_bytes_reach_all_of_it(self):
         row = self.quotients()

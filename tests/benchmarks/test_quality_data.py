@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from PIL import Image
 from benchmarks.quality.cli import main
 from benchmarks.quality.data import DataSet, case_digest, load_data
 from benchmarks.scenes import ARRANGEMENTS
-from tests.benchmarks.fake_endpoint import FakeEndpoint, serving, stand_for_servers
 from tests.benchmarks.test_datasets import make_mile_bench, mile_bench_record
 
 RESPONSES = ("the first", "neither", "the second")
@@ -34,19 +32,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def data(folder: Path) -> list[DataSet]:
+def asked(folder: Path) -> list[DataSet]:
     return load_data([f"{CHOICE}={folder}", f"{OPEN}={folder}"], None, 64)
-
-
-@pytest.fixture
-def endpoint(data: list[DataSet]) -> Iterator[FakeEndpoint]:
-    with serving(FakeEndpoint(data)) as fake:
-        yield fake
-
-
-@pytest.fixture
-def launched(endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return stand_for_servers(endpoint, monkeypatch)
 
 
 @pytest.fixture
@@ -70,12 +57,12 @@ def by_task(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]
     return {(row["compressor"], row["task"]): row for row in rows}
 
 
-def test_stock_comes_first_and_every_server_is_asked_the_same(launched, endpoint, data, command, capsys) -> None:
+def test_stock_comes_first_and_every_server_is_asked_the_same(launched, endpoint, asked, command, capsys) -> None:
     endpoint.wrong = {f"{CHOICE}/1", f"{OPEN}/0", f"{OPEN}/2"}
     assert main(command) == 0
     rows = printed(capsys)
     assert launched == ["stock", "hybridkv 0.1"]
-    keys = [case.key for one in data for case in one.cases]
+    keys = [case.key for one in asked for case in one.cases]
     assert sorted(endpoint.asked) == sorted(keys * 2)
     assert endpoint.max_tokens == {64}
     assert len(rows) == 4

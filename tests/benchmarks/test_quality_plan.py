@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.quality.cases import TASKS
 from benchmarks.quality.cli import main, parse_variants
-from benchmarks.quality.presets import ABLATION, PRESETS, SWEEP, build_plan
+from benchmarks.quality.presets import ABLATION, PRESETS, SWEEP, Choices, build_plan
 from benchmarks.quality.servers import (
     ServerSpec,
     launch_config,
@@ -24,7 +24,7 @@ from sglang_hybridkv.config import parse_config
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_baselines_come_first_then_hybridkv_and_no_server_twice(preset) -> None:
-    plan = build_plan(preset)
+    plan = build_plan(preset, Choices())
     specs = [spec for spec, _ in plan]
     assert specs[0] == ServerSpec("stock")
     others = [spec.compressor for spec in specs if spec.compressor not in ("stock", "full", "hybridkv")]
@@ -35,7 +35,7 @@ def test_baselines_come_first_then_hybridkv_and_no_server_twice(preset) -> None:
 
 def test_every_server_is_asked_at_most_what_stock_is_asked() -> None:
     for preset in PRESETS.values():
-        (_, asked), *others = build_plan(preset)
+        (_, asked), *others = build_plan(preset, Choices())
         scenes = {(cell.scene, cell.context): cell for cell in asked}
         for _, cells in others:
             for cell in cells:
@@ -45,9 +45,8 @@ def test_every_server_is_asked_at_most_what_stock_is_asked() -> None:
 
 
 def test_choices_replace_those_of_the_preset() -> None:
-    plan = build_plan(
-        PRESETS["headline"], compressors=["snapkv"], budgets=[0.3], tasks=("get",), scenes=("page", "coherent"), n=2
-    )
+    choices = Choices(compressors=["snapkv"], budgets=[0.3], tasks=["get"], scenes=["page", "coherent"], n=2)
+    plan = build_plan(PRESETS["headline"], choices)
     assert [spec.label for spec, _ in plan] == ["stock", "snapkv 0.3"]
     assert {(cell.scene, cell.n, cell.tasks) for _, cells in plan for cell in cells} == {
         ("page", 2, ("get",)),

@@ -17,11 +17,11 @@ import pytest
 from benchmarks.quality import table
 from benchmarks.quality.cases import TASKS, Cell
 from benchmarks.quality.cli import main
-from benchmarks.quality.runs import plan_keys
+from benchmarks.quality.runs import RunSettings, plan_keys
 from benchmarks.quality.servers import ServerSpec
 from benchmarks.quality.store import read_answers
-from benchmarks.quality.table import RunSettings, run_plan, smoke_verdict, text_verdict
-from tests.benchmarks.fake_endpoint import COMPRESSED, FakeEndpoint, serving, stand_for_servers
+from benchmarks.quality.table import run_plan, smoke_verdict, text_verdict
+from tests.benchmarks.fake_endpoint import COMPRESSED, FakeEndpoint
 
 CELLS = [Cell("coherent", 400, 3, TASKS), Cell("page", 400, 2, ("read",))]
 KEYS = plan_keys(0, CELLS)
@@ -29,19 +29,13 @@ STOCK, HYBRIDKV = ServerSpec("stock"), ServerSpec("hybridkv", 0.1)
 
 
 @pytest.fixture
-def endpoint() -> Iterator[FakeEndpoint]:
-    with serving(FakeEndpoint(CELLS)) as fake:
-        yield fake
+def asked() -> list[Cell]:
+    return CELLS
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> RunSettings:
     return RunSettings(out=tmp_path, seed=0, concurrency=3, model=Path("model"))
-
-
-@pytest.fixture
-def launched(endpoint: FakeEndpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return stand_for_servers(endpoint, monkeypatch)
 
 
 def run(settings: RunSettings, *specs: ServerSpec) -> tuple[list[dict[str, Any]], list[str], Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from benchmarks.quality.cases import SECOND_TASKS, TASKS, Cell, make_exchanges
 from benchmarks.quality.cli import main
 from benchmarks.quality.client import FORCED_LOGIT, forcing_processor, undo_forcing
 from benchmarks.quality.models import MODELS
-from benchmarks.quality.presets import build_plan
-from benchmarks.quality.runs import plan_keys
+from benchmarks.quality.presets import Choices, build_plan
+from benchmarks.quality.runs import RunSettings, plan_keys
 from benchmarks.quality.servers import ServerSpec
-from benchmarks.quality.table import RunSettings, run_plan
+from benchmarks.quality.table import run_plan
 from benchmarks.texts import FREE_KINDS, HELD_OUT, KINDS
-from tests.benchmarks.fake_endpoint import FakeEndpoint, serving, stand_for_servers
 
 CELL = Cell("text", 1000, 2, TASKS)
 TASKS_OF_TEXTS = (*KINDS, *SECOND_TASKS)
@@ -29,10 +27,8 @@ STOCK, HYBRIDKV = ServerSpec("stock"), ServerSpec("hybridkv", 0.1)
 
 
 @pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEndpoint]:
-    with serving(FakeEndpoint([CELL])) as fake:
-        stand_for_servers(fake, monkeypatch)
-        yield fake
+def asked() -> list[Cell]:
+    return [CELL]
 
 
 def run(folder: Path, *specs: ServerSpec) -> dict[tuple[str, str], dict[str, Any]]:
@@ -59,11 +55,11 @@ def test_halves_have_keys_and_texts_of_their_own() -> None:
     assert ours != theirs
     with pytest.raises(ValueError, match="^split: expected"):
         Cell("coherent", 400, 2, TASKS, HELD_OUT)
-    for spec, cells in build_plan(MODELS["smollm2"].presets["headline"], split=HELD_OUT):
+    for spec, cells in build_plan(MODELS["smollm2"].presets["headline"], Choices(split=HELD_OUT)):
         assert {cell.split for cell in cells} == {HELD_OUT}, spec
 
 
-def test_free_text_is_compared_with_stock_and_not_judged(endpoint, tmp_path) -> None:
+def test_free_text_is_compared_with_stock_and_not_judged(launched, endpoint, tmp_path) -> None:
     rows = run(tmp_path, STOCK, HYBRIDKV)
     for kind in FREE_KINDS:
         stock, ours = rows["stock", kind], rows["hybridkv", kind]
@@ -83,7 +79,7 @@ def test_free_text_is_compared_with_stock_and_not_judged(endpoint, tmp_path) -> 
         assert json.loads(json.dumps(row)) == row
 
 
-def test_what_stays_right_is_counted_among_what_stock_has_right(endpoint, tmp_path) -> None:
+def test_what_stays_right_is_counted_among_what_stock_has_right(launched, endpoint, tmp_path) -> None:
     endpoint.wrong = {"text/1000/0/needle", "text/1000/0/price", "text/1000/1/price"}
     run(tmp_path, STOCK)
     endpoint.wrong = {"text/1000/0/needle", "text/1000/0/price", "text/1000/0/pair"}
@@ -99,7 +95,7 @@ def test_what_stays_right_is_counted_among_what_stock_has_right(endpoint, tmp_pa
     assert 0 < low < 0.5 < high < 1
 
 
-def test_a_report_shows_what_is_kept_and_what_is_the_same(endpoint, tmp_path, capsys) -> None:
+def test_a_report_shows_what_is_kept_and_what_is_the_same(launched, endpoint, tmp_path, capsys) -> None:
     run(tmp_path, STOCK, HYBRIDKV)
     capsys.readouterr()
     assert main(["report", "--out", str(tmp_path)]) == 0

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from benchmarks.models.make_models import DEFAULT_DIR, train_pieces
 from benchmarks.models.train_reader import NUM_PIECES, SPARE_IDS, cell_patches, make_reader, measure
+from benchmarks.models.train_tiny import rope_positions
 from benchmarks.pages import PageWriter, choose_pieces, draw_piece, piece_text, sources, squeeze
 from benchmarks.scenes import CELL_PIXELS
 from benchmarks.texts import SPLITS, draw_text, every_fact
 from tests.builders import LAWS
 
 SMOLLM2 = DEFAULT_DIR / "smollm2"
+needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="make models-real was not run")
 TEXT = "The access code of the blue gate is 4711. No part of this manual tells another one."
 PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.just("\n"), min_size=1)
 
@@ -161,23 +163,12 @@ def test_what_cannot_be_drawn_is_refused(writer, language, tmp_path):
 
 def test_positions_along_a_page_are_those_of_text(reader, writer, model):
     """In transformers and in SGLang; the last component is the one that counts."""
-    from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
-
     inputs, config = ask_page(reader, writer, "Which code?", 12), model.config
     ids, grids = inputs["input_ids"], inputs["image_grid_thw"]
     lines = writer.break_lines(writer.spell(TEXT), 12)
     assert grids.tolist() == [[1, 2, 2 * len(line)] for line in lines]  # nothing was resized
     positions, delta = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids)
-    served, served_delta = MRotaryEmbedding.get_rope_index(
-        config.vision_config.spatial_merge_size,
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.model_type,
-        config.vision_config.tokens_per_second,
-        input_ids=ids,
-        image_grid_thw=grids,
-    )
+    served, served_delta = rope_positions(config, ids, image_grid_thw=grids)
     assert positions[2, 0].tolist() == served[2, 0].tolist() == list(range(ids.shape[1]))
     assert delta.item() == served_delta.item() == 0
     assert config.text_config.rope_parameters["mrope_section"] == [0, 0, 8]
@@ -209,7 +200,7 @@ def test_page_is_to_the_language_model_what_the_text_is(reader, writer, model):
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="make models-real was not run")
+@needs_smollm2
 def test_a_page_of_the_quality_bench_has_the_pieces_of_its_text():
     """Of both halves: pieces are the alphabet, not what was chosen on one half."""
     from transformers import AutoTokenizer
@@ -225,7 +216,7 @@ def test_a_page_of_the_quality_bench_has_the_pieces_of_its_text():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="make models-real was not run")
+@needs_smollm2
 def test_smollm2_reads_a_page(tmp_path):
     from transformers import Qwen2_5_VLForConditionalGeneration
 

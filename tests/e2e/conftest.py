@@ -27,13 +27,13 @@ def make_server(
     budget: float | None = None,
     config: dict[str, Any] | None = None,
     *flags: str,
-    pool_tokens: int = POOL_TOKENS,
-    chunk_tokens: int = CHUNK_TOKENS,
     env: dict[str, str] | None = None,
     name: str = "stock",
+    **sizes: int,
 ) -> Server:
-    """A server that is not started yet; stock without a budget."""
-    recipe = engine_flags("cpu", max_total_tokens=pool_tokens, chunked_prefill_size=chunk_tokens, dtype="float32")
+    """A server that is not started yet; stock without a budget. `sizes` are of SGLang's pool and prefill."""
+    sizes = {"max_total_tokens": POOL_TOKENS, "chunked_prefill_size": CHUNK_TOKENS} | sizes
+    recipe = engine_flags("cpu", dtype="float32", **sizes)
     compression = compression_flags(budget, {**CONFIG, **(config or {})})
     env = {**recipe.env, **STRICT_ENV, **(env or {})}
     return Server(make_model(model), [*recipe.flags, *compression, *flags], env, name=name)
@@ -46,11 +46,6 @@ def run_servers(*servers: Server) -> Iterator[list[Server]]:
         yield list(servers)
     finally:
         parallel(lambda server: server.stop(), servers)
-
-
-@pytest.fixture(scope="session")
-def vl_model() -> Path:
-    return make_model(VL)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-VOCABULARY = 256  # byte tokens, which every tiny tokenizer has
+from benchmarks.bench_memory import random_prompt
+
 IMAGE_SIDE = 224
 IMAGE_TOKENS = 64  # of such an image: 16 x 16 patches, merged 2 x 2
 
@@ -40,7 +41,7 @@ class Prompt:
 
 def text(seed: int, num_tokens: int) -> Prompt:
     """Random tokens."""
-    return Prompt(tuple(np.random.default_rng(seed).integers(0, VOCABULARY, num_tokens).tolist()))
+    return Prompt(tuple(random_prompt(seed, num_tokens)))
 
 
 def picture(seed: int, height: int = IMAGE_SIDE, width: int = IMAGE_SIDE) -> Image.Image:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.harness import Server, compression_flags, engine_flags
+from benchmarks.harness import Server, compression_flags
 from tests.e2e.checks import Reference, ask, assert_nothing_lost, assert_same
-from tests.e2e.conftest import CHUNK_TOKENS, POOL_TOKENS, STRICT_ENV
+from tests.e2e.conftest import VL, make_server
 from tests.e2e.prompts import Vision, text
 
 pytestmark = pytest.mark.server
@@ -16,15 +16,14 @@ ESTIMATING = {"unretrieved": "estimate", "chunk_score": "mean2_max", "theta": 1.
 KINDS = [("look-m", {}), ("quest", {}), ("hybridkv", {}), ("hybridkv", ESTIMATING)]
 
 
-def make(model, name: str, budget: float, config: dict) -> Server:
-    recipe = engine_flags("cpu", max_total_tokens=POOL_TOKENS, chunked_prefill_size=CHUNK_TOKENS, dtype="float32")
+def make(name: str, budget: float, config: dict) -> Server:
     flags = compression_flags(budget, {"min_prompt_tokens": 64, **config}, name)
-    return Server(model, [*recipe.flags, *flags], {**recipe.env, **STRICT_ENV}, name=name)
+    return make_server(VL, None, None, *flags, name=name)
 
 
 @pytest.mark.parametrize(("name", "config"), KINDS)
-def test_budget_1_is_stock(vl_model, stock: Reference, vision: Vision, name: str, config: dict) -> None:
-    with make(vl_model, name, 1.0, config) as server:
+def test_budget_1_is_stock(stock: Reference, vision: Vision, name: str, config: dict) -> None:
+    with make(name, 1.0, config) as server:
         for prompt in (text(81, 700), vision.image(82) + text(83, 300)):
             answer = ask(server, prompt, 16)
             assert_same(answer, stock.ask(prompt, 16))
@@ -32,8 +31,8 @@ def test_budget_1_is_stock(vl_model, stock: Reference, vision: Vision, name: str
         assert_nothing_lost(server)
 
 
-def test_without_retrieval_a_request_holds_its_budget(vl_model, vision: Vision) -> None:
-    with make(vl_model, "snapkv", 0.25, {}) as server:
+def test_without_retrieval_a_request_holds_its_budget(vision: Vision) -> None:
+    with make("snapkv", 0.25, {}) as server:
         answer = ask(server, vision.image(84) + text(85, 960), 16)
         assert answer.record["dynamic_heads"] == answer.record["host_bytes"] == 0
         # A quarter of 64 chunks, and the dense tail's pages.

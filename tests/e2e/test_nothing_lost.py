@@ -15,7 +15,6 @@ from benchmarks.harness import Server
 from tests.e2e.checks import ask, assert_dense, assert_nothing_lost, flush_cache, loads, request_body
 from tests.e2e.conftest import OBSERVED_ROWS, POOL_TOKENS, VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, text
-from tests.e2e.streams import stream
 
 pytestmark = pytest.mark.server
 
@@ -99,7 +98,7 @@ def test_abort_in_prefill(server: Server) -> None:
 
 
 def test_abort_in_decode(server: Server) -> None:
-    with stream(server, request_body(text(8050, 700), 2000, rid="decodes")) as answers:
+    with server.stream("/generate", request_body(text(8050, 700), 2000, rid="decodes")) as answers:
         assert next(answers)["meta_info"]["kv_compressor"]["compressed"]
         next(answers)
         abort(server, "decodes")
@@ -109,7 +108,7 @@ def test_abort_in_decode(server: Server) -> None:
 
 
 def test_client_disconnects_while_streaming(server: Server) -> None:
-    with stream(server, request_body(text(8060, 700), 2000)) as answers:
+    with server.stream("/generate", request_body(text(8060, 700), 2000)) as answers:
         for _ in range(5):
             next(answers)
     wait_for(server, lambda load: load["num_running_reqs"] == 0)

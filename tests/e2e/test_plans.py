@@ -36,7 +36,9 @@ _seeds = itertools.count(11000, 100)
 @pytest.fixture(scope="module")
 def chunked() -> Iterator[list[Server]]:
     """One server for each of CHUNK_SIZES."""
-    yield from run_servers(*(make_server(VL, 0.1, chunk_tokens=size, name=f"chunk-{size}") for size in CHUNK_SIZES))
+    yield from run_servers(
+        *(make_server(VL, 0.1, chunked_prefill_size=size, name=f"chunk-{size}") for size in CHUNK_SIZES)
+    )
 
 
 @pytest.fixture(params=["text", "ends-in-a-page", "images", "image-last"])

@@ -31,9 +31,10 @@ def servers() -> Iterator[list[Server]]:
     """Both with a small pool and overlap on; host stores for two prompts of 400 tokens, and for none."""
     dense = {"host_store_bytes": 64 * PAGE_BYTES}
     static = {"host_store_bytes": PAGE_BYTES, "on_host_store_full": "static"}
+    sizes = {"max_total_tokens": SMALL_POOL, "chunked_prefill_size": 256}
     yield from run_servers(
-        make_server(VL, 0.1, dense, *OPTIMISTIC, pool_tokens=SMALL_POOL, chunk_tokens=256, name="small-dense"),
-        make_server(VL, 0.1, static, *OPTIMISTIC, pool_tokens=SMALL_POOL, chunk_tokens=256, name="small-static"),
+        make_server(VL, 0.1, dense, *OPTIMISTIC, **sizes, name="small-dense"),
+        make_server(VL, 0.1, static, *OPTIMISTIC, **sizes, name="small-static"),
     )
 
 

@@ -23,7 +23,6 @@ from tests.e2e.checks import (
     request_body,
 )
 from tests.e2e.prompts import IMAGE_TOKENS, Prompt, Vision, text
-from tests.e2e.streams import stream
 
 pytestmark = pytest.mark.server
 
@@ -86,7 +85,7 @@ def test_prefix_that_ends_within_a_page(tenth, stock, images) -> None:
 
 def test_question_while_the_first_one_is_still_decoding(tenth, stock, images) -> None:
     ask(stock.server, images + text(10, 200), 24)
-    with stream(tenth, request_body(images + text(10, 200), 600)) as answers:
+    with tenth.stream("/generate", request_body(images + text(10, 200), 600)) as answers:
         assert next(answers)["meta_info"]["kv_compressor"]["compressed"]
         ours, theirs = ask_both(tenth, stock, images + text(11, 30), 24)
         assert ours.cached == theirs.cached == PREFIX_TOKENS
@@ -106,7 +105,7 @@ def test_tokens_generated_over_compressed_context_are_never_found(tenth, stock, 
 
 def test_generated_tokens_of_an_abandoned_request_are_never_found(tenth, stock) -> None:
     prompt = text(4200, 400)
-    with stream(tenth, request_body(prompt, 2000)) as answers:
+    with tenth.stream("/generate", request_body(prompt, 2000)) as answers:
         generated = next(answer for answer in answers if answer["meta_info"]["completion_tokens"] >= 40)
     assert_nothing_lost(tenth)
     ours, theirs = ask_both(tenth, stock, prompt + Prompt(tuple(generated["output_ids"])) + text(13, 50), 1)
@@ -120,7 +119,7 @@ def test_evicting_the_exact_prompt_leaves_its_request_alone(tenth: Server) -> No
     alone = ask(tenth, prompt, 200)
     assert_compressed(alone)
     flush_cache(tenth)
-    with stream(tenth, request_body(prompt, 200)) as answers:
+    with tenth.stream("/generate", request_body(prompt, 200)) as answers:
         next(answers)
         for other in filler:
             ask(tenth, other, 1)

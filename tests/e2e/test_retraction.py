@@ -10,7 +10,6 @@ from benchmarks.harness import Server, parallel
 from tests.e2e.checks import Answer, Reference, ask, assert_nothing_lost, assert_same, request_body
 from tests.e2e.conftest import VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, Vision, text
-from tests.e2e.streams import stream
 
 pytestmark = pytest.mark.server
 
@@ -22,9 +21,9 @@ NO_OVERLAP = "--disable-overlap-schedule"
 @pytest.fixture(scope="module", params=[(), (NO_OVERLAP,)], ids=["overlap", "no-overlap"])
 def servers(request: pytest.FixtureRequest) -> Iterator[dict[float, Server]]:
     """By budget; both retract a request every fifth step, whose refill then needs several chunks."""
-    shape = {"pool_tokens": POOL, "chunk_tokens": 256}
+    sizes = {"max_total_tokens": POOL, "chunked_prefill_size": 256}
     made = {
-        budget: make_server(VL, budget, None, *request.param, **shape, env=RETRACT_ENV, name=f"retract-{budget}")
+        budget: make_server(VL, budget, None, *request.param, **sizes, env=RETRACT_ENV, name=f"retract-{budget}")
         for budget in (1.0, 0.1)
     }
     for _ in run_servers(*made.values()):
@@ -70,7 +69,7 @@ def test_retracted_requests_count_once_and_say_that_they_were_compressed(servers
     """Also when retracted before the commit, or with one token left, which is then served dense."""
     server = servers[0.1]
     before = server.compressor_state()
-    with stream(server, request_body(text(9540, 400), 600)) as beside:
+    with server.stream("/generate", request_body(text(9540, 400), 600)) as beside:
         next(beside)
         answers = [ask(server, text(9541 + i, 400), 6 + i) for i in range(16)]
     after = server.compressor_state()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.models.make_models import make_model
 from sglang_hybridkv.cli.calibrate import calibrate, partial_path
 from sglang_hybridkv.cli.pages import RenderedPages, draw_page
 from sglang_hybridkv.cli.samples import FolderSamples, Sample, write_samples
@@ -22,13 +21,8 @@ FACTS = CalibratedModel(name="toy", num_layers=2, num_kv_heads=2, head_dim=8, fi
 
 
 @pytest.fixture(scope="module")
-def checkpoint():
-    return make_model("tiny-qwen2_5_vl")
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return VisionModel(checkpoint, "cpu")
+def model(vl_model):
+    return VisionModel(vl_model, "cpu")
 
 
 def short_page(seed, num_words=12):
@@ -124,13 +118,11 @@ class TestHits:
 
 
 class TestModel:
-    def test_looks_where_eager_attention_looks(self, checkpoint, model):
+    def test_looks_where_eager_attention_looks(self, vl_model, model):
         """bf16 rounds differently in both, so near ties may go either way."""
         from transformers import AutoModelForImageTextToText
 
-        eager = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype="auto", attn_implementation="eager"
-        ).eval()
+        eager = AutoModelForImageTextToText.from_pretrained(vl_model, dtype="auto", attn_implementation="eager").eval()
         sample = short_page(5)
         inputs, words = model._inputs(sample)
         seen = model.observe(sample)
@@ -149,8 +141,8 @@ class TestModel:
         assert counted == sorted(counted)
         assert set(counted) == set(range(len(sample.boxes)))
 
-    def test_facts_are_those_of_the_checkpoint(self, checkpoint):
-        facts = read_facts(checkpoint)
+    def test_facts_are_those_of_the_checkpoint(self, vl_model):
+        facts = read_facts(vl_model)
         assert (facts.name, facts.num_layers, facts.num_kv_heads, facts.head_dim) == ("tiny-qwen2_5_vl", 4, 4, 32)
         assert len(facts.fingerprint) == 64
 

@@ -10,18 +10,13 @@ from benchmarks.models.make_models import make_model
 from sglang_hybridkv.cli.main import main
 
 
-@pytest.fixture(scope="module")
-def checkpoint():
-    return make_model("tiny-qwen2_5_vl")
-
-
 def run(*args):
     return main(["calibrate", *map(str, args)])
 
 
-def test_calibrate_writes_scores(tmp_path, checkpoint, capsys):
+def test_calibrate_writes_scores(tmp_path, vl_model, capsys):
     out = tmp_path / "scores.json"
-    assert run("--model-path", checkpoint, "--out", out, "--samples", 1, "--device", "cpu") == 0
+    assert run("--model-path", vl_model, "--out", out, "--samples", 1, "--device", "cpu") == 0
     written = json.loads(out.read_text())
     assert (written["kind"], written["num_samples"]) == ("visual_head_scores", 1)
     assert [len(layer) for layer in written["scores"]] == [4, 4, 4, 4]
@@ -37,9 +32,9 @@ def test_calibrate_writes_scores(tmp_path, checkpoint, capsys):
         ({"--samples-from": "nowhere"}, "--samples-from = nowhere: nowhere/samples.jsonl cannot be read"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_status_2(tmp_path, checkpoint, capsys, monkeypatch, options, message):
+def test_bad_input_is_one_sentence_and_exit_status_2(tmp_path, vl_model, capsys, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    arguments = {"--model-path": checkpoint, "--out": "scores.json"} | options
+    arguments = {"--model-path": vl_model, "--out": "scores.json"} | options
     assert run(*(part for pair in arguments.items() for part in pair)) == 2
     error = capsys.readouterr().err
     sentence = [line for line in error.splitlines() if line.startswith("hybridkv calibrate: ")]
@@ -54,13 +49,13 @@ def test_a_model_without_vision_is_refused(tmp_path, capsys):
     assert "model_type = 'qwen2' in config.json; expected qwen2_vl or qwen2_5_vl" in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_weights_is_refused(tmp_path, checkpoint, capsys):
-    (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
+def test_a_checkpoint_without_weights_is_refused(tmp_path, vl_model, capsys):
+    (tmp_path / "config.json").write_text((vl_model / "config.json").read_text())
     assert run("--model-path", tmp_path, "--out", tmp_path / "scores.json") == 2
     assert "the checkpoint cannot be loaded" in capsys.readouterr().err
 
 
-def test_an_interruption_keeps_the_work_and_says_how_to_go_on(tmp_path, checkpoint, capsys, monkeypatch):
+def test_an_interruption_keeps_the_work_and_says_how_to_go_on(tmp_path, vl_model, capsys, monkeypatch):
     from sglang_hybridkv.cli import vision_model
 
     def interrupt(self, sample):
@@ -69,10 +64,10 @@ def test_an_interruption_keeps_the_work_and_says_how_to_go_on(tmp_path, checkpoi
     out = tmp_path / "scores.json"
     with monkeypatch.context() as patch:
         patch.setattr(vision_model.VisionModel, "observe", interrupt)
-        assert run("--model-path", checkpoint, "--out", out, "--samples", 1) == 130
+        assert run("--model-path", vl_model, "--out", out, "--samples", 1) == 130
     assert "go on with the same command and --resume" in capsys.readouterr().err
     assert (tmp_path / "scores.json.partial").exists()
-    assert run("--model-path", checkpoint, "--out", out, "--samples", 1, "--resume") == 0
+    assert run("--model-path", vl_model, "--out", out, "--samples", 1, "--resume") == 0
     assert out.exists()
 
 

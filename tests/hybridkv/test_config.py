@@ -67,6 +67,8 @@ def test_both_budgets_must_agree():
     assert parse_config({"budget": 0.5}, budget=0.5).budget == 0.5
     with pytest.raises(ValueError, match=f"{BUDGET_FLAG} 0.4 and budget 0.5 of {CONFIG_FLAG} differ"):
         parse_config({"budget": 0.5}, budget=0.4)
+    with pytest.raises(ValueError, match=f"{CONFIG_FLAG} budget = True is not allowed"):
+        parse_config({"budget": True}, budget=1.0)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,25 @@ def test_every_field_has_a_description_and_legal_values(name):
     for field in config_class.model_fields:
         assert config_class.model_fields[field].description
         assert legal_values(field, config_class)
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_true_and_false_are_no_numbers(name, value):
+    config_class = get_compressor(name).config_class
+    required = {"calibration": "x"} if "calibration" in config_class.model_fields else {}
+    for field in config_class.model_fields:
+        with pytest.raises(ValueError) as caught:
+            config_module.parse_config(required | {field: value}, config_class)
+        complaint = f"{field} = {value} is not allowed; legal: {legal_values(field, config_class)}"
+        assert str(caught.value) == f"{CONFIG_FLAG} {complaint}"
+
+
+def test_a_field_of_an_own_method_may_be_true_or_false():
+    class OwnConfig(CompressorConfig):
+        fast: bool | None = None
+
+    assert config_module.parse_config('{"fast": true}', OwnConfig).fast is True
 
 
 def test_a_preset_fills_what_the_user_leaves_open():

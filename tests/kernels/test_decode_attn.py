@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.gpu_check.pool import Shape
 from hybridkv_kernels import cpu as cpu_kernels
 from hybridkv_kernels.decode_attn import cpu, decode_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
@@ -30,9 +31,10 @@ class Batch:
     `requests` : per request (covered pages, head pages of each [L][H] head or None when dense, tail tokens).
     """
 
-    def __init__(
-        self, requests, *, layers=2, heads=2, group=2, head_dim=32, dtype=torch.float32, pages=64, page_size=PAGE
-    ):
+    def __init__(self, requests, *, pages=64, **shape):
+        shape = Shape(**{"page_size": PAGE, "head_dim": 32} | shape)
+        layers, heads, group, head_dim = shape.num_layers, shape.num_kv_heads, shape.group_size, shape.head_dim
+        dtype, page_size = shape.dtype, shape.page_size
         generator, self.page_size = fresh_generator(), page_size
         layout = HeadPageLayout(layers, heads, pages, page_size)
         self.keys, self.values, self.views = make_views(layout, head_dim, dtype)
@@ -142,22 +144,22 @@ def tolerances_of(twin):
 
 @pytest.mark.parametrize("group", [*range(1, 9), 16])
 def test_one_softmax_over_head_pages_and_tail(twin, group):
-    Batch(MIXED, group=group).check(tolerances_of(twin))
+    Batch(MIXED, group_size=group).check(tolerances_of(twin))
 
 
 @each_model_shape
 def test_model_shapes(twin, shape):
     """One page below, at and above the rows of a block, and tails of a token less and more than a page."""
-    dtype, page_size, group, head_dim = shape
+    sizes = dict(zip(("dtype", "page_size", "group_size", "head_dim"), shape, strict=True))
+    page_size = sizes["page_size"]
     requests = [(4, [[4, 1]], page_size - 1), (1, None, page_size + 1), (2, [[0, 2]], page_size)]
-    shape = {"layers": 1, "group": group, "head_dim": head_dim, "dtype": dtype, "page_size": page_size, "pages": 16}
-    Batch(requests, **shape).check(tolerances_of(twin))
+    Batch(requests, num_layers=1, pages=16, **sizes).check(tolerances_of(twin))
 
 
 @each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ragged_batches(dtype):
-    Batch(RAGGED, group=3, dtype=dtype, pages=256).check()
+    Batch(RAGGED, group_size=3, dtype=dtype, pages=256).check()
 
 
 @pytest.fixture(params=[1, 7, 100])
@@ -178,7 +180,7 @@ def split(request, twin, monkeypatch):
 @pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ragged_batches_however_they_are_split(twin, dtype):
-    Batch(RAGGED, group=3, dtype=dtype, pages=256).check(tolerances_of(twin))
+    Batch(RAGGED, group_size=3, dtype=dtype, pages=256).check(tolerances_of(twin))
 
 
 @each_implementation
@@ -192,7 +194,7 @@ def test_numbers_of_layers_and_heads(monkeypatch, kernels, shape):
     layers, heads, group = shape
     counts = [[1 + (layer + head) % 4 for head in range(heads)] for layer in range(layers)]
     requests = [(4, counts, 5), (1, None, 20), (4, counts, 9)]
-    Batch(requests, layers=layers, heads=heads, group=group).check()
+    Batch(requests, num_layers=layers, num_kv_heads=heads, group_size=group).check()
 
 
 @each_implementation
@@ -328,7 +330,7 @@ def test_padding_changes_nothing(kernels):
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("special", [float("inf"), NAN])
 def test_a_broken_key_breaks_its_own_head_only(special):
-    batch = Batch([(1, None, 40), (1, None, 9)], layers=1)
+    batch = Batch([(1, None, 40), (1, None, 9)], num_layers=1)
     batch.keys[0, int(batch.req_to_token[batch.rows[0], 35]), 1] = special
     out = decode_attn(**batch.arguments(0))
     assert out[0, 2:].isnan().all()
@@ -363,7 +365,7 @@ def test_the_plan_of_the_splits_covers_every_row_once_within_its_bound():
 @each_instruction_set
 def test_cpp_over_more_rows_than_a_split(twin):
     requests = [(300, [[300, 2]], 3 * PAGE), (1, None, 2 * cpu.SPLIT_ROWS + 1), (1, None, cpu.SPLIT_ROWS)]
-    Batch(requests, layers=1, pages=800).check(CPP_TOLERANCE)
+    Batch(requests, num_layers=1, pages=800).check(CPP_TOLERANCE)
 
 
 def attend_to_values(values_TD):

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from benchmarks.gpu_check.step import DecodeStep
-from tests.builders import TinyPool, eager_config, fresh_generator, full_attention
-from tests.kernels.test_decode_attn import TOLERANCE
-from tests.kernels.test_retrieve_chunks import check_buffer, check_selection
+from tests.builders import TinyPool, eager_config, fresh_generator
+from tests.kernels.test_retrieve_chunks import check_attention, check_buffer, check_selection
 
 BATCH_SIZE, MOST_RUNNING, PROMPT_PAGES = 5, 6, 12
 
@@ -51,7 +50,6 @@ def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype
     pool.keys[:, :page_size], pool.values[:, :page_size] = 0, 0  # where padding rows read; SGLang's pool has zeros, too
     step, traffic, compositions = DecodeStep(pool, BATCH_SIZE), Traffic(pool, generator.initial_seed()), set()
     num_steps = 24 if fast_kernels == "cuda" else 6
-    rtol, atol = TOLERANCE[dtype]
     for _ in range(num_steps):
         batch = traffic.next_batch()
         compositions.add(tuple((prompt.row, prompt.seq_len) for prompt in batch))
@@ -59,14 +57,10 @@ def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype
         step.run()
         for layer, i in [(layer, i) for layer in range(pool.layout.num_layers) for i in range(len(batch))]:
             prompt, q = batch[i], step.q[layer, i]
-            keep = torch.ones(pool.layout.num_kv_heads, prompt.seq_len, dtype=torch.bool)
             if prompt.reservation:
-                keep[:, : prompt.reservation.geometry.covered] = False
                 for head in range(pool.layout.num_kv_heads):
                     check_buffer(pool, prompt, layer, head)
-                    keep[head, pool.held_tokens(prompt, layer, head)] = True
                 if dtype == torch.float32:  # the summaries of other types are rounded
                     check_selection(pool, prompt, layer, q)
-            expected = full_attention(q, prompt.keys[layer], prompt.values[layer], pool.scaling, keep)
-            torch.testing.assert_close(step.out[layer, i].double(), expected, rtol=rtol, atol=atol)
+            check_attention(pool, prompt, layer, q, step.out[layer, i])
     assert len(compositions) > num_steps // 2, "the batches were composed alike"

@@ -20,7 +20,7 @@ def test_entries_name_the_pages_of_each_head_and_no_other(shape, most, page_size
     counts = torch.randint(0, most + 1, shape, generator=fresh_generator(), dtype=torch.int32)
     counts[0] = 0
     requests = [(8, each.tolist() if i else None, 1) for i, each in enumerate(counts)]
-    pool = Batch(requests, layers=layers, heads=heads, pages=96, page_size=page_size)
+    pool = Batch(requests, num_layers=layers, num_kv_heads=heads, pages=96, page_size=page_size)
     table, rows, views = pool.table, torch.tensor(pool.rows), pool.views
     entries = flashinfer.head_page_entries(table, rows, counts)
     assert entries.indptr.dtype == entries.indices.dtype == entries.last_page_len.dtype == torch.int32

@@ -135,5 +135,7 @@ def test_bad_keys_are_named():
         encode_keys(torch.zeros(1, 8, 4), torch.ones(1, 4), 3)
     with pytest.raises(ValueError, match=r"^num_tokens: expected a multiple of 8 for key_codes, got 12"):
         Retrieval(0, 0, "key_codes", 1).count_vectors(12)
-    with pytest.raises(ValueError, match=r"^chunk_score: expected one of key_codes, half_codes where keys of head size 6"):
-        Retrieval(0, 0, "quarter_codes", 1).coded_channels(6)
+    with pytest.raises(
+        ValueError, match=r"^chunk_score: expected one of key_codes where keys of head size 5 are coded"
+    ):
+        Retrieval(0, 0, "half_codes", 1).coded_channels(5)

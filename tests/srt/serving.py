@@ -34,60 +34,70 @@ HAS_TRITON_TWINS = gpu.is_installed() and all(
 )
 needs_twins = pytest.mark.skipif(not HAS_TRITON_TWINS, reason="Triton or a Triton kernel is not here")
 
-PAGES, ROWS, MAX_CONTEXT = 120, 7, 400
+LAYERS, HEADS, PAGES, ROWS, MAX_CONTEXT = 2, 2, 120, 7, 400
 BACKENDS = ("torch_native", "triton", "flashinfer")
+
+
+def make_pool(**changes):
+    """SGLang's KV pool made ours, on the CPU."""
+    arguments = {"layer_num": LAYERS, "head_num": HEADS, "device": "cpu"}
+    return HybridTokenToKVPool(**arguments | {"enable_memory_saver": False, "enable_alt_stream": False} | changes)
+
+
+def make_compression(
+    num_pages=60, host_pages=40, name="hybridkv", *, page_size=8, head_dim=8, dtype=torch.float32, **config
+):
+    """Over a pool and an allocator of its own; every head may be dynamic, and retrieves chunks of a page."""
+    pool = make_pool(size=num_pages * page_size, page_size=page_size, dtype=dtype, head_dim=head_dim)
+    allocator = HybridAllocator(num_pages * page_size, page_size, dtype, "cpu", pool, False)
+    values = {"budget": 0.4, "page_size": page_size, "min_prompt_tokens": 2 * page_size, "min_head_pages": 1}
+    config_class = get_compressor(name).config_class
+    if issubclass(config_class, RetrievalConfig):
+        values |= {"host_store_bytes": host_pages * pool.page_bytes, "chunk_score": "mean_max"}
+    values |= {"max_dynamic_heads": 1.0} if name == "hybridkv" else {}
+    settings = Settings(name, config_class(**values | config))
+    allocator.compression = Compression(settings, pool, allocator, ROWS, MAX_CONTEXT)
+    return allocator.compression
+
+
+def make_request(row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None, **more):
+    """SGLang's request, as far as `Compression` reads it."""
+    tokens = list(range(prompt_len))
+    return SimpleNamespace(
+        rid=rid,
+        kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
+        output_ids=[],
+        origin_input_ids=tokens,
+        full_untruncated_fill_ids=tokens,
+        extend_range=SimpleNamespace(end=prompt_len if chunk_end is None else chunk_end),
+        multimodal_inputs=None,
+        **more,
+    )
 
 
 class Serving:
     """Requests of one tiny model; `backend` is one of BACKENDS, made ours as SGLang makes it."""
 
-    def __init__(
-        self,
-        backend,
-        monkeypatch,
-        *,
-        compressor="hybridkv",
-        layers=2,
-        heads=2,
-        group=2,
-        head_dim=64,
-        page_size=8,
-        dtype=torch.bfloat16,
-        **config,
-    ):
-        self.generator = fresh_generator()
-        self.heads, self.group, self.head_dim, self.dtype, self.page_size = heads, group, head_dim, dtype, page_size
-        self.pool = HybridTokenToKVPool(
-            size=PAGES * page_size,
-            page_size=page_size,
-            dtype=dtype,
-            head_num=heads,
-            head_dim=head_dim,
-            layer_num=layers,
-            device="cpu",
-            enable_memory_saver=False,
-            enable_alt_stream=False,
-        )
+    heads, head_dim, dtype = HEADS, 64, torch.bfloat16
+
+    def __init__(self, backend, monkeypatch, *, compressor="hybridkv", group=2, page_size=8, **config):
+        self.generator, self.group, self.page_size = fresh_generator(), group, page_size
+        values = {"preset": "paper", "theta": 0.5} if compressor == "hybridkv" else {}
+        sizes = {"page_size": page_size, "head_dim": self.head_dim, "dtype": self.dtype}
+        config = values | {"min_prompt_tokens": page_size} | config
+        self.compression = make_compression(PAGES, 60, compressor, **sizes, **config)
+        self.pool = self.compression.allocator.get_kvcache()
         self.pool.keys.fill_(NAN)
         self.pool.values.fill_(NAN)
         # Slot 0 is where padding rows write and read; SGLang zeroes the pool.
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer[:page_size] = 0
-        allocator = HybridAllocator(PAGES * page_size, page_size, dtype, "cpu", self.pool, False)
-        values = {"budget": 0.4, "page_size": page_size, "min_prompt_tokens": page_size, "min_head_pages": 1}
-        config_class = get_compressor(compressor).config_class
-        if issubclass(config_class, RetrievalConfig):
-            values |= {"host_store_bytes": 60 * self.pool.page_bytes}
-        if compressor == "hybridkv":
-            values |= {"preset": "paper", "theta": 0.5}
-        settings = Settings(compressor, config_class(**values | config))
-        self.compression = allocator.compression = Compression(settings, self.pool, allocator, ROWS, MAX_CONTEXT)
         self.cache = self.pool.cache = self.compression.cache
         self.req_to_token = torch.zeros(ROWS, MAX_CONTEXT, dtype=torch.int32)
         self.lens: dict[int, int] = {}
-        self.layers = [
-            RadixAttention(heads * group, head_dim, head_dim**-0.5, heads, layer_id) for layer_id in range(layers)
-        ]
+        shape = (HEADS * group, self.head_dim, self.head_dim**-0.5, HEADS)
+        self.layers = [RadixAttention(*shape, layer_id) for layer_id in range(LAYERS)]
         self.backend = make_hybrid(_STOCK[backend](self, monkeypatch))
 
     def randn(self, *shape):
@@ -103,7 +113,7 @@ class Serving:
         self.lens[row] = prompt_len
         if not compressed:
             return
-        self.compression.prepare(_request(row, prompt_len), None)
+        self.compression.prepare(make_request(row, prompt_len, max_new_tokens=99), None)
         reservation = self.compression.ledger.get(row)
         heads, covered = (len(self.layers), self.heads), reservation.geometry.covered
         statistic = torch.rand(heads, generator=self.generator)
@@ -228,33 +238,12 @@ def _decode_batch(rows, lens, slots, num_padding=0):
     )
 
 
-def _request(row, prompt_len):
-    return SimpleNamespace(
-        rid="r",
-        kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
-        sampling_params=SimpleNamespace(max_new_tokens=99),
-        output_ids=[],
-        origin_input_ids=list(range(prompt_len)),
-        full_untruncated_fill_ids=list(range(prompt_len)),
-        extend_range=SimpleNamespace(end=prompt_len),
-        multimodal_inputs=None,
-    )
-
-
 def _blank(kind, serving):
     backend = object.__new__(kind)
     backend.token_to_kv_pool = serving.pool
     backend.req_to_token_pool = SimpleNamespace(req_to_token=serving.req_to_token)
     backend.forward_metadata = None
     return backend
-
-
-def _torch_native(serving, monkeypatch):
-    return _blank(TorchNativeAttnBackend, serving)
-
-
-def _triton(serving, monkeypatch):
-    return _blank(TritonAttnBackend, serving)
 
 
 def _flashinfer(serving, monkeypatch):
@@ -294,7 +283,11 @@ def _flashinfer(serving, monkeypatch):
     return backend
 
 
-_STOCK = {"torch_native": _torch_native, "triton": _triton, "flashinfer": _flashinfer}
+_STOCK = {
+    "torch_native": lambda serving, monkeypatch: _blank(TorchNativeAttnBackend, serving),
+    "triton": lambda serving, monkeypatch: _blank(TritonAttnBackend, serving),
+    "flashinfer": _flashinfer,
+}
 
 
 class _TorchWithoutCuda:

@@ -12,60 +12,21 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
-from sglang_hybridkv.compressors import get_compressor
-from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.spans import VisualSpan
-from sglang_hybridkv.srt.allocator import HybridAllocator
-from sglang_hybridkv.srt.compression import Compression, visual_spans
-from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
-from sglang_hybridkv.srt.settings import Settings
+from sglang_hybridkv.srt.compression import visual_spans
 from tests.builders import LAWS
+from tests.srt.serving import HEADS, LAYERS, make_compression, make_request
 
-P, LAYERS, HEADS = 8, 2, 2
+P = 8
 NUM_HEADS = LAYERS * HEADS
 
 
-def make_compression(num_pages=60, host_pages=40, name="hybridkv", **config):
-    pool = HybridTokenToKVPool(
-        size=num_pages * P,
-        page_size=P,
-        dtype=torch.float32,
-        head_num=HEADS,
-        head_dim=8,
-        layer_num=LAYERS,
-        device="cpu",
-        enable_memory_saver=False,
-        enable_alt_stream=False,
-    )
-    allocator = HybridAllocator(num_pages * P, P, torch.float32, "cpu", pool, False)
-    values = {"budget": 0.4, "page_size": P, "min_prompt_tokens": 2 * P, "min_head_pages": 1}
-    config_class = get_compressor(name).config_class
-    if issubclass(config_class, RetrievalConfig):
-        values |= {"host_store_bytes": host_pages * pool.page_bytes, "chunk_score": "mean_max"}
-    values |= {"max_dynamic_heads": 1.0} if name == "hybridkv" else {}
-    settings = Settings(name, config_class(**values | config))
-    allocator.compression = Compression(settings, pool, allocator, num_rows=7, max_context=400)
-    return allocator.compression
-
-
-def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None):
+def admit(compression, row, prompt_len, **kwargs):
     """A request whose prompt has just been given its own pages."""
     pages = compression.allocator.alloc_pages(-(-prompt_len // P))
     if pages is None:
         return None
-    tokens = list(range(prompt_len))
-    return SimpleNamespace(
-        rid=rid,
-        kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
-        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
-        output_ids=[],
-        origin_input_ids=tokens,
-        full_untruncated_fill_ids=tokens,
-        extend_range=SimpleNamespace(end=prompt_len if chunk_end is None else chunk_end),
-        multimodal_inputs=None,
-        finished=lambda: True,
-        row_pages=pages,
-    )
+    return make_request(row, prompt_len, finished=lambda: True, row_pages=pages, **kwargs)
 
 
 def commit(compression, req, num_dynamic):
@@ -101,7 +62,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
     @rule(data=st.data(), prompt_len=st.integers(2 * P, 15 * P) | st.just(P), left=st.sampled_from([1, 8, 8, 8]))
     def prefill(self, data, prompt_len, left):
         row = data.draw(st.sampled_from([row for row in range(1, 7) if row not in self.requests]))
-        req = make_request(self.compression, row, prompt_len, max_new_tokens=left)
+        req = admit(self.compression, row, prompt_len, max_new_tokens=left)
         if req is not None:
             self.compression.prepare(req, None)
             self.requests[row] = req
@@ -173,7 +134,7 @@ test_compression_against_model = CompressionAgainstModel.TestCase
 
 
 def prepared(compression, **kwargs):
-    req = make_request(compression, 1, **{"prompt_len": 10 * P} | kwargs)
+    req = admit(compression, 1, **{"prompt_len": 10 * P} | kwargs)
     compression.prepare(req, None)
     return req
 
@@ -308,19 +269,19 @@ def test_a_request_that_never_ran_has_a_record():
 
 def test_what_is_planned_is_what_the_reservation_takes():
     compression = make_compression()
-    req = make_request(compression, 1, 10 * P)
+    req = admit(compression, 1, 10 * P)
     planned = compression.planned(req)
     compression.prepare(req, None)
     assert compression.ledger.get(1).geometry == planned
     assert len(compression.ledger.get(1).pages) == planned.num_pages > 0
-    assert compression.planned(make_request(compression, 2, P)) is None
+    assert compression.planned(admit(compression, 2, P)) is None
 
 
 @pytest.mark.parametrize("num_generated", [1, P, 3 * P + 5])
 def test_a_retracted_request_has_the_plan_of_its_prompt(num_generated):
     """What it has generated is prefilled along, and neither observed nor compressed."""
     compression = make_compression()
-    first, again = prepared(compression, max_new_tokens=60), make_request(compression, 2, 10 * P + num_generated)
+    first, again = prepared(compression, max_new_tokens=60), admit(compression, 2, 10 * P + num_generated)
     again.origin_input_ids, again.output_ids = again.full_untruncated_fill_ids[: 10 * P], [0] * num_generated
     again.sampling_params = first.sampling_params
     compression.prepare(again, None)

@@ -7,28 +7,15 @@ pytest.importorskip("sglang")
 
 from hybridkv_kernels.head_pages import HeadPageViews
 from sglang_hybridkv.cache.memory import layout_of
-from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from tests.builders import head_page
+from tests.srt.serving import make_pool
 
-
-def make_pool(**changes):
-    arguments = {
-        "size": 128,
-        "page_size": 16,
-        "dtype": torch.bfloat16,
-        "head_num": 2,
-        "head_dim": 32,
-        "layer_num": 3,
-        "device": "cpu",
-        "enable_memory_saver": False,
-        "enable_alt_stream": False,
-    }
-    return HybridTokenToKVPool(**arguments | changes)
+SIZES = {"size": 128, "page_size": 16, "dtype": torch.bfloat16, "head_dim": 32, "layer_num": 3}
 
 
 @pytest.fixture
 def pool():
-    return make_pool()
+    return make_pool(**SIZES)
 
 
 def test_layers_look_as_in_stock_sglang(pool):
@@ -73,4 +60,4 @@ def test_page_bytes_are_those_of_one_page_of_all_layers(pool):
 @pytest.mark.parametrize("changes", [{"v_head_dim": 16}, {"size": 120}, {"kv_cache_layout": "hnd"}])
 def test_what_head_pages_cannot_hold_is_refused(changes):
     with pytest.raises(ValueError, match="head pages need the NHD layout, whole pages and equal head sizes"):
-        make_pool(**changes)
+        make_pool(**SIZES | changes)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 pytest.importorskip("sglang")
 
 from tests.builders import LAWS
-from tests.srt.test_compression import P, make_compression
+from tests.srt.serving import make_compression
+from tests.srt.test_compression import P
 
 POOL = 40 * P
 # Tokens of a prompt, generated before a retraction, still to be generated, and pages of the prompt that are cached.

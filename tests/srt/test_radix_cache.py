@@ -15,7 +15,8 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_hybridkv.srt.radix_cache import HybridRadixCache
-from tests.srt.test_compression import NUM_HEADS, P, make_compression
+from tests.srt.serving import make_compression
+from tests.srt.test_compression import NUM_HEADS, P
 
 PROMPT, WINDOW = 10 * P + 3, 8
 

@@ -29,7 +29,7 @@ def obstacle(device: torch.device | str, dtype: torch.dtype, head_dim: int, grou
 
 
 def copy_obstacle(device: torch.device | str) -> str | None:
-    """The same for a kernel that only copies rows."""
+    """Why the C++ kernels cannot serve these tensors where a kernel only copies rows; None when they can."""
     if torch.device(device).type != "cpu":
         return f"the C++ kernels run on the CPU, not on {torch.device(device).type}"
     if not _LIBRARY.exists():

@@ -18,7 +18,7 @@ struct DecodeArgs {
   const int32_t* covered;         // [rows]
   const int32_t* first_head_page; // [rows, num_layers, num_kv_heads]
   const int32_t* num_head_pages;  // [rows, num_layers, num_kv_heads]
-  const int32_t* num_prompt_pages; // [rows]; this and the next three are read where chunks, pages then, are estimated
+  const int32_t* num_prompt_pages; // [rows]; this and the next three are read where chunks are estimated, as pages
   const int32_t* first_summary_page; // [rows, num_layers, num_kv_heads]
   const uint8_t* is_dynamic;      // [rows, num_layers, num_kv_heads]
   const int32_t* held_chunks;        // [head pages]
@@ -40,8 +40,7 @@ enum HkChunkScore : int32_t {
   HK_MEAN2_MAX = 4,
   HK_MEAN4_MAX = 5,
   HK_KEY_CODES = 7,  // 6, mean_spread, arrives as HK_MEAN_MAX with another query
-  HK_HALF_CODES = 8,
-  HK_QUARTER_CODES = 9
+  HK_HALF_CODES = 8
 };
 
 struct RetrieveArgs {

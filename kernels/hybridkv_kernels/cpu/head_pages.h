@@ -12,8 +12,8 @@ static inline int64_t head_page(const Args& a, int64_t row, int64_t linear) {
   return ((inside / a.num_kv_heads) * a.pages_per_layer + page) * a.num_kv_heads + inside % a.num_kv_heads;
 }
 
-// Summary vectors of one dynamic head: K page, V page, next K page. It keeps the address of the half it read last, for
-// those who read in order.
+// Summary vectors of one dynamic head: K page, V page, next K page. It keeps the address of the half that it read last,
+// which saves work to those who read in order.
 template <typename Storage, int D, typename Args>
 struct Summaries {
   const Args& a;

@@ -34,10 +34,10 @@ def decode_attn(
     req_to_token : [R, max_context], int32, contiguous. Token slots; read in [covered, seq_len) only.
     seq_lens : [B], integer. Logical lengths, the new token included; each at least covered + 1.
     scaling : factor of q . k before the softmax.
-    retrieval : how dynamic heads retrieve; None is as one that does not estimate. Where `retrieval.estimate`, each
-        chunk that a dynamic head's buffer does not hold, by `views.held_chunks`, takes part through its V means:
-        logit scaling * q . mean_key + log(P / V), value mean_value. Static heads and dense requests have nothing to
-        estimate. Where every chunk is resident the result is that without, bit for bit.
+    retrieval : how dynamic heads retrieve; with None nothing is estimated. With `retrieval.estimate`, each chunk that a
+        dynamic head's buffer does not hold, by `views.held_chunks`, takes part through its V means. The logit of a
+        mean is scaling * q . mean_key + log(P / V), and its value is mean_value. Static heads and dense requests have
+        nothing to estimate. Where every chunk is resident, estimating changes no bit of the result.
 
     Returns
     -------
@@ -51,10 +51,10 @@ def decode_attn(
     Notes
     -----
     Every page of a head is full: budgets are whole pages and the rest of the prompt is in the tail. The order of
-    pages does not matter. `naive` syncs; it is not capturable. Cost: bytes of the kept pages and of the tail; where
-    chunks are estimated C * 2 V * D elements a dynamic head more, C being its chunks that are not resident. Source of
-    the estimate: the estimation zone of RetroInfer (arXiv 2505.02922), with chunks in place of its clusters, all of
-    them.
+    pages does not matter. `naive` syncs, so it is not capturable. Cost: the kept pages and the tail are read once.
+    Where chunks are estimated, each dynamic head reads C * 2 V * D elements more, C being its chunks that are not
+    resident. The estimate is the estimation zone of RetroInfer (arXiv 2505.02922), with all chunks in place of some of
+    its clusters.
     """
     layout = table.layout
     checks.check_shape("q", q, (None, None, None))

@@ -125,7 +125,7 @@ void decode_attn(const DecodeArgs& a) {
     Split<T, D> split{group, q, &acc[size_t(w) * group * D], &max[size_t(w) * group], &sum[size_t(w) * group]};
     for (int g = 0; g < group; ++g) split.max[g] = -std::numeric_limits<float>::infinity();
 
-    // Page by page, so that the address arithmetic is done once a page.
+    // The rows are read page by page, so that the address arithmetic is done once a page.
     for (int64_t i = unit.begin; i < std::min(unit.end, kept);) {
       const int64_t place = i / a.page_size, stop = std::min({(place + 1) * a.page_size, unit.end, kept});
       const int64_t base = (head_page(a, row, a.first_head_page[head] + place) - place) * a.page_size * D;

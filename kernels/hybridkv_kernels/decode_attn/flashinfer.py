@@ -20,7 +20,8 @@ from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
-# A plan lists its work items, some 30 bytes each: one a sequence, or a few blocks a multiprocessor if that is more.
+# A plan lists its work items, each some 30 bytes long. There is one for each sequence, or there are a few for each
+# multiprocessor if those are more.
 _INT_WORKSPACE_BYTES, _INT_WORKSPACE_BYTES_AN_ENTRY = 1 << 16, 64
 
 
@@ -32,7 +33,7 @@ def obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def shape_obstacle(dtype: torch.dtype, head_dim: int) -> str | None:
-    """The same for the model alone, whether the package is there or not."""
+    """Why FlashInfer cannot decode for this model, whether the package is installed or not; None when it can."""
     if dtype not in DTYPES:
         return f"FlashInfer decodes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in HEAD_DIMS:
@@ -79,7 +80,7 @@ def head_page_entries(table: HeadPageTable, req_rows: torch.Tensor, num_head_pag
     kv_head, request = entry % layout.num_kv_heads, entry // layout.num_kv_heads % len(req_rows)
     layer_idx, row = entry // counts.shape[1], req_rows.to(torch.int64)[request]
     linear = table.first_head_page[row, layer_idx, kv_head].to(torch.int64) + place
-    # `head_page_ids` wants one list of pages: here the page of each index, at its own place.
+    # `head_page_ids` wants one list of pages, so it gets the page of each index, at the place of that index.
     per_page = layout.head_pages_per_page
     pages = table.pages[row, linear // per_page]
     ids = layout.head_page_ids(pages, torch.arange(total, device=device) * per_page + linear % per_page)
@@ -88,14 +89,15 @@ def head_page_entries(table: HeadPageTable, req_rows: torch.Tensor, num_head_pag
 
 
 class HeadPageDecode:
-    """Wrappers of FlashInfer, one a layer and size of batch, and what they share; `plan` holds state, `run` computes.
+    """Wrappers of FlashInfer, one for each layer and batch size, and what they share.
 
-    One plan a layer rather than one for all: layers differ in how many pages a head has, and a plan of the longest
-    would launch empty blocks in every layer and rely on a kernel reading other lengths than it was planned with.
+    `plan` changes state, `run` only computes. Each layer has its own plan, since layers differ in how many pages a head
+    has. One plan for the longest would launch empty blocks in every layer, and its kernel would have to read other
+    lengths than it was planned with.
 
     Parameters
     ----------
-    table, views : of the pool.
+    table, views : the pool's head-page table and views.
     group_size : query heads per KV head.
     workspace : [bytes], uint8, on the pool's device. Scratch, shared with any FlashInfer wrapper of the same stream.
     wrapper_class : FlashInfer's BatchDecodeWithPagedKVCacheWrapper.
@@ -124,14 +126,14 @@ class HeadPageDecode:
         self._wrappers: list[Any] = []
         self._eager: list[Any] | None = None
         self._of_size: dict[int, list[Any]] = {}
-        # One composition is planned at a time, so a layer needs one, whatever the size of the batch.
+        # One composition is planned at a time, so a layer needs one list of pages, whatever the size of the batch.
         num_bytes = _int_workspace_bytes(len(table.num_pages) * table.layout.num_kv_heads)
         self._int_workspaces = [
             torch.empty(num_bytes, dtype=torch.uint8, device=workspace.device) for _ in range(table.layout.num_layers)
         ]
 
     def init_graphs(self, max_batch_size: int) -> None:
-        """Allocate what captured kernels read at fixed places; 4 bytes a head page and little else."""
+        """Allocate what captured kernels read at fixed places: 4 bytes for each head page, and little else."""
         layout, device = self.table.layout, self.workspace.device
         if max_batch_size > len(self.table.num_pages):
             raise ValueError(f"max_batch_size: expected at most {len(self.table.num_pages)}, got {max_batch_size}")

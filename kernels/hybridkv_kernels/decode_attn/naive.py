@@ -33,7 +33,7 @@ def decode_attn(
             values = torch.cat((views.v_pages[ids].flatten(1, 2), values), dim=1)
             if num_means:
                 absent = absent_chunks(views, table, row, layer_idx)
-                # Nothing is appended where nothing is estimated: not even the rounding differs.
+                # Nothing is appended where nothing is estimated, so that not even the rounding differs.
                 if absent.any():
                     mean_keys, mean_values, bonus = estimated_rows(views, table, row, layer_idx, absent, num_means)
                     exact = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))

@@ -19,8 +19,8 @@ from hybridkv_kernels import gpu
 from hybridkv_kernels.gpu.head_pages import dot, head_page_ids, summary_rows
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 
-# Splits that the plan aims at, a processor: one fewer than its registers and shared memory let run at once, which
-# leaves room for the short splits that entries end in, and keeps enough loads in flight.
+# Splits for each processor that the plan aims at. They are one fewer than its registers and shared memory let run at
+# once: this leaves room for the short splits that entries end in, and keeps enough loads in flight.
 SPLITS_PER_PROCESSOR = 4
 BLOCK_ROWS = 32  # a multiple of the usual page sizes, or a part of them
 BLOCK_ENTRIES = 256
@@ -71,7 +71,8 @@ def _plan(
         # Kept for the second pass, which replaces it.
         tl.store(first_split + entry, blocks, mask=mask)
         block_sum += tl.where(mask, blocks, 0)
-    # At most num_splits splits are this long; with the shorter one that an entry may end in, num_splits + E.
+    # At most num_splits splits are this long. Each entry may end in a shorter one, so that all are at most
+    # num_splits + E.
     most = tl.maximum(tl.cdiv(tl.sum(block_sum), num_splits), 1)
     tl.store(split_blocks, most)
     tl.debug_barrier()
@@ -99,7 +100,7 @@ def _exact_rows(
     H: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Rows that entries keep, and these with their request's tail."""
+    """Rows that entries keep, and the rows that they read: these and their request's tail."""
     is_compressed = tl.load(num_pages + row, mask=mask, other=0) > 0
     head = (row * L + layer_idx) * H + entry % H
     kept = tl.load(num_head_pages + head, mask=mask & is_compressed, other=0) * P
@@ -120,7 +121,7 @@ def _mean_rows(
     H: tl.constexpr,
     V: tl.constexpr,
 ):
-    """Means of all chunks of dynamic heads; which of them count, `_attend_means` sees."""
+    """Means of all chunks of dynamic heads; `_attend_means` sees which of them count."""
     is_compressed = tl.load(num_pages + row, mask=mask, other=0) > 0
     head = (row * L + layer_idx) * H + entry % H
     estimates = tl.load(is_dynamic + head, mask=mask & is_compressed, other=0) != 0
@@ -141,7 +142,7 @@ def _find_entry(first_split, split, num_entries, BLOCK_ENTRIES: tl.constexpr):
 
 @triton.jit
 def _split_range(place, rows, split_blocks, BLOCK: tl.constexpr):
-    """Rows [begin, end) of a split: whole blocks, as even as they go; never none, splits are at most as many."""
+    """Rows [begin, end) of a split: whole blocks, shared out evenly. No split is empty: blocks are as many or more."""
     blocks = tl.cdiv(rows, BLOCK)
     splits = tl.cdiv(blocks, tl.load(split_blocks))
     begin, end = place * blocks // splits * BLOCK, (place + 1) * blocks // splits * BLOCK
@@ -164,7 +165,7 @@ def _add_rows(q, k, v, is_row, scale, bonus, top, total, acc, INTERPRETED: tl.co
 
 @triton.jit
 def _store_split(partial, partial_lse, split, top, total, acc, g, d, G: tl.constexpr, D: tl.constexpr):
-    """A split's output, divided by its sum, and its log-sum-exp. One without rows that count is 0 with weight 0."""
+    """A split's output, divided by its sum, and its log-sum-exp. Where no row counts, output and weight are 0."""
     is_empty = total == 0.0
     divisor = tl.where(is_empty, 1.0, total)
     at = split.to(tl.int64) * G
@@ -401,7 +402,7 @@ def _merge(
     BLOCK_D: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Output of one query head: its entry's splits by their sums of exponentials; 0 where there are none."""
+    """Output of one query head: its entry's splits, weighted by their sums of exponentials; 0 where there are none."""
     entry, g = tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, BLOCK_D)
     top = tl.max(tl.full([BLOCK_SPLITS], -float("inf"), tl.float32))
@@ -443,8 +444,8 @@ def decode_attn(
     model = {"L": layout.num_layers, "H": layout.num_kv_heads}
     heads = {"G": group, "D": head_dim}
     block_d = triton.next_power_of_2(head_dim)
-    # Five stages load two blocks ahead: page ids come two stages before their rows. fp32 has no tensor cores, which
-    # takes registers and time, so that nothing is gained by loading ahead.
+    # Five stages load two blocks ahead: page ids come two stages before their rows. Without tensor cores, fp32 takes
+    # so many registers and so much time that it gains nothing by loading ahead.
     num_warps, num_stages = (8, 2) if q.dtype == torch.float32 else (4, 5)
     tiles = {"BLOCK_G": 16, "BLOCK_D": block_d, "BLOCK_ENTRIES": BLOCK_ENTRIES, "INTERPRETED": gpu.is_interpreted()}
 

@@ -55,6 +55,6 @@ def extend_attn(
         raise ValueError(f"req_rows, prefix_lens, extend_lens: expected one entry a request each, got {lens}")
     if sum(extend_lens) != q.shape[0]:
         raise ValueError(f"extend_lens: expected a sum of {q.shape[0]} like the rows of q, got {sum(extend_lens)}")
-    # On CUDA the prefill is the stock attention backend's, so that no server comes here.
+    # On CUDA the stock attention backend does the prefill, so no server comes here.
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // k_rows.shape[1], has_triton=False)
     return _IMPLEMENTATIONS[chosen](q, k_rows, v_rows, req_to_token, req_rows, prefix_lens, extend_lens, scaling)

@@ -44,7 +44,7 @@ def _new_tokens(q, keys, values, scaling):
 
 
 def _prefix(q, keys, values, scaling):
-    """The same over the prefix: the G queries of a KV head and token are G rows of one long query."""
+    """Output and log-sum-exp over the prefix: the G queries of a KV head and token are G rows of one long query."""
     packed = q.reshape(keys.shape[0], -1, q.shape[-1])  # [H * G, T, D] -> [H, G * T, D]
     out, weight = _flash(packed[None], keys[None], values[None], 0.0, False, scale=scaling)
     return out[0].reshape(q.shape), weight[0].reshape(q.shape[:2])

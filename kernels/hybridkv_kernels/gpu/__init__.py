@@ -1,8 +1,8 @@
 """Triton twins: where they can run, and how they are loaded. Importing this imports neither Triton nor CUDA.
 
 The kernels of `<op>/triton.py` run on CUDA devices. In a process that was started with TRITON_INTERPRET=1 they run in
-Triton's interpreter, on CPU tensors: right, and very slow. Which of the two it is, Triton decides once, when it is
-first imported; setting the variable later changes nothing, which is why `is_interpreted` does not look at it.
+Triton's interpreter, on CPU tensors: the results are right, but it is very slow. Triton decides once which of the two
+it is, when it is first imported. Setting the variable later changes nothing, so `is_interpreted` does not look at it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def obstacle(device: torch.device | str, dtype: torch.dtype, head_dim: int, grou
 
 
 def copy_obstacle(device: torch.device | str) -> str | None:
-    """The same for a kernel that only copies rows."""
+    """Why the Triton kernels cannot serve these tensors where a kernel only copies rows; None when they can."""
     device = torch.device(device)
     if device.type not in ("cuda", "cpu"):
         return f"the Triton kernels run on CUDA devices, not on {device.type}"

@@ -21,7 +21,7 @@ def head_page_ids(request_pages, linear, mask, pages_per_layer, L: tl.constexpr,
 
 @triton.jit
 def host_page_ids(request_host_pages, linear, mask, L: tl.constexpr, H: tl.constexpr):
-    """The same for the host store; `request_host_pages` points to the row of `HeadPageTable.host_pages`."""
+    """Rows of the host store, in the same way; `request_host_pages` points to the row of `HeadPageTable.host_pages`."""
     page = tl.load(request_host_pages + linear // (L * H), mask=mask, other=0).to(tl.int64)
     return tl.where(mask, page * (L * H) + linear % (L * H), 0)
 

@@ -1,7 +1,7 @@
 """The exact choice of the largest numbers of a row without a sort, which Triton twins share.
 
-Numbers are kept as unsigned images that order as they do, so that the k-th largest is found two bits at a time: at most
-16 passes over an entry's 32-bit images, whatever their number.
+Each number has an unsigned image, and the images have the order of the numbers. The k-th largest is found two bits at
+a time, in at most 16 passes over an entry's 32-bit images, however many there are.
 """
 
 import torch
@@ -34,8 +34,8 @@ def _count_from(images, num_columns, least, step, BLOCK: tl.constexpr, BITS: tl.
 def top_threshold(images, num_columns, num_chosen, BLOCK: tl.constexpr, BITS: tl.constexpr):
     """A threshold, and how many of the images equal to it are among the num_chosen largest of images[:num_columns].
 
-    All larger ones are. Two bits a pass, until the images from the threshold on are as many as wanted: such a
-    pass takes a fifth of the instructions of one that makes a histogram of 256 bins.
+    All images above the threshold are among them. Each pass finds two bits of it, until as many images as wanted are at
+    least as large. Such a pass takes a fifth of the instructions of one that makes a histogram of 256 bins.
     """
     threshold = tl.full([], 0, tl.uint32 if BITS == 32 else tl.uint64)
     count, bit = num_columns, tl.full([], BITS, tl.int32)
@@ -55,7 +55,7 @@ def top_threshold(images, num_columns, num_chosen, BLOCK: tl.constexpr, BITS: tl
     wanted = num_chosen
     if count != num_chosen:
         largest = (threshold ^ threshold) - 1
-        if threshold != largest:  # nothing is larger than that
+        if threshold != largest:  # no image is larger than `largest`
             above, _, _ = _count_from(images, num_columns, threshold + 1, threshold ^ threshold, BLOCK, BITS)
             wanted -= above
     return threshold, wanted
@@ -77,7 +77,7 @@ def _top_kernel(image_rows, all_num_chosen, out, num_columns, BLOCK: tl.constexp
 
 
 def top_images(images: torch.Tensor, num_chosen: torch.Tensor) -> torch.Tensor:
-    """[E, C], bool: the num_chosen[e], int32, largest of images [E, C]; ties go to the earlier column.
+    """[E, C], bool: the num_chosen[e] largest of images [E, C]; num_chosen is int32, ties go to the earlier column.
 
     Images are int32 or int64 whose bits are ordered as unsigned integers. No sync.
     """

@@ -66,8 +66,8 @@ static void turn_channels(float* x) {
   for (int c = 0; c < C; ++c) x[c] *= scale;
 }
 
-// Products of B queries [B, C] with the codes of 2 * kCodedTokens tokens, whose words are at `first` and `second` (null:
-// none): the tokens are the lanes, so that nothing is summed across them.
+// Products of B queries [B, C] with the codes of 2 * kCodedTokens tokens, whose words are at `first` and `second`, which
+// may be null. The tokens are the lanes, so that nothing is summed across them.
 template <typename Storage, int C, int B>
 static void multiply_codes(const Storage* first, const Storage* second, const float* q, float* out) {
   constexpr int kLanes = 2 * kCodedTokens;
@@ -115,15 +115,14 @@ struct DynamicHead {
   void score(const Storage* q_src, int group, std::vector<float>& scores) const {
     if (a.chunk_score == HK_KEY_CODES) score_by_codes<D>(q_src, group, scores);
     else if (a.chunk_score == HK_HALF_CODES) score_by_codes<D / 2>(q_src, group, scores);
-    else if (a.chunk_score == HK_QUARTER_CODES) score_by_codes<D / 4>(q_src, group, scores);
     else score_by_summaries(q_src, group, scores);
     // NaN has no order, and std::nth_element leaves the array without one.
     for (float& score : scores)
       if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
   }
 
-  // The best token of each chunk; a step of the codes goes to the query, rounded to the pool's type as everywhere. C of
-  // the D channels are coded, so that a summary vector holds D / C coded ones.
+  // The best token of each chunk. The query is multiplied by the step of the codes and rounded to the pool's type, as in
+  // the other implementations. C of the D channels are coded, so that a summary vector holds D / C coded vectors.
   template <int C>
   void score_by_codes(const Storage* q_src, int group, std::vector<float>& scores) const {
     alignas(64) float q[kMaxGroup * C], step[C];
@@ -147,7 +146,7 @@ struct DynamicHead {
     std::fill(scores.begin(), scores.end(), -std::numeric_limits<float>::infinity());
     const int64_t num_words = num_chunks * a.chunk_size / kCodedTokens;
     for (int64_t w = 0; w < num_words; w += 2) {
-      // Two words lie side by side: the header is even, and so is what a half of a page holds.
+      // Two words lie side by side: the header has an even number of vectors, and so has each half of a page.
       const Storage* first = coded(kCodeHeader + w);
       const int64_t count = std::min<int64_t>(num_words - w, 2) * kCodedTokens;
       score_codes<Storage, C>(first, count > kCodedTokens ? first + C : nullptr, q, totals, factors, group, best);
@@ -177,7 +176,7 @@ struct DynamicHead {
     }
   }
 
-  // Sinks first, then the most recent, as many as leave one place to the score; returns how many.
+  // Chooses sinks first, then the most recent chunks, as many as leave one place to the score; returns how many.
   int64_t force(std::vector<float>& scores) const {
     const int64_t places = std::max<int64_t>(num_selected - 1, 1), sinks = std::min<int64_t>(places, a.num_sink_chunks);
     const int64_t recent = std::min<int64_t>(places - sinks, a.num_recent_chunks);

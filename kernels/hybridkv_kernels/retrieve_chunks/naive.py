@@ -114,11 +114,12 @@ def score_tokens_by_query(
 
 
 def as_plain_score(q: torch.Tensor, chunk_score: str) -> tuple[torch.Tensor, str]:
-    """The query and the chunk score that select the same chunks, where "mean_spread" is "mean_max" of another query.
+    """A query and a chunk score that select the same chunks, without "mean_spread": it is "mean_max" of another query.
 
-    Its summary carries the spread of the chunk in place of element 0, and so does this query SPREAD_WEIGHT |q|: the
-    product is that of all other elements plus the weighted spread. Element 0 is the fastest of RoPE, whose mean over a
-    chunk of text says least; the tokens of an image, which M-RoPE does not tell apart there, lose one element of D.
+    The summary of "mean_spread" has the spread of the chunk in place of element 0, and the other query has
+    SPREAD_WEIGHT |q| there. Their product is that of all other elements plus the weighted spread. Element 0 turns
+    fastest under RoPE, so its mean over a chunk of text says least. M-RoPE does not turn the tokens of an image apart
+    there, so for them one element of D is lost.
     """
     if chunk_score != "mean_spread":
         return q, chunk_score

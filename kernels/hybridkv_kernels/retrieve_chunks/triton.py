@@ -21,7 +21,7 @@ from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
 from hybridkv_kernels.retrieve_chunks.triton_score import VARYING, forced_counts, load_entry, score_launch
 
 _COPY_BLOCK = 2048  # elements of keys, and as many of values, that a program copies at once
-_TARGET_PROGRAMS = 1024  # of 4 warps, of a launch: they fill a large GPU, and those with nothing to do cost little
+_TARGET_PROGRAMS = 1024  # programs of 4 warps in a launch: they fill a large GPU, and idle ones cost little
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _fetch_kernel(
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """CHUNKS chunks at a time, BLOCK of their ELEMENTS at a time."""
+    """Fetch missing chunks: CHUNKS of them at a time, and BLOCK of their ELEMENTS at a time."""
     entry = tl.program_id(0).to(tl.int64)
     num_moved = tl.load(all_num_moved + entry)
     if num_moved == 0:
@@ -179,7 +179,7 @@ def retrieve_chunks(
     q, _ = as_plain_score(q, retrieval.chunk_score)
     num_entries, head_dim = batch * layout.num_kv_heads, q.shape[2]
     chunks_per_page = layout.page_size // retrieval.chunk_size
-    max_chunks = triton.cdiv(max_host_pages * chunks_per_page, 16) * 16  # rows that begin at whole vectors of loads
+    max_chunks = triton.cdiv(max_host_pages * chunks_per_page, 16) * 16  # so that rows begin where a wide load may
     shape = {"L": layout.num_layers, "H": layout.num_kv_heads, "C": chunks_per_page}
     scratch = torch.empty(4, num_entries, max_chunks, dtype=torch.int32, device=q.device)
     images, marks, missing, reused = scratch.unbind()

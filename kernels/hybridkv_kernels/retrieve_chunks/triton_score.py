@@ -1,9 +1,9 @@
 """Triton parts of `retrieve_chunks` that score chunks: programs of an entry (request, KV head) share its chunks.
 
-Scores by codes are a product of matrices, too: the two bits of a code become the first ones of the mantissa of 1.0,
-which is 1 + code / 4 exactly in every type, and cheaper than a conversion of integers.
+Scores by codes are a product of matrices, too. The two bits of a code become the highest bits of the mantissa of
+1.0: the result is exactly 1 + code / 4 in every type, and it costs less than a conversion of integers.
 
-A score is written as a uint32 image that orders as the scores do, for `gpu.top`, and the mark beside it is cleared.
+A score is written as a uint32 image for `gpu.top`, which has the order of the scores, and its mark is cleared.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ def _load_group(queries, row, D: tl.constexpr, G: tl.constexpr, BG: tl.constexpr
 
 @triton.jit
 def _per_query_scores(q, low, high, SCORE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """[BG, BC], fp32: score for each query of one summary vector, or of a box, of each chunk."""
+    """[BG, BC], fp32: score that each query gives one summary vector, or the box, of each chunk."""
     if SCORE == "quest":
         wide = q.to(tl.float32)
         upper = dot(tl.maximum(wide, 0.0).to(q.dtype), tl.trans(high), INTERPRETED)
@@ -73,9 +73,9 @@ def _coded_query(turned, step, INTERPRETED: tl.constexpr, DTYPE: tl.constexpr):
     away. The factor divides a score by the spread that independent channels would give it.
     """
     scaled = turned * step[None, :]
-    if DTYPE == tl.float16:  # infinity times a code of 0 would be no number
+    if tl.float16 == DTYPE:  # infinity times a code of 0 would be no number
         scaled = tl.where(scaled > 65504.0, 65504.0, tl.where(scaled < -65504.0, -65504.0, scaled))
-    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter cuts off what a GPU rounds
+    if INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter cuts off what a GPU rounds
         bits = scaled.to(tl.uint32, bitcast=True)
         scaled = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     scaled = scaled.to(DTYPE)
@@ -95,7 +95,7 @@ def _token_score(
     MANTISSA: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """[BW], fp32: score of one of the 8 tokens of each word for the query that likes it best."""
+    """[BW], fp32: score of one of the 8 tokens of each word, the largest over the queries of the group."""
     shift: tl.constexpr = MANTISSA - 2 - 2 * token
     one: tl.constexpr = (15 if MANTISSA == 10 else 127) << MANTISSA
     if shift >= 0:
@@ -140,7 +140,7 @@ def _coded_scores(
 
 @triton.jit
 def forced_counts(num_selected, num_sinks, num_recent):
-    """Sinks and recent chunks that are chosen whatever their score: at most num_selected - 1, but 1 of 1."""
+    """Numbers of sinks and recent chunks that are chosen whatever their score is, as in `Retrieval.forced_chunks`."""
     places = tl.maximum(num_selected - 1, 1)
     sinks = tl.minimum(places, num_sinks)
     return sinks, tl.minimum(places - sinks, num_recent)
@@ -150,7 +150,7 @@ def forced_counts(num_selected, num_sinks, num_recent):
 def _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent):
     """[BC], uint32: larger for a better chunk, largest for forced ones; NaN is the least of all."""
     score = tl.where(score == score, score, -float("inf"))
-    score = tl.where(score == 0.0, 0.0, score)  # -0.0 is no worse
+    score = tl.where(score == 0.0, 0.0, score)  # -0.0 counts as 0.0
     bits = score.to(tl.uint32, bitcast=True)
     bits = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     sinks, recent = forced_counts(num_selected, num_sinks, num_recent)
@@ -316,9 +316,9 @@ def _score_codes_kernel(
     CHANNELS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The same where single tokens are scored by codes of CHANNELS of their D elements, 8 of them a coded vector.
+    """Score chunks where codes of CHANNELS of the D elements of a key score single tokens, 8 in each coded vector.
 
-    BC chunks are whole vectors, and BD holds the channels. `rotations` is `chunks.rotation` of them.
+    BC chunks are a whole number of vectors, BD >= CHANNELS, and `rotations` is `chunks.rotation` of the channels.
     """
     entry = tl.program_id(0).to(tl.int64)
     row, head, is_mine = load_entry(req_rows, is_dynamic, layer_idx, L, H)
@@ -357,14 +357,14 @@ def _score_codes_kernel(
 
 
 def score_launch(q: torch.Tensor, group: int, retrieval: Retrieval) -> tuple[triton.JITFunction, dict[str, Any]]:
-    """The kernel that scores chunks so, with its constants and options; `as_plain_score` has made q."""
+    """The kernel for this chunk score, with its constants and options; q comes from `as_plain_score`."""
     head_dim, size = q.shape[2], retrieval.chunk_size
     constants = {
         "D": head_dim,
         "G": group,
         "BG": max(16, triton.next_power_of_2(group)),
         "BD": triton.next_power_of_2(head_dim),
-        "BC": 16 if q.dtype == torch.float32 else 32,  # more spill registers
+        "BC": 16 if q.dtype == torch.float32 else 32,  # larger blocks spill registers
         "INTERPRETED": gpu.is_interpreted(),
         "num_stages": 2,
     }

@@ -28,9 +28,9 @@ def score_heads(
     Parameters
     ----------
     q : [W, H * G, D], bf16 | fp16 | fp32. Queries after RoPE of the last W prompt tokens, in order.
-    k : [N, H, D], same dtype and device. Keys after RoPE of the whole prompt, W <= N; or one layer of the pool,
-        [slots, H, D], with
-    slots : [N], int64. Token slots of the prompt in that layer.
+    k : [N, H, D], same dtype and device. Keys after RoPE of the whole prompt, W <= N; with `slots`, one layer of the
+        pool, [slots, H, D].
+    slots : [N], int64. Token slots of the prompt in that layer; None where k is the prompt.
     scaling : factor of q . k before the softmax.
     statistic : one of STATISTICS. In [0, 1]; high means that the head is safe to prune: few tokens ("sparsity",
         "top_mass"), or tokens that stay while the query moves ("hit_cv", "stability", "capture", "worst_capture").
@@ -51,11 +51,11 @@ def score_heads(
 
     Notes
     -----
-    Cost: reads q and k once; W * H * G * N fp32 of scratch. Source: HybridKV (arXiv 2604.05887; the
-    sparsity is VL-Cache's, per head; "hit_cv" is CateKV's). "stability", "capture" and "worst_capture" (that of the
-    worst query head and row instead of the mean) are ours: heads that are sparse and move lose most when they are
-    pruned. CateKV and HeteroCache also tell heads apart by drift. With one row all three are 0: what is not known to
-    stay is dynamic.
+    Cost: q and k are read once, and scratch takes W * H * G * N numbers of fp32. Source: HybridKV (arXiv 2604.05887).
+    Its sparsity is VL-Cache's, per head, and "hit_cv" is CateKV's. "stability", "capture" and "worst_capture" are ours;
+    the last takes the worst query head and row instead of the mean. They exist because heads that are sparse and move
+    lose most when they are pruned; CateKV and HeteroCache also tell heads apart by drift. With one row all three are
+    0, as nothing shows that the head stays where it is: it counts as dynamic.
     """
     checks.check_shape("k", k, (None, None, None))
     if slots is not None:

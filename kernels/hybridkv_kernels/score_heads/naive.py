@@ -110,7 +110,7 @@ def hit_cv(probs: torch.Tensor, causal: torch.Tensor, chunk_size: int) -> torch.
 
 
 def stability(probs: torch.Tensor) -> torch.Tensor:
-    """[H]: what two consecutive rows have in common, sum of min(p_i, p_i+1), mean over pairs; 0 with one row.
+    """[H]: what two consecutive rows have in common, the mean over pairs of the sum of min(p_i, p_i+1); 0 with one row.
 
     Histogram intersection: 1 when the attention stays where it is, 0 when it moves altogether.
     """
@@ -120,9 +120,10 @@ def stability(probs: torch.Tensor) -> torch.Tensor:
 
 
 def capture(queries: torch.Tensor, num_kept: int, num_sinks: int, num_recent: int) -> torch.Tensor:
-    """[H, G, W]: each query's probability on `num_kept` keys: sinks, recent ones, what the other rows want most.
+    """[H, G, W]: each query's probability on `num_kept` keys: sinks, recent ones, and those the other rows want most.
 
-    What a pruned head would keep of a query that it has not seen; 0 with one row. Ties go to the earlier key, NaN is 0.
+    This is what a pruned head would keep of a query that it has not seen; it is 0 with one row. Ties go to the earlier
+    key, and NaN counts as 0.
     """
     if queries.shape[2] == 1:
         return queries.new_zeros(queries.shape[:3])
@@ -134,7 +135,7 @@ def capture(queries: torch.Tensor, num_kept: int, num_sinks: int, num_recent: in
 
 def wanted_keys(probs: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tensor:
     """[H, W, N], double: how much the other rows of finite probs [H, W, N] want a key; inf for what is always kept."""
-    # The sum of the other rows ranks as their mean does; in double, so that a row leaves no trace when it is taken out.
+    # The sum of the other rows ranks as their mean does. In double, a row that is subtracted leaves no trace.
     others = probs.double().sum(dim=1, keepdim=True) - probs.double()
     key = torch.arange(probs.shape[2], device=probs.device)
     own = key[probs.shape[2] - probs.shape[1] :, None]
@@ -143,7 +144,7 @@ def wanted_keys(probs: torch.Tensor, num_sinks: int, num_recent: int) -> torch.T
 
 
 def num_captured(num_tokens: int, fraction: float) -> int:
-    """Keys that `capture` keeps, rounded up; 0.1 of 30 is 3."""
+    """Number of keys that `capture` keeps, rounded up; 0.1 of 30 is 3."""
     return math.ceil(Fraction(repr(fraction)) * num_tokens)
 
 

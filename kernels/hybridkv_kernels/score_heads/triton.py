@@ -2,8 +2,8 @@
 
 1. Log-sum-exp of each query; programs share the keys. 2. Probabilities of each row, averaged over the group, and the
 salience. 3. "capture" only: each query's probability on the kept keys of its row. The logits are computed anew in each
-pass, so that scratch is [H, W, N] and not [H * G, W, N]. What the statistics make of the probabilities is torch's, with
-the functions of `naive`; none of it waits for the device.
+pass, so that scratch is [H, W, N] and not [H * G, W, N]. The functions of `naive` then compute the statistics from the
+probabilities, in torch; none of it waits for the device.
 """
 
 import torch

@@ -108,14 +108,10 @@ def test_each_head_ranks_every_token_once_and_forced_ones_first(name, case, data
     compressor = drawn_for(name, observation, data)
     kept_rows(compressor, observation, compressor.plan(observation, total, may_retrieve=True))
     plan = compressor.plan(observation, total, may_retrieve=False)
-    kept, num_tokens, config = (
-        kept_rows(compressor, observation, plan),
-        observation.salience.shape[-1],
-        compressor.config,
-    )
+    kept, num_tokens = kept_rows(compressor, observation, plan), observation.salience.shape[-1]
     assert torch.equal(kept, kept_tokens(compressor, observation, plan))
-    forced = {*range(min(config.num_sink_tokens, num_tokens))}
-    forced |= {*range(max(num_tokens - config.recent_window, 0), num_tokens)}
+    forced = {*range(min(compressor.config.num_sink_tokens, num_tokens))}
+    forced |= {*range(max(num_tokens - compressor.config.recent_window, 0), num_tokens)}
     room = (plan.num_head_pages * P).min() >= len(forced)
     assert not room or kept[..., sorted(forced)].all()
 
