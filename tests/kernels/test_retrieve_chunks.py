@@ -361,9 +361,8 @@ def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk
 @each_model_shape
 def test_equals_naive_for_model_shapes(twin, shape, scored):
     dtype, page_size, group_size, head_dim = shape
-    how = (
-        {"chunk_score": "half_codes"} if scored == "single tokens" else {"chunk_score": scored, "chunk_size": page_size}
-    )
+    single = scored == "single tokens"
+    how = {"chunk_score": "half_codes" if single else scored, "chunk_size": 1 if single else page_size}
     config = eager_config(page_size=page_size, budget=0.3, **how)
     shape = {"head_dim": head_dim, "group_size": group_size, "pages": 60, "host_pages": 40, "dtype": dtype}
     pool = TinyPool(fresh_generator(), config, **shape)

@@ -101,8 +101,8 @@ def score_tokens_by_query(
 ) -> torch.Tensor:
     """[E, G, N], dtype: how far each token stands out to each query of q [E, G, D], by vectors of `encode_keys`.
 
-    It is q . (key - mean key), by the codes, over the spread that it would have if the channels were independent. So the
-    queries of a group, which differ in length, are heard alike: each names the tokens that stand out to it.
+    It is q . (key - mean key), by the codes, over the spread that this would have if the channels were independent. The
+    queries of a group differ in length, and so all of them are heard alike.
 
     The step goes to the query, which is rounded to its dtype again: then every device multiplies the same numbers.
     """
