@@ -39,6 +39,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     calibrate.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    config = commands.add_parser("config", help="settings of the compressors").add_subparsers(
+        dest="config_command", required=True
+    )
+    explain = config.add_parser("explain", help="legal values, default and meaning of the fields of a compressor")
+    explain.add_argument("name", metavar="NAME", help="value of --kv-compressor")
+    explain.add_argument("field", metavar="FIELD", nargs="?", help="only this one")
     return parser
 
 
@@ -87,7 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process, and return the exit status."""
     args = _parser().parse_args(argv)
     try:
-        _calibrate(args)
+        if args.command == "config":
+            from sglang_hybridkv.cli.explain import explain
+
+            print("\n".join(explain(args.name, args.field)))
+        else:
+            _calibrate(args)
     except ValueError as error:
         print(f"hybridkv {args.command}: {error}", file=sys.stderr)
         return 2

@@ -35,6 +35,8 @@ class RequestRecord:
 
     Attributes
     ----------
+    budget : that was used, or would have been: the request's own, else the server's.
+    request_settings : what the request set itself, as it wrote it; None when it set nothing.
     resident_ratio : device bytes of the request's pages (kept rows, chunk buffers, summaries, rounding, dense
         tail) / bytes that stock SGLang would hold for it; 1.0 when dense.
     plan : 16 hexadecimal digits that stand for types, pages and kept tokens of all heads; None when dense. The same
@@ -50,6 +52,7 @@ class RequestRecord:
     static_heads: int = 0
     dynamic_heads: int = 0
     plan: str | None = None
+    request_settings: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for msgpack and JSON."""

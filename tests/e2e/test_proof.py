@@ -34,6 +34,7 @@ REQUEST_FIELDS = {
     "static_heads",
     "dynamic_heads",
     "plan",
+    "request_settings",
 }
 
 

@@ -231,7 +231,7 @@ def _request(row, prompt_len):
     return SimpleNamespace(
         rid="r",
         kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
-        sampling_params=SimpleNamespace(max_new_tokens=99),
+        sampling_params=SimpleNamespace(max_new_tokens=99, custom_params=None),
         output_ids=[],
         origin_input_ids=list(range(prompt_len)),
         full_untruncated_fill_ids=list(range(prompt_len)),

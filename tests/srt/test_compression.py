@@ -48,7 +48,7 @@ def make_compression(num_pages=60, host_pages=40, name="hybridkv", **config):
     return allocator.compression
 
 
-def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None):
+def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None, custom_params=None):
     """A request whose prompt has just been given its own pages."""
     pages = compression.allocator.alloc_pages(-(-prompt_len // P))
     if pages is None:
@@ -57,7 +57,7 @@ def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chu
     return SimpleNamespace(
         rid=rid,
         kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
-        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, custom_params=custom_params),
         output_ids=[],
         origin_input_ids=tokens,
         full_untruncated_fill_ids=tokens,
@@ -302,7 +302,8 @@ def test_health_checks_are_not_counted():
 
 def test_a_request_that_never_ran_has_a_record():
     compression = make_compression()
-    info = compression.request_info(SimpleNamespace(origin_input_ids=[1, 2, 3]))
+    params = SimpleNamespace(custom_params=None)
+    info = compression.request_info(SimpleNamespace(origin_input_ids=[1, 2, 3], sampling_params=params))
     assert (info["compressed"], info["reason"], info["prompt_tokens"]) == (False, "not_prefilled", 3)
 
 

@@ -95,4 +95,5 @@ def test_record_is_plain_data():
         "static_heads": 0,
         "dynamic_heads": 0,
         "plan": None,
+        "request_settings": None,
     }
