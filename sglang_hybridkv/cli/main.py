@@ -73,8 +73,14 @@ def _calibrate(args: argparse.Namespace) -> None:
     from sglang_hybridkv.cli.vision_model import VisionModel, read_facts
 
     columns = (TextColumn("pictures read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(samples))
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task("", total=len(samples))
+
+    def show(num_done: int) -> None:
+        progress.start()  # no bar above a complaint about the arguments
+        progress.update(task, completed=num_done)
+
+    try:
         result = calibrate(
             lambda: VisionModel(args.model_path, args.device, args.top_of),
             read_facts(args.model_path),
@@ -82,8 +88,10 @@ def _calibrate(args: argparse.Namespace) -> None:
             args.out,
             top_of=args.top_of,
             resume=args.resume,
-            on_progress=lambda num_done: progress.update(task, completed=num_done),
+            on_progress=show,
         )
+    finally:
+        progress.stop()
     num_scored = sum(score > 0 for layer in result["scores"] for score in layer)
     num_heads = sum(map(len, result["scores"]))
     print(f"{args.out}: {num_scored} of {num_heads} KV heads looked at a word they wrote")
