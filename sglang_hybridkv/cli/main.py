@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,10 +78,11 @@ def _calibrate(args: argparse.Namespace) -> None:
     task = progress.add_task("", total=len(samples))
 
     def show(num_done: int) -> None:
-        progress.start()  # no bar above a complaint about the arguments
+        if not progress.live.is_started:  # no bar above a complaint about the arguments
+            bar.enter_context(progress)
         progress.update(task, completed=num_done)
 
-    try:
+    with ExitStack() as bar:
         result = calibrate(
             lambda: VisionModel(args.model_path, args.device, args.top_of),
             read_facts(args.model_path),
@@ -90,8 +92,6 @@ def _calibrate(args: argparse.Namespace) -> None:
             resume=args.resume,
             on_progress=show,
         )
-    finally:
-        progress.stop()
     num_scored = sum(score > 0 for layer in result["scores"] for score in layer)
     num_heads = sum(map(len, result["scores"]))
     print(f"{args.out}: {num_scored} of {num_heads} KV heads looked at a word they wrote")
