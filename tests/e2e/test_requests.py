@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.server
 
 HEADER = "x-kv-compressor"
 PREFIX = "sglang:kv_compressor_"
+METRICS_PAGE = Path(__file__).parents[2] / "docs/metrics.md"
 LIMITS = {"request_budget_min": 0.2, "request_budget_max": 0.5}
 WORDS = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 12
 
@@ -273,6 +275,9 @@ def test_metrics_say_what_records_and_server_info_say(limited: Server, tenth: Se
     assert gained.pop("chunks_chosen_total") >= gained.pop("chunks_hit_total", 0) > 0
     gained.pop("chunk_fetch_bytes_total", None)
     assert all("_bucket" in name for name in gained), gained
+    documented = METRICS_PAGE.read_text()
+    names = {re.sub("_(bucket|sum|count)$", "", name.split()[0]) for name in after}
+    assert not {name for name in names if f"`{name}`" not in documented}
     assert after["host_limit_bytes"] == state["host_store_bytes"]
     assert after["device_limit_bytes"] == 10000 // 16 * 2 * 16 * 16 * 32 * 4  # pool, K and V, rows, heads, dim, fp32
     assert tenth.client.get("/metrics").status_code == 404

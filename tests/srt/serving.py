@@ -93,7 +93,7 @@ class Serving:
     def randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
-    def add(self, row, prompt_len, *, compressed=True):
+    def add(self, row, prompt_len, *, compressed=True, custom_params=None):
         """A request whose prompt was prefilled and, if `compressed`, committed: its own slots are NaN by now."""
         pages = self.compression.allocator.alloc_pages(-(-prompt_len // self.page_size))
         slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()
@@ -103,7 +103,7 @@ class Serving:
         self.lens[row] = prompt_len
         if not compressed:
             return
-        self.compression.prepare(_request(row, prompt_len), None)
+        self.compression.prepare(_request(row, prompt_len, custom_params), None)
         reservation = self.compression.ledger.get(row)
         heads, covered = (len(self.layers), self.heads), reservation.geometry.covered
         statistic = torch.rand(heads, generator=self.generator)
@@ -227,11 +227,11 @@ def _decode_batch(rows, lens, slots, num_padding=0):
     )
 
 
-def _request(row, prompt_len):
+def _request(row, prompt_len, custom_params):
     return SimpleNamespace(
         rid="r",
         kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
-        sampling_params=SimpleNamespace(max_new_tokens=99, custom_params=None),
+        sampling_params=SimpleNamespace(max_new_tokens=99, custom_params=custom_params),
         output_ids=[],
         origin_input_ids=list(range(prompt_len)),
         full_untruncated_fill_ids=list(range(prompt_len)),
