@@ -175,8 +175,8 @@ DECODE_GRAPHS = Condition(
     "decode would run in CUDA graphs of another kind than SGLang's full ones",
 )
 OTHER_PAGE_SIZE = Condition(
-    "--page-size {page_size}",
-    "the compressor's page_size is {expected}, SGLang must use the same",
+    "a page size of {page_size} tokens, which SGLang chose,",
+    "give --page-size {expected}, that of the compressor",
     "SGLang ended up with pages of another size than the compressor's",
 )
 RUST_SERVER = Condition("SGLANG_RUST_SERVER", "unset it", "this environment variable is set")

@@ -178,13 +178,9 @@ def test_both_launchers_exit(model_path, code, command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "value, complaint",
-    [("foo", "is not allowed; legal: one of naive, cpu, triton"), ("triton", "is impossible here: ")],
-)
-def test_kernels_that_cannot_be_end_a_server_before_it_loads_a_model(model_path, value, complaint):
-    sentence = launch(model_path, HYBRIDKV_KERNELS=value)
-    assert sentence.startswith(f"HYBRIDKV_KERNELS = '{value}' {complaint}")
+def test_kernels_that_cannot_be_end_a_server_before_it_loads_a_model(model_path):
+    sentence = launch(model_path, HYBRIDKV_KERNELS="foo")
+    assert sentence == "HYBRIDKV_KERNELS = 'foo' is not allowed; legal: one of naive, cpu, triton"
 
 
 @pytest.mark.slow
@@ -192,7 +188,8 @@ def test_help_has_our_flags():
     """Of this launcher; `sglang serve --help` ends before SGLang loads plugins."""
     done = python(RUN_LAUNCHER, "--help")
     assert done.returncode == 0
-    assert all(flag in done.stdout for flag in ("--kv-compressor-budget", "hybridkv config explain"))
+    words = " ".join(done.stdout.split())
+    assert all(part in words for part in ("--kv-compressor-budget FRACTION", "'hybridkv config explain NAME' lists"))
 
 
 @pytest.mark.slow
