@@ -3,6 +3,7 @@ import types
 
 import msgspec
 import pytest
+import torch
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
@@ -33,6 +34,100 @@ def sentence(**changes):
     with pytest.raises(ValueError) as caught:
         refusals.check_server_args(resolved(**changes), SETTINGS)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_plain_server_is_accepted(device):
+    refusals.check_flags(ServerArgs(model_path="m"), SETTINGS)
+    refusals.check_server_args(resolved(device=device), SETTINGS)
+
+
+@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.field)
+def test_every_row_names_its_flag_and_a_recipe(refusal):
+    default = DEFAULTS[refusal.field]
+    values = [2] if type(default) is int else [True, "ngram", "transformers", "fp8_e4m3", ["a=b"]]
+    refused = [value for value in values if refusal.applies(value)]
+    assert refused
+    assert not refusal.applies(default)
+    for value in refused:
+        assert sentence(**{refusal.field: value}) == (
+            f"{refusal.flag} cannot be combined with --kv-compressor hybridkv; {refusal.recipe}"
+        )
+
+
+def test_no_field_has_two_rows():
+    fields = [refusal.field for refusal in refusals.REFUSALS]
+    assert len(set(fields)) == len(fields)
+
+
+def test_every_condition_is_in_the_table_and_explained():
+    conditions = [value for value in vars(refusals).values() if isinstance(value, refusals.Condition)]
+    assert sorted(conditions, key=id) == sorted(refusals.CONDITIONS, key=id)
+    assert all(condition.when for condition in conditions)
+
+
+@pytest.mark.parametrize("dtype", refusals.KV_CACHE_DTYPES)
+def test_unquantized_caches_are_accepted(dtype):
+    refusals.check_server_args(resolved(kv_cache_dtype=dtype), SETTINGS)
+
+
+PHASES = pytest.mark.parametrize("phase", ["", "prefill_", "decode_"])
+
+
+@PHASES
+@pytest.mark.parametrize(
+    "device, backend", [("cpu", "triton"), ("cuda", "trtllm_mha"), ("cuda", "fa4"), ("cuda", "flex_attention")]
+)
+def test_other_attention_backends_are_refused(phase, device, backend):
+    text = sentence(device=device, **{f"{phase}attention_backend": backend})
+    assert text.startswith(f"--{phase.replace('_', '-')}attention-backend {backend} cannot be combined")
+    assert text.endswith(f"use --attention-backend {' or '.join(refusals.ATTENTION_BACKENDS[device])}")
+
+
+@PHASES
+@pytest.mark.parametrize("backend", refusals.ATTENTION_BACKENDS["cuda"])
+def test_backends_of_nvidia_are_accepted(phase, backend):
+    changes = {f"{phase}attention_backend": backend}
+    refusals.check_flags(ServerArgs(model_path="m", **changes), SETTINGS)
+    refusals.check_server_args(resolved(device="cuda", **changes), SETTINGS)
+
+
+def graphs(decode="disabled", prefill="disabled"):
+    return CudaGraphConfig(PhaseConfig(decode), PhaseConfig(prefill))
+
+
+def test_graphs_of_decode_are_accepted_and_those_of_prefill_refused():
+    refusals.check_server_args(resolved(cuda_graph_config=graphs(prefill="full")), SETTINGS)  # a CPU has none
+    refusals.check_server_args(resolved(device="cuda", cuda_graph_config=graphs("full")), SETTINGS)
+    for prefill in ("full", "breakable", "tc_piecewise"):
+        text = sentence(device="cuda", cuda_graph_config=graphs("full", prefill))
+        assert text.startswith(f"--cuda-graph-backend-prefill {prefill} (CUDA graphs) cannot be combined")
+        assert text.endswith("use --cuda-graph-backend-prefill disabled")
+    text = sentence(device="cuda", cuda_graph_config=graphs("breakable"))
+    assert text.endswith("use --cuda-graph-backend-decode full or disabled")
+
+
+def shape(dtype=torch.bfloat16, head_dim=128):
+    return types.SimpleNamespace(
+        dtype=dtype, head_dim=head_dim, num_attention_heads=28, get_total_num_kv_heads=lambda: 4
+    )
+
+
+def kernels_sentence(model_config, settings=SETTINGS, **changes):
+    with pytest.raises(ValueError) as caught:
+        refusals.check_kernels(resolved(device="cuda", **changes), model_config, settings)
+    return str(caught.value)
+
+
+def test_flashinfer_serves_what_it_can_and_names_the_others_for_the_rest():
+    refusals.check_kernels(resolved(device="cuda", attention_backend="flashinfer"), shape(), SETTINGS)
+    for model_config in (shape(dtype=torch.float32), shape(head_dim=80)):
+        refusals.check_kernels(resolved(device="cuda", attention_backend="triton"), model_config, SETTINGS)
+        text = kernels_sentence(model_config, attention_backend="flashinfer")
+        assert text.startswith("--attention-backend flashinfer (FlashInfer decodes ")
+        assert text.endswith("use triton or fa3")
+    split = {"attention_backend": "fa3", "decode_attention_backend": "flashinfer"}
+    assert "not 80" in kernels_sentence(shape(head_dim=80), **split)
 
 
 @pytest.mark.parametrize(
