@@ -324,10 +324,11 @@ def was_compressed(req: Request) -> bool:
 
 
 def _is_from_a_user(req: Request) -> bool:
-    """Whether it is asked for an answer; not a health check, a warm-up, or SGLang's prefill before several samples."""
+    """Whether it is not a health check, a warm-up, or SGLang's own prefill of a prompt before its `n` samples."""
     params = req.sampling_params
+    is_prefill_of_samples = params.max_new_tokens == 0 and params.n > 1
     is_warm_up = WARM_UP in (params.custom_params or {})
-    return not (is_warm_up or params.max_new_tokens == 0 or req.rid.startswith(_HEALTH_CHECK_PREFIX))
+    return not (is_warm_up or is_prefill_of_samples or req.rid.startswith(_HEALTH_CHECK_PREFIX))
 
 
 def visual_spans(multimodal_inputs) -> tuple[VisualSpan, ...]:

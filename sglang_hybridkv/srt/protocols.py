@@ -22,6 +22,7 @@ class RequestKV(Protocol):
 
 class _SamplingParams(Protocol):
     max_new_tokens: int
+    n: int
     custom_params: dict[str, Any] | None
 
 

@@ -59,7 +59,7 @@ def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chu
     return SimpleNamespace(
         rid=rid,
         kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
-        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, custom_params=custom_params),
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, n=1, custom_params=custom_params),
         output_ids=[],
         origin_input_ids=tokens,
         full_untruncated_fill_ids=tokens,
@@ -409,12 +409,15 @@ def test_what_is_remembered_of_a_length_is_remembered_for_its_settings():
     assert plans[3:5] == ["prompt_too_short", "request_disabled"]
 
 
-@pytest.mark.parametrize(
-    "request_of_nobody", [{"custom_params": {WARM_UP: True}}, {"max_new_tokens": 0}, {"rid": "HEALTH_CHECK_1"}]
-)
-def test_only_requests_of_users_are_counted(request_of_nobody):
+@pytest.mark.parametrize("own", ["warm-up", "samples", "health"])
+def test_only_requests_of_users_are_counted(own):
     compression = make_compression()
-    compression.prepare(make_request(compression, 1, P, **request_of_nobody), None)
+    req = make_request(compression, 1, P, rid="HEALTH_CHECK_1" if own == "health" else "r")
+    if own == "warm-up":
+        req.sampling_params.custom_params = {WARM_UP: True}
+    if own == "samples":
+        req.sampling_params.max_new_tokens, req.sampling_params.n = 0, 2
+    compression.prepare(req, None)
     assert not compression.stats.num_dense
     compression.prepare(make_request(compression, 2, P), None)
     assert compression.stats.num_dense == {"prompt_too_short": 1}
