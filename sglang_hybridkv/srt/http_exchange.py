@@ -32,7 +32,7 @@ class HttpExchange:
 
     Attributes
     ----------
-    given : what the request has under `KEY` of the custom_params at the top of its body; None without it.
+    given : what the request has under `KEY` of the custom_params in its body; None without it.
     records : of its answers, by their index.
     """
 
@@ -139,7 +139,7 @@ async def _buffer(receive: Receive) -> tuple[bytes, Receive]:
 
 
 def settings_in_body(body: bytes, config: CompressorConfig) -> dict[str, Any] | None:
-    """What a JSON body gives at its top, in custom_params; ValueError in one sentence when that, or more, is bad.
+    """What a JSON body gives in custom_params, or in those of sampling_params; ValueError, one sentence, when it is bad.
 
     A body that is no JSON is the API's to answer.
     """
@@ -163,7 +163,8 @@ def settings_in_body(body: bytes, config: CompressorConfig) -> dict[str, Any] | 
             for name in (*one.twice, *_object(one[KEY]).twice):
                 raise ValueError(f"{NAME} gives {name!r} twice; give it once")
             read_settings(one[KEY], config)
-    given: dict[str, Any] | None = outer.get(KEY)
+    # Most APIs drop sampling_params; of a list each prompt of a batch takes its own.
+    given: dict[str, Any] | None = outer.get(KEY, None if isinstance(sampling, list) else inner[0].get(KEY))
     return given
 
 

@@ -157,3 +157,10 @@ def test_no_setting_is_ignored_in_silence(body, complaint):
 )
 def test_the_word_in_a_prompt_is_no_setting(body):
     assert settings_in_body(json.dumps(body).encode(), CONFIG) is None
+
+
+@pytest.mark.parametrize("body", [settings(budget=0.2), {"sampling_params": settings(budget=0.2)}])
+def test_settings_are_found_in_both_places(body):
+    assert settings_in_body(json.dumps(body).encode(), CONFIG) == {"budget": 0.2}
+    batch = {"sampling_params": [settings(budget=0.2), settings(budget=0.3)]}
+    assert settings_in_body(json.dumps(batch).encode(), CONFIG) is None  # /generate hands each on itself
