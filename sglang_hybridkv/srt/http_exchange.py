@@ -139,7 +139,7 @@ async def _buffer(receive: Receive) -> tuple[bytes, Receive]:
 
 
 def settings_in_body(body: bytes, config: CompressorConfig) -> dict[str, Any] | None:
-    """What a JSON body gives in custom_params, or in those of sampling_params; ValueError, one sentence, when it is bad.
+    """What a JSON body gives in custom_params, its own or of sampling_params; ValueError, one sentence, if it is bad.
 
     A body that is no JSON is the API's to answer.
     """
