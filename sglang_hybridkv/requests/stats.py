@@ -28,6 +28,10 @@ class HeldBytes:
     def __add__(self, other: HeldBytes) -> HeldBytes:
         return HeldBytes(self.device + other.device, self.stock + other.stock, self.host + other.host)
 
+    def beyond_stock(self, num_requests: int, pool_bytes: int) -> int:
+        """How many of these `num_requests`, taken as equally large, stock could not hold in `pool_bytes` at once."""
+        return num_requests - num_requests * pool_bytes // self.stock if self.stock > pool_bytes else 0
+
 
 @dataclasses.dataclass
 class RequestRecord:

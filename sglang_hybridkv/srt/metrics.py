@@ -51,6 +51,10 @@ class CompressionMetrics:
         )
         make(Gauge, "host_limit_bytes", "Bytes of the host store.").set(host_store_bytes)
         self._running = make(Gauge, "running_requests", "Compressed requests that run now.")
+        self._beyond = make(
+            Gauge, "requests_beyond_stock", "Those of them that would not fit the pool without compression."
+        )
+        self._pool_bytes = pool_bytes
         self._ratio = make(
             Histogram,
             "resident_ratio",
@@ -89,6 +93,7 @@ class CompressionMetrics:
         for name, gauge in self._held.items():
             gauge.set(getattr(held, name))
         self._running.set(num_running)
+        self._beyond.set(held.beyond_stock(num_running, self._pool_bytes))
 
     def observe_chunks(self, chosen: int, hit: int) -> None:
         """The totals so far of chunks that were chosen, and of those that were on the device."""

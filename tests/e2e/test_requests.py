@@ -292,8 +292,8 @@ def test_metrics_say_what_records_and_server_info_say(limited: Server, tenth: Se
 def test_metrics_and_log_of_what_runs(limited: Server) -> None:
     flush_cache(limited)
     idle = metrics(limited)
-    names = ("device_bytes", "stock_bytes", "host_bytes", "running_requests")
-    assert [idle[name] for name in names] == [0, 0, 0, 0]
+    names = ("device_bytes", "stock_bytes", "host_bytes", "running_requests", "requests_beyond_stock")
+    assert [idle[name] for name in names] == [0] * 5
     with stream(limited, request_body(text(31070, 4096), 400)) as answers:
         next(answers)
         running = metrics(limited)
