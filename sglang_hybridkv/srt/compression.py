@@ -213,7 +213,6 @@ class Compression:
             return
         self.allocator.free_page_ids(reservation.unlisted_pages)
         self.store.free(reservation.host_pages)
-        self.update_metrics()
         # A retraction before the commit is not an answer: the request comes back.
         if not reservation.committed and req.finished():
             self._record_dense(req, DenseReason.NO_DECODE)
