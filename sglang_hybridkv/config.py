@@ -6,9 +6,12 @@ annotating the field again, as in ``pool_mode: PoolMode = "max"``.
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -17,6 +20,7 @@ from hybridkv_kernels.chunks import CODED_SCORES, ESTIMATING_SCORES, Retrieval
 BUDGET_FLAG = "--kv-compressor-budget"
 CONFIG_FLAG = "--kv-compressor-config"
 
+_LONGEST_VALUE = 80  # characters of a bad value that a sentence repeats
 # Words for the types of JSON Schema.
 _KINDS = {
     "number": "a number",
@@ -58,7 +62,19 @@ ObservationRows = Annotated[
         ge=1, le=256, description="last queries of the prompt that are observed; a prefix hit leaves them to compute"
     ),
 ]
-MinPromptTokens = Annotated[int, Field(ge=1, description="prompts with fewer tokens are served dense")]
+MinPromptTokens = Annotated[int, Field(ge=1, le=2**31 - 1, description="prompts with fewer tokens are served dense")]
+RequestOverride = Annotated[
+    bool,
+    Field(description="whether a request may set fields of its own, in custom_params.kv_compressor (docs/requests.md)"),
+]
+RequestBudgetMin = Annotated[
+    Annotated[float, Field(gt=0.0, le=1.0)] | None,
+    Field(description="smallest budget that a request may ask for; null leaves it to the legal values of budget"),
+]
+RequestBudgetMax = Annotated[
+    Annotated[float, Field(gt=0.0, le=1.0)] | None,
+    Field(description="largest budget that a request may ask for; null leaves it to the legal values of budget"),
+]
 ChunkScore = Annotated[
     Literal[
         "mean_max",
@@ -137,6 +153,9 @@ class CompressorConfig(BaseModel):
     # Strict: an integer may stand for a float, but neither text nor true and false for a number.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    # Fields that a request may set for itself: none that shapes the pool, the tables or the kernels.
+    per_request: ClassVar[tuple[str, ...]] = ("budget", "min_prompt_tokens")
+
     budget: Budget = 0.1
     page_size: PageSize = 16
     min_head_pages: MinHeadPages = 2
@@ -146,6 +165,19 @@ class CompressorConfig(BaseModel):
     pool_mode: PoolMode = "average"
     observation_rows: ObservationRows = 32
     min_prompt_tokens: MinPromptTokens = 512
+    request_override: RequestOverride = True
+    request_budget_min: RequestBudgetMin = None
+    request_budget_max: RequestBudgetMax = None
+
+    @model_validator(mode="after")
+    def _some_budget_is_allowed(self) -> CompressorConfig:
+        least, most = self.request_budget_min, self.request_budget_max
+        if least is not None and most is not None and least > most:
+            raise ValueError(
+                f"request_budget_min = {least} is not allowed with request_budget_max = {most}; "
+                f"legal: a number above 0 and at most {most}"
+            )
+        return self
 
     @field_validator("*", mode="before")
     @classmethod
@@ -266,7 +298,8 @@ def parse_config(text: str | dict | None, config_class: type[Config], *, budget:
         values["budget"] = budget
     elif budget is not None and values["budget"] != budget:
         raise ValueError(
-            f"{BUDGET_FLAG} {budget} and budget {values['budget']!r} of {CONFIG_FLAG} differ; give only one of them"
+            f"{BUDGET_FLAG} {budget} and budget {in_json_words(values['budget'])} of {CONFIG_FLAG} differ; "
+            "give only one of them"
         )
     try:
         return config_class.model_validate(values)
@@ -297,14 +330,57 @@ def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'budget'?)"``, or nothing where no known name is alike."""
+    alike = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {alike[0]!r}?)" if alike else ""
+
+
+def in_json_words(value: Any) -> str:
+    """A value as its writer, who wrote JSON, knows it: null, true and false, the rest as Python has it, cut if long."""
+    words = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return words if len(words) <= _LONGEST_VALUE else words[:_LONGEST_VALUE] + "..."
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, such as ``a list``."""
+    for kind, word in ((type(None), "null"), (bool, "true or false"), ((int, float), "a number"), (str, "a text")):
+        if isinstance(value, kind):
+            return word
+    return "a list" if isinstance(value, list) else f"a Python {type(value).__name__}"
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads(object_pairs_hook=...)``: ValueError when an object gives a key twice."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"gives {key!r} twice")
+        values[key] = value
+    return values
+
+
+def not_allowed(given: str, value: Any, legal: str) -> str:
+    """The sentence about a bad value: what was given, what is legal, and what a text with a unit means in numbers."""
+    sentence = f"{given} = {in_json_words(value)} is not allowed; legal: {legal}"
+    number = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kKmMgGtT]i?[bB])\s*", value) if isinstance(value, str) else None
+    if number is None or number[1].count(".") > 1 or number[1] == ".":
+        return sentence
+    amount, unit = float(number[1]), number[2]
+    if unit == "%":
+        return f"{sentence}; {amount:g} % is written {amount / 100:g}"
+    base, power = (1024 if "i" in unit else 1000), "kmgt".index(unit[0].lower()) + 1
+    return f"{sentence}; {value.strip()} is written {round(amount * base**power)}"
+
+
 def _load(text: str | dict | None) -> dict[str, Any]:
     if text is None:
         return {}
     if isinstance(text, dict):
         return dict(text)
     if not isinstance(text, str):
-        raise ValueError(f"{CONFIG_FLAG} must be a JSON object, @file or a dict, got {type(text).__name__}")
-    source = CONFIG_FLAG
+        raise ValueError(f"{CONFIG_FLAG} must be a JSON object, @file or a dict, got {kind_of(text)}")
+    source, hint = CONFIG_FLAG, _file_hint(text)
     if text.startswith("@"):
         source = f"{CONFIG_FLAG} file {text[1:]!r}"
         try:
@@ -312,14 +388,22 @@ def _load(text: str | dict | None) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
-        values = json.loads(text)
+        # Editors on Windows put a byte order mark before the text.
+        values = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f'{source} is not valid JSON ({error}); expected an object such as {{"budget": 0.1}}'
-        ) from None
+        expected = hint or 'expected an object such as {"budget": 0.1}'
+        raise ValueError(f"{source} is not valid JSON ({error}); {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{source} {error}; give it once") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{source} must be a JSON object, got {type(values).__name__}")
+        raise ValueError(f"{source} must be a JSON object, got {kind_of(values)}")
     return values
+
+
+def _file_hint(text: str) -> str | None:
+    """What to write for a file whose @ was forgotten."""
+    looks_like_a_file = text.endswith(".json") or (len(text) < 1000 and "{" not in text and Path(text).is_file())
+    return f"to read a file, write @{text}" if looks_like_a_file and not text.startswith("@") else None
 
 
 def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], *, budget_from_flag: bool) -> str:
@@ -329,8 +413,8 @@ def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], 
     name = str(first["loc"][0])
     fields = config_class.model_fields
     if name not in fields:
-        return f"{CONFIG_FLAG} has no field {name!r}; known fields: {', '.join(fields)}"
+        return f"{CONFIG_FLAG} has no field {name!r}{did_you_mean(name, fields)}; known fields: {', '.join(fields)}"
     if first["type"] == "missing":
         return f"{CONFIG_FLAG} needs the field {name!r}: {fields[name].description}"
     given = BUDGET_FLAG if name == "budget" and budget_from_flag else f"{CONFIG_FLAG} {name}"
-    return f"{given} = {first['input']!r} is not allowed; legal: {legal_values(name, config_class)}"
+    return not_allowed(given, first["input"], legal_values(name, config_class))

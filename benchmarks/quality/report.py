@@ -110,4 +110,8 @@ def write_report(folder: Path) -> tuple[str, list[Path]]:
         paths.append(plots.draw_curves(group, "budget", "budget", folder / f"accuracy-{name}.png"))
         memory = "device KV, share of stock"
         paths.append(plots.draw_curves(group, "resident_ratio", memory, folder / f"memory-{name}.png"))
+        by_task = {row["task"]: [other for other in group if other["task"] == row["task"]] for row in group}
+        for task, alone in by_task.items() if len(by_task) > 1 else ():
+            if alone[0]["exact_match"] is not None or "score" in alone[0]:
+                paths.append(plots.draw_curves(alone, "budget", "budget", folder / f"accuracy-{name}-{task}.png"))
     return markdown(rows), paths

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +17,10 @@ from sglang_hybridkv.srt import settings as settings_module
 _SERVER_MODULES = (
     "attention_registry",
     "forward_batch_info",
+    "http_server",
     "kv_cache_configurator",
+    "openai_api",
+    "pool_stats_observer",
     "registry",
     "schedule_batch",
     "schedule_policy",
@@ -24,6 +28,9 @@ _SERVER_MODULES = (
     "scheduler_init_result",
     "tokenizer_manager",
 )
+# Those of the HTTP API; a process without the server, such as a scheduler, is spared its import.
+_HTTP_MODULES = ("http_server", "openai_api")
+_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 _activated = False
 
 
@@ -71,8 +78,9 @@ def server_modules() -> tuple[ModuleType, ...]:
 
 
 def server_entries() -> tuple[ProcessEntry, ...]:
-    """Their entries."""
-    return tuple(entry for module in server_modules() for entry in module.ENTRIES)
+    """The entries of those that this process needs."""
+    names = {f"hybridkv_patches.{name}" for name in _HTTP_MODULES} if _HTTP_SERVER not in sys.modules else set()
+    return tuple(entry for module in server_modules() if module.__name__ not in names for entry in module.ENTRIES)
 
 
 ENTRIES = (

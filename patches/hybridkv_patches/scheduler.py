@@ -24,6 +24,9 @@ def check_start(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None
     if fault is not None:
         logger.error(fault)
         raise RuntimeError(fault)
+    reporter = scheduler.metrics_reporter
+    if reporter.current_scheduler_metrics_enabled:
+        scheduler.tree_cache.compression.publish_metrics(reporter.metrics_collector.labels)
     logger.info(verify.summary(scheduler, settings))
 
 

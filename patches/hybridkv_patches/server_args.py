@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any, NoReturn
 
 from hybridkv_patches import activation
 from hybridkv_patches.hook import Hook
-from sglang_hybridkv.compressors import BUILT_IN, NONE, compressor_names, get_compressor
-from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values, parse_config
+from sglang_hybridkv.compressors import NONE, compressor_names, get_compressor
+from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, parse_config
 from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt import settings as settings_module
 from sglang_hybridkv.srt.settings import Settings
@@ -18,7 +17,10 @@ from sglang_hybridkv.srt.settings import Settings
 FLAG = "--kv-compressor"
 # Refusals that docs/refusals.md lists; names in braces stand for what the user gave.
 NO_COMPRESSOR = "{flags} would change nothing without {flag} {names}; add it"
-OTHER_PAGE_SIZE = "--page-size {page_size} differs from page_size {expected} of {flag}; make them equal"
+OTHER_PAGE_SIZE = (
+    "--page-size {page_size} differs from {expected}, the page_size of the compressor; "
+    "leave it out, or set page_size in {flag}"
+)
 # Rides on ServerArgs next to the settings: how its owner wants to hear about a refusal.
 _FROM_CLI = "_hybridkv_from_cli"
 
@@ -42,7 +44,8 @@ def add_flags(_result: Any, parser: Any) -> None:
     group.add_argument(
         CONFIG_FLAG,
         metavar="JSON|@FILE",
-        help=f"Settings of the compressor: a JSON object, or @ and the path of a file that holds one. {_field_help()}",
+        help="Settings of the compressor: a JSON object, or @ and the path of a file that holds one. "
+        "'hybridkv config explain NAME' lists the fields of a compressor with their legal values and defaults.",
     )
 
 
@@ -147,30 +150,6 @@ def _number(value: Any) -> Any:
         return float(value)
     except ValueError:
         return value
-
-
-def _field_help() -> str:
-    classes = {name: get_compressor(name).config_class for name in BUILT_IN}
-    parts = ["Of every compressor: " + _fields_in_words(CompressorConfig, {})]
-    for name, config_class in classes.items():
-        own = _fields_in_words(config_class, CompressorConfig.defaults())
-        if own:
-            parts.append(f"Of {name}, new or with another default: {own}")
-    # Argparse formats help texts with %.
-    return " ".join(parts).replace("%", "%%")
-
-
-def _fields_in_words(config_class: type[CompressorConfig], known: dict[str, Any]) -> str:
-    """The fields of a class, without those whose default is `known` already."""
-    defaults = config_class.defaults()
-    words = []
-    for name, field in config_class.model_fields.items():
-        if name in known and known[name] == defaults[name]:
-            continue
-        default = f"default {json.dumps(defaults[name])}" if name in defaults else "required"
-        meaning = "" if name in known else f": {field.description}"
-        words.append(f"{name} ({legal_values(name, config_class)}; {default}){meaning}")
-    return ". ".join(words) + "." if words else ""
 
 
 def _exit(sentence: str) -> NoReturn:

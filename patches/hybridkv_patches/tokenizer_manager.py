@@ -1,8 +1,54 @@
-"""Put the compression record into `meta_info` as one object instead of one value a token."""
+"""A request's settings on their way to the scheduler, and its compression record on the way back."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
 
 from hybridkv_patches.hook import Hook
+from sglang_hybridkv.requests.settings import KEY, WARM_UP, read_settings
 from sglang_hybridkv.requests.stats import META_INFO_KEY
+from sglang_hybridkv.srt.http_exchange import current_exchange
 from sglang_hybridkv.srt.settings import settings_of
+
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+
+
+def add_settings(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER _create_tokenized_object: ValueError, which is the client's answer, when its settings are bad.
+
+    Some APIs drop custom_params; what stood in the body of the HTTP request goes in here.
+    """
+    settings = settings_of(manager.server_args)
+    if settings is None:
+        return
+    sampling, exchange = tokenized.sampling_params, current_exchange()
+    own = dict(sampling.custom_params or {})
+    if exchange is not None and exchange.given is not None:
+        own[KEY] = exchange.given
+    if KEY in own:
+        read_settings(own[KEY], settings.config)
+    if is_warming_up(manager):
+        own[WARM_UP] = True
+    if own:
+        sampling.custom_params = own
+
+
+def is_warming_up(manager: Any) -> bool:
+    """Whether the HTTP server still asks itself; an Engine, which has none, never does."""
+    state = getattr(sys.modules.get(_HTTP_SERVER), "_global_state", None)
+    if state is None or state.tokenizer_manager is not manager:
+        return False
+    return manager.server_status.name == "Starting"
+
+
+def note_records(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND generate_request: what the answers of an HTTP request say of their compression."""
+    answers, exchange = original(manager, *args, **kwargs), current_exchange()
+    if exchange is None or settings_of(manager.server_args) is None:
+        return answers
+    return exchange.noting(answers)
 
 
 def add_record(original, manager, meta_info, state, customized_info, index, finish_reason):
@@ -16,7 +62,21 @@ def add_record(original, manager, meta_info, state, customized_info, index, fini
 
 ENTRIES = (
     Hook(
-        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
+        target=f"{_MANAGER}._create_tokenized_object",
+        kind="after",
+        function=add_settings,
+        why="custom_params is not checked, and several APIs drop it",
+        until="every API hands custom_params on, and plugins can check a request",
+    ),
+    Hook(
+        target=f"{_MANAGER}.generate_request",
+        kind="around",
+        function=note_records,
+        why="chat, completions, responses and messages drop meta_info",
+        until="every API hands meta_info on",
+    ),
+    Hook(
+        target=f"{_MANAGER}.update_request_meta_info",
         kind="around",
         function=add_record,
         why="customized info accumulates lists a token; the record is one object a request",

@@ -10,6 +10,7 @@ from sglang_hybridkv.cache.compress import ObservedPrompt, compress_prompt
 from sglang_hybridkv.cache.memory import CacheMemory, make_memory
 from sglang_hybridkv.cache.observation import PromptObserver
 from sglang_hybridkv.cache.prefetch import QueryPrefetch
+from sglang_hybridkv.cache.stopwatch import Stopwatch
 from sglang_hybridkv.compressors.base import Compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.ledger import Reservation
@@ -25,7 +26,7 @@ class CompressedCache:
     Attributes
     ----------
     memory : pool views, table and host store.
-    compressor : bound to the model.
+    compressor : bound to the model, with the server's settings; a request with its own brings another one.
     retrieval : how its dynamic heads retrieve; None where no head is dynamic.
     bound : reservations by row, from `bind` to `release`.
     observer : queries and scores of prompts that are being prefilled.
@@ -37,6 +38,7 @@ class CompressedCache:
         self.memory, self.compressor = memory, compressor
         self.retrieval = compressor.config.retrieval
         self.bound: dict[int, Reservation] = {}
+        self._compressors: dict[int, Compressor] = {}
         self.observer = PromptObserver(compressor, memory.layout.num_layers)
         keys = memory.views.k_pages
         self.counters = torch.zeros(2, dtype=torch.int64, device=keys.device)
@@ -76,12 +78,18 @@ class CompressedCache:
         )
         return cls(memory, compressor)
 
-    def bind(self, row: int, reservation: Reservation) -> None:
-        """Give `row` its pages, before the forward that compresses its prompt is launched."""
+    def bind(self, row: int, reservation: Reservation, compressor: Compressor | None = None) -> None:
+        """Give `row` its pages, before the forward that compresses its prompt is launched.
+
+        Parameters
+        ----------
+        compressor : with the request's own settings; None is the server's.
+        """
         assert row not in self.bound, f"row {row} is bound already"
         self.bound[row] = reservation
+        self._compressors[row] = compressor = compressor or self.compressor
         self.memory.table.bind(row, reservation.pages, reservation.host_pages, reservation.geometry.covered)
-        self.observer.begin(row, reservation.spans)
+        self.observer.begin(row, reservation.spans, compressor)
         if self.prefetch is not None:
             self.prefetch.forget(row)
 
@@ -104,7 +112,10 @@ class CompressedCache:
 
     def compress(self, row: int, slots: torch.Tensor, observed: ObservedPrompt) -> None:
         """Fill the pages of a bound row from its prompt's own `slots` [>= covered], int64; see `compress_prompt`."""
-        compress_prompt(self.memory, self.compressor, self.bound[row], row, slots, observed)
+        reservation, stopwatch = self.bound[row], Stopwatch(slots.device)
+        compress_prompt(self.memory, self._compressors[row], reservation, row, slots, observed)
+        stopwatch.stop()
+        reservation.seconds = stopwatch.seconds
 
     def retrieve(self, layer_idx: int, q: torch.Tensor, req_rows: torch.Tensor) -> None:
         """Bring the dynamic heads of one layer up to date with new queries.
@@ -170,12 +181,14 @@ class CompressedCache:
     def release(self, row: int) -> None:
         """Make `row` dense again; its pages are the caller's to free."""
         self.observer.drop(row)
+        self._compressors.pop(row, None)
         if self.bound.pop(row, None) is not None:
             self.memory.table.clear(row)
 
     def clear(self) -> None:
         """Make every row dense, and every host page free."""
         self.bound.clear()
+        self._compressors.clear()
         self.observer.clear()
         self.memory.table.clear_all()
         self.memory.store.clear()

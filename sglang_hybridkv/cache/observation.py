@@ -17,6 +17,7 @@ class _Prompt:
 
     spans: tuple[VisualSpan, ...]
     is_text: torch.Tensor
+    compressor: Compressor
     statistic: list[torch.Tensor] = dataclasses.field(default_factory=list)
     salience: list[torch.Tensor] = dataclasses.field(default_factory=list)
     query_rms: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -46,9 +47,16 @@ class PromptObserver:
         """Keep the queries of positions `window` in the part that is launched next for `row`; before each part."""
         self._windows[row] = window
 
-    def begin(self, row: int, spans: tuple[VisualSpan, ...]) -> None:
-        """The part that is launched next for `row`, which is watched, is its final one; `spans` are the prompt's."""
-        self._prompts[row] = _Prompt(spans, text_mask(spans, self.prompt_len(row)))
+    def begin(self, row: int, spans: tuple[VisualSpan, ...], compressor: Compressor | None = None) -> None:
+        """The part that is launched next for `row`, which is watched, is its final one.
+
+        Parameters
+        ----------
+        spans : the prompt's.
+        compressor : that scores it; None is the one for all.
+        """
+        is_text = text_mask(spans, self.prompt_len(row))
+        self._prompts[row] = _Prompt(spans, is_text, compressor or self.compressor)
 
     def drop(self, row: int) -> None:
         """Forget `row`."""
@@ -110,7 +118,7 @@ class PromptObserver:
         layer = PromptLayer(
             q.contiguous(), k_rows, v_rows, slots, scaling, prompt.is_text, layer_idx=len(prompt.statistic)
         )
-        statistic, salience = self.compressor.score_layer(layer)
+        statistic, salience = prompt.compressor.score_layer(layer)
         prompt.statistic.append(statistic)
         prompt.salience.append(salience)
         by_head = q.float().unflatten(1, (k_rows.shape[1], -1))  # [W, H, G, D]

@@ -42,7 +42,8 @@ def write_json(path: Path, value: Any) -> None:
         scratch.write_text(json.dumps(value) + "\n", encoding="utf-8")
         scratch.replace(path)
     except OSError as error:
-        raise ValueError(f"--out: {path} cannot be written ({error.strerror or error})") from None
+        given = str(path).removesuffix(PARTIAL_SUFFIX)
+        raise ValueError(f"--out = {given}: cannot be written ({error.strerror or error})") from None
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -63,7 +64,8 @@ def calibrate(
     ----------
     load_model : called once, and not at all when every argument but the model turned out wrong.
     resume : go on from the file of unfinished work beside `out`, if there is one.
-    on_progress : called with the number of samples done, first with those done before.
+    on_progress : called with the number of samples done, first with those done before, once nothing but the samples
+        can go wrong.
 
     Returns
     -------
@@ -86,9 +88,9 @@ def calibrate(
     if out.is_dir():
         raise ValueError(f"--out = {out}: it is a folder; expected a file name")
     sums, num_done = _start(out, settings, facts, resume)
+    model = load_model() if num_done < len(samples) else None
     on_progress(num_done)
-    if num_done < len(samples):
-        model = load_model()
+    if model is not None:
         for sample_idx in range(num_done, len(samples)):
             sums += _score_sample(model, samples[sample_idx])
             _keep(out, settings, sums, sample_idx + 1)

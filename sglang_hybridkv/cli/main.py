@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     calibrate.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    config = commands.add_parser("config", help="settings of the compressors").add_subparsers(
+        dest="config_command", required=True
+    )
+    explain = config.add_parser("explain", help="legal values, default and meaning of the fields of a compressor")
+    explain.add_argument("name", metavar="NAME", help="value of --kv-compressor")
+    explain.add_argument("field", metavar="FIELD", nargs="?", help="only this one")
     return parser
 
 
@@ -67,8 +74,15 @@ def _calibrate(args: argparse.Namespace) -> None:
     from sglang_hybridkv.cli.vision_model import VisionModel, read_facts
 
     columns = (TextColumn("pictures read"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(samples))
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task("", total=len(samples))
+
+    def show(num_done: int) -> None:
+        if not progress.live.is_started:  # no bar above a complaint about the arguments
+            bar.enter_context(progress)
+        progress.update(task, completed=num_done)
+
+    with ExitStack() as bar:
         result = calibrate(
             lambda: VisionModel(args.model_path, args.device, args.top_of),
             read_facts(args.model_path),
@@ -76,7 +90,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             args.out,
             top_of=args.top_of,
             resume=args.resume,
-            on_progress=lambda num_done: progress.update(task, completed=num_done),
+            on_progress=show,
         )
     num_scored = sum(score > 0 for layer in result["scores"] for score in layer)
     num_heads = sum(map(len, result["scores"]))
@@ -87,7 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process, and return the exit status."""
     args = _parser().parse_args(argv)
     try:
-        _calibrate(args)
+        if args.command == "config":
+            from sglang_hybridkv.cli.explain import explain
+
+            print("\n".join(explain(args.name, args.field)))
+        else:
+            _calibrate(args)
     except ValueError as error:
         print(f"hybridkv {args.command}: {error}", file=sys.stderr)
         return 2

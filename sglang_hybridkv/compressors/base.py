@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, ClassVar, Literal
 
@@ -119,6 +120,12 @@ class Compressor:
 
     def __init__(self, config: CompressorConfig):
         self.config = config
+
+    def with_config(self, config: CompressorConfig) -> Compressor:
+        """The same, bound as it is, with the settings of one request; `per_request` of its config_class may differ."""
+        twin = copy.copy(self)
+        twin.config = config
+        return twin
 
     def bind(self, num_layers: int, num_kv_heads: int, fingerprint: str | None = None) -> None:
         """Meet the model, in the launcher and in the scheduler; ValueError in one sentence when it does not fit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -39,6 +39,8 @@ PRESETS: dict[str, dict[str, Any]] = {"paper": _PAPER, "tuned": {}}
 
 class HybridKVConfig(RetrievalConfig):
     """Settings of HybridKV; "inferred" marks a choice that the published text does not fix."""
+
+    per_request: ClassVar[tuple[str, ...]] = (*RetrievalConfig.per_request, "theta")
 
     page_size: PageSize = 8
     chunk_score: ChunkScore = "key_codes"

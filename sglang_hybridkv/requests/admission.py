@@ -23,6 +23,7 @@ class DenseReason(str, enum.Enum):
     NO_FREE_PAGES = "no_free_pages"
     HOST_STORE_FULL = "host_store_full"
     NOT_PREFILLED = "not_prefilled"
+    REQUEST_DISABLED = "request_disabled"
 
 
 EXPLANATIONS = {
@@ -34,6 +35,7 @@ EXPLANATIONS = {
     DenseReason.NO_FREE_PAGES: "the pool has no free pages beside the prompt, even after eviction",
     DenseReason.HOST_STORE_FULL: "the host store has no room for its rows; raise host_store_bytes",
     DenseReason.NOT_PREFILLED: "the request ended before its prompt was processed",
+    DenseReason.REQUEST_DISABLED: "the request asked for it, with enabled = false in custom_params.kv_compressor",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
@@ -26,6 +27,7 @@ class Reservation:
     head_counts : [L, H], int32, on the CPU. Kept or buffer pages of each head, from the forward; see
         `head_counts_on_host`.
     digest : [], int64, on the CPU. `digest_plan` of what is kept, from the forward; read at the commit.
+    seconds : set by the forward; what its plan and its copies took, None while that is not known.
     written : set by the forward where it writes `outcome`, `head_counts` and `digest` without waiting.
     """
 
@@ -39,6 +41,7 @@ class Reservation:
     committed: bool = False
     head_counts: torch.Tensor | None = None
     digest: torch.Tensor | None = None
+    seconds: Callable[[], float | None] = lambda: None
     written: torch.cuda.Event | None = None
 
     def head_counts_on_host(self) -> torch.Tensor:

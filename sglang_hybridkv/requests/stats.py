@@ -28,6 +28,10 @@ class HeldBytes:
     def __add__(self, other: HeldBytes) -> HeldBytes:
         return HeldBytes(self.device + other.device, self.stock + other.stock, self.host + other.host)
 
+    def beyond_stock(self, num_requests: int, pool_bytes: int) -> int:
+        """How many of these `num_requests`, taken as equally large, stock could not hold in `pool_bytes` at once."""
+        return num_requests - num_requests * pool_bytes // self.stock if self.stock > pool_bytes else 0
+
 
 @dataclasses.dataclass
 class RequestRecord:
@@ -35,6 +39,8 @@ class RequestRecord:
 
     Attributes
     ----------
+    budget : that was used, or would have been: the request's own, else the server's.
+    request_settings : what the request set itself, as it wrote it; None when it set nothing.
     resident_ratio : device bytes of the request's pages (kept rows, chunk buffers, summaries, rounding, dense
         tail) / bytes that stock SGLang would hold for it; 1.0 when dense.
     plan : 16 hexadecimal digits that stand for types, pages and kept tokens of all heads; None when dense. The same
@@ -50,6 +56,7 @@ class RequestRecord:
     static_heads: int = 0
     dynamic_heads: int = 0
     plan: str | None = None
+    request_settings: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for msgpack and JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,10 +16,12 @@ from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Ledger, Reservation
+from sglang_hybridkv.requests.settings import KEY, WARM_UP, RequestSettings, read_settings
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 from sglang_hybridkv.requests.stats import CompressionStats, HeldBytes, RequestRecord
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+from sglang_hybridkv.srt.metrics import CompressionMetrics, DeviceTotals
 from sglang_hybridkv.srt.protocols import Request
 from sglang_hybridkv.srt.settings import Settings
 
@@ -26,6 +29,7 @@ _HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what i
 _HOST_MEMORY_SHARE = 0.5
 _REMEMBERED_PLANS = 4096
 _RECORD = "_hybridkv_record"
+_SETTINGS = "_hybridkv_settings"
 _HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
 
 
@@ -65,8 +69,11 @@ class Compression:
         self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size)
         self.ledger = Ledger(layout.page_size)
         self.stats = CompressionStats()
+        self.server_settings = RequestSettings(self.config)
         self._decide = functools.lru_cache(maxsize=_REMEMBERED_PLANS)(self._decide_by_lengths)
         self._kv_by_row: dict[int, Any] = {}
+        self._chunk_totals = DeviceTotals(self.cache.counters)
+        self.metrics: CompressionMetrics | None = None
 
     def clear(self) -> None:
         """Forget all requests; the allocator was just cleared, so their pages are free already."""
@@ -79,13 +86,27 @@ class Compression:
 
         What a retracted request has generated is prefilled again, exactly, but never compressed: it stays dense.
         """
-        return self._decide(len(req.origin_input_ids), req.sampling_params.max_new_tokens, len(req.output_ids))
+        lengths = len(req.origin_input_ids), req.sampling_params.max_new_tokens, len(req.output_ids)
+        return self._decide(*lengths, self.settings_of(req))
+
+    def settings_of(self, req: Request) -> RequestSettings:
+        """The server's settings with what the request set itself; the tokenizer's process has checked it."""
+        settings = getattr(req, _SETTINGS, None)
+        if settings is None:
+            custom_params = req.sampling_params.custom_params or {}
+            settings = self.server_settings
+            if KEY in custom_params:
+                settings = read_settings(custom_params[KEY], self.config)
+            setattr(req, _SETTINGS, settings)
+        return settings
 
     def _decide_by_lengths(
-        self, prompt_len: int, max_new_tokens: int, num_generated: int
+        self, prompt_len: int, max_new_tokens: int, num_generated: int, settings: RequestSettings
     ) -> PromptGeometry | DenseReason:
+        if not settings.enabled:
+            return DenseReason.REQUEST_DISABLED
         left = max_new_tokens - num_generated
-        return decide(prompt_len, left, self.config, self.shape, num_generated=num_generated)
+        return decide(prompt_len, left, settings.config, self.shape, num_generated=num_generated)
 
     def planned(self, req: Request) -> PromptGeometry | None:
         """Geometry of the request's compressed prompt; None when it will be served dense."""
@@ -116,7 +137,9 @@ class Compression:
             return
         self.ledger.open(row, reserved)
         self._kv_by_row[row] = req.kv
-        self.cache.bind(row, reserved)
+        settings = self.settings_of(req)
+        own = self.cache.compressor.with_config(settings.config) if settings.given else None
+        self.cache.bind(row, reserved, own)
 
     def _reserve(self, req: Request, tree_cache) -> Reservation | DenseReason:
         geometry = self.plan(req)
@@ -157,22 +180,26 @@ class Compression:
         )
         self.allocator.free_page_ids(unused)
         self.store.free(unused_host)
-        if not was_compressed(req):
-            self.stats.count_compressed()
         held = self._held_by(row)
-        record = RequestRecord(
+        record = dataclasses.replace(
+            self._dense_record(req, None),
             compressed=True,
-            reason=None,
-            prompt_tokens=len(req.origin_input_ids),
-            budget=self.config.budget,
             resident_ratio=held.device / held.stock,
             host_bytes=held.host,
             static_heads=num_static,
             dynamic_heads=num_dynamic,
             plan=f"{int(reservation.digest) % 2**64:016x}",
         )
+        if not was_compressed(req) and _is_from_a_user(req):
+            self.stats.count_compressed()
+            if self.metrics is not None:
+                self.metrics.count_compressed(record)
         setattr(req, _RECORD, record)
         self.stats.observe(self.held())
+        seconds = reservation.seconds()
+        if self.metrics is not None and seconds is not None:
+            self.metrics.observe_compression(seconds)
+        self.update_metrics()
 
     def release(self, req: Request) -> None:
         """The request gives its row back: finished, aborted or retracted."""
@@ -195,18 +222,46 @@ class Compression:
         rows = (row for row, reservation in self.ledger.by_row.items() if reservation.committed)
         return sum((self._held_by(row) for row in rows), HeldBytes())
 
+    def publish_metrics(self, labels: dict[str, Any]) -> None:
+        """From now on SGLang's /metrics has those of compression, with SGLang's own `labels`."""
+        self.metrics = CompressionMetrics(
+            labels,
+            pool_bytes=self.shape.num_tokens // self.shape.page_size * self.page_bytes,
+            host_store_bytes=self.store.num_pages * self.store.page_bytes,
+            chunk_bytes=self._chunk_bytes,
+        )
+        self.update_metrics()
+
+    def update_metrics(self) -> None:
+        """Show what is held now; after each commit and release, and where SGLang logs its decode batches."""
+        if self.metrics is not None:
+            self.metrics.observe_held(self.held(), self.num_committed())
+            self.metrics.observe_chunks(*self._chunk_totals.read())
+
+    def num_committed(self) -> int:
+        """Compressed requests that run now."""
+        return sum(reservation.committed for reservation in self.ledger.by_row.values())
+
+    def tokens_saved(self) -> int:
+        """Tokens' worth of pages that they would hold beyond what they hold."""
+        held = self.held()
+        return (held.stock - held.device) // self.page_bytes * self.shape.page_size
+
+    @property
+    def _chunk_bytes(self) -> int:
+        head_page_bytes = self.page_bytes // self.shape.head_pages_per_page
+        return head_page_bytes * self.config.tokens_per_chunk // self.config.page_size
+
     def request_info(self, req: Request) -> dict[str, Any]:
         """`meta_info.kv_compressor` of one request."""
         record = getattr(req, _RECORD, None)
         if record is None:
-            record = RequestRecord(False, DenseReason.NOT_PREFILLED, len(req.origin_input_ids), self.config.budget)
+            record = self._dense_record(req, DenseReason.NOT_PREFILLED)
         return record.as_dict()
 
     def server_info(self) -> dict[str, Any]:
         """`kv_compressor` in the internal state of `/server_info`."""
         chosen, hit = self.cache.counters.tolist()
-        chunk_bytes = self.page_bytes // self.shape.head_pages_per_page
-        chunk_bytes = chunk_bytes * self.config.tokens_per_chunk // self.config.page_size
         prefetch = self.cache.prefetch
         return {
             "name": self.settings.name,
@@ -214,7 +269,7 @@ class Compression:
             "config": self.config.model_dump(mode="json"),
             "page_size": self.shape.page_size,
             "host_store_bytes": self.store.num_pages * self.store.page_bytes,
-            **self.stats.as_dict(self.held(), chosen, hit, chunk_bytes),
+            **self.stats.as_dict(self.held(), chosen, hit, self._chunk_bytes),
             **({} if prefetch is None else {"prefetch_correction_rate": prefetch.correction_rate()}),
         }
 
@@ -239,10 +294,16 @@ class Compression:
     def _record_dense(self, req: Request, reason: DenseReason) -> None:
         if was_compressed(req):
             return  # retracted and prefilled again: part of its answer was computed over compressed context
-        prompt_tokens = len(req.origin_input_ids)
-        if not hasattr(req, _RECORD) and not req.rid.startswith(_HEALTH_CHECK_PREFIX):
-            self.stats.count_dense(reason, prompt_tokens)
-        setattr(req, _RECORD, RequestRecord(False, reason, prompt_tokens, self.config.budget))
+        if not hasattr(req, _RECORD) and _is_from_a_user(req):
+            self.stats.count_dense(reason, len(req.origin_input_ids))
+            if self.metrics is not None:
+                self.metrics.count_dense(reason.value)
+        setattr(req, _RECORD, self._dense_record(req, reason))
+
+    def _dense_record(self, req: Request, reason: DenseReason | None) -> RequestRecord:
+        settings = self.settings_of(req)
+        budget, given = settings.config.budget, dict(settings.given) or None
+        return RequestRecord(False, reason, len(req.origin_input_ids), budget, request_settings=given)
 
 
 def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool) -> int:
@@ -259,6 +320,14 @@ def was_compressed(req: Request) -> bool:
     """Whether any part of the request's answer was computed over compressed context."""
     record = getattr(req, _RECORD, None)
     return record is not None and record.compressed
+
+
+def _is_from_a_user(req: Request) -> bool:
+    """Whether it is not a health check, a warm-up, or SGLang's own prefill of a prompt before its `n` samples."""
+    params = req.sampling_params
+    is_prefill_of_samples = params.max_new_tokens == 0 and params.n > 1
+    is_warm_up = WARM_UP in (params.custom_params or {})
+    return not (is_warm_up or is_prefill_of_samples or req.rid.startswith(_HEALTH_CHECK_PREFIX))
 
 
 def visual_spans(multimodal_inputs) -> tuple[VisualSpan, ...]:

@@ -22,6 +22,8 @@ class RequestKV(Protocol):
 
 class _SamplingParams(Protocol):
     max_new_tokens: int
+    n: int
+    custom_params: dict[str, Any] | None
 
 
 class _ExtendRange(Protocol):

@@ -97,6 +97,7 @@ class HybridRadixCache(UnifiedRadixCache):
     def on_release(self, req: Request, *, inserted):
         super().on_release(req, inserted=inserted)
         self.compression.release(req)
+        self.compression.update_metrics()
 
     def session_held_tokens(self, active_pool_idxs=None):
         """Stock's, plus the compressed pages that no row shows: the leak check counts rows and the tree only."""

@@ -175,8 +175,8 @@ DECODE_GRAPHS = Condition(
     "decode would run in CUDA graphs of another kind than SGLang's full ones",
 )
 OTHER_PAGE_SIZE = Condition(
-    "--page-size {page_size}",
-    "the compressor's page_size is {expected}, SGLang must use the same",
+    "a page size of {page_size} tokens, which SGLang chose,",
+    "give --page-size {expected}, that of the compressor",
     "SGLang ended up with pages of another size than the compressor's",
 )
 RUST_SERVER = Condition("SGLANG_RUST_SERVER", "unset it", "this environment variable is set")
@@ -277,10 +277,11 @@ def check_kernels(view: Any, model_config: Any, settings: Settings) -> None:
     ValueError
         One sentence; also what HYBRIDKV_KERNELS forces and cannot be.
     """
-    if view.device != "cuda":
-        return
     dtype, head_dim = model_config.dtype, model_config.head_dim
     group_size = model_config.num_attention_heads // model_config.get_total_num_kv_heads()
+    chosen = dispatch.choose(view.device, dtype, head_dim, group_size)
+    if view.device != "cuda":
+        return
     if _decode_backend(view) == FLASHINFER:
         reason = flashinfer.shape_obstacle(dtype, head_dim)
         if reason is not None:
@@ -288,7 +289,7 @@ def check_kernels(view: Any, model_config: Any, settings: Settings) -> None:
         if isinstance(settings.config, RetrievalConfig) and settings.config.estimates:
             raise _refused(FLASHINFER_ESTIMATE, settings)
     graphs = view.cuda_graph_config.decode.backend
-    if graphs != "disabled" and dispatch.choose(view.device, dtype, head_dim, group_size) == "naive":
+    if graphs != "disabled" and chosen == "naive":
         kernels = dispatch.describe(view.device, dtype, head_dim, group_size)
         raise _refused(NAIVE_GRAPHS.filled(backend=graphs, kernels=kernels), settings)
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.quality import plots
 from benchmarks.quality.cli import main
-from benchmarks.quality.report import BEGIN, END
+from benchmarks.quality.intervals import wilson
+from benchmarks.quality.report import BEGIN, END, read_rows
 from benchmarks.quality.servers import ServerSpec
 from benchmarks.quality.store import AnswerFile
 
@@ -57,6 +59,7 @@ def test_plots_are_pictures_with_something_in_them(store: Path) -> None:
     assert main(["report", "--out", str(store), "--markdown", str(store / "tables.md")]) == 0
     assert (store / "tables.md").read_text().count("### ") == 2
     names = {"accuracy-coherent-1600", "memory-coherent-1600", "accuracy-page-1600", "memory-page-1600"}
+    names |= {"accuracy-coherent-1600-get", "accuracy-coherent-1600-list"}  # of one task there is one plot already
     pictures = {path.stem: path for path in store.glob("*.png")}
     assert set(pictures) == names
     for path in pictures.values():
@@ -74,3 +77,16 @@ def test_tables_replace_what_stands_between_the_marks(store: Path) -> None:
         assert (head, tail) == ("before\n", "\nafter\n")
         assert written.count("### ") == 2
         assert "old" not in written
+
+
+def test_points_have_intervals_and_say_how_many_prompts_they_stand_for(store: Path, tmp_path: Path) -> None:
+    """Of one task it is Wilson's own; of two alike the reach is smaller by the root of two."""
+    rows = [row for row in read_rows(store) if row["scene"] == "coherent"]
+    alone = [row for row in rows if row["task"] == "get"]
+    for group, factor, prompts in ((alone, 1.0, "n = 10"), (rows, 2**-0.5, "n = 20")):
+        [point, _] = plots._curves(group, "budget")["hybridkv"]
+        exact = wilson(9, 10)
+        assert (point.place, point.value) == (0.1, pytest.approx(0.9))
+        assert point.down == pytest.approx(factor * (exact.value - exact.low), abs=1e-4)
+        assert point.up == pytest.approx(factor * (exact.high - exact.value), abs=1e-4)
+        assert plots._prompts(group) == prompts

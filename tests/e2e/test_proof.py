@@ -33,6 +33,7 @@ REQUEST_FIELDS = {
     "static_heads",
     "dynamic_heads",
     "plan",
+    "request_settings",
 }
 
 
@@ -59,7 +60,9 @@ def test_bytes_are_reported_while_a_request_runs(tenth: Server) -> None:
     with tenth.stream("/generate", request_body(text(7001, 4096), 1000)) as answers:
         next(answers)
         state = tenth.compressor_state()
-    assert 0 < state["device_kv_bytes"] <= 0.14 * state["stock_kv_bytes"]
+    prompt_bytes = 4096 * 2 * 16 * 32 * 4  # keys and values of 16 heads of 32 numbers in fp32
+    generated_bytes = state["stock_kv_bytes"] - prompt_bytes  # more on a busy machine, and not compressed
+    assert 0 < state["device_kv_bytes"] - generated_bytes <= 0.14 * prompt_bytes
     assert state["host_kv_bytes"] > 0
     assert_nothing_lost(tenth)
 

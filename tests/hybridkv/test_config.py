@@ -53,7 +53,8 @@ BAD_BUDGETS = [0, -1, 1.5, "x", math.nan]
 def test_a_bad_budget_is_named(flag, field, budget):
     with pytest.raises(ValueError) as caught:
         parse_config({"budget": budget} if field else None, budget=None if field else budget)
-    complaint = f"= {budget!r} is not allowed; legal: a number above 0 and at most 1"
+    words = {True: "true", None: "null"}.get(budget, repr(budget)) if isinstance(budget, bool | None) else repr(budget)
+    complaint = f"= {words} is not allowed; legal: a number above 0 and at most 1"
     assert str(caught.value) == f"{flag}{field} {complaint}"
 
 
@@ -83,7 +84,7 @@ def test_both_budgets_must_agree():
         ({"preset": "best"}, 'one of "tuned", "paper"'),
         ({"theta": 2}, "a number at least 0 and at most 1.01"),
         ({"sparsity_fraction": 0}, "a number above 0 and below 1"),
-        ({"min_prompt_tokens": "5"}, "an integer at least 1"),
+        ({"min_prompt_tokens": "5"}, "an integer at least 1 and at most 2147483647"),
         ({"recent_window": 2.5}, "an integer at least 0 and at most 1024"),
         ({"host_store_bytes": -1}, "an integer at least 0 or null"),
         ({"observation_rows": 257}, "an integer at least 1 and at most 256"),
@@ -119,7 +120,9 @@ def test_single_tokens_are_retrieved_by_codes_and_pages_otherwise():
 
 
 def test_unknown_key_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="has no field 'bugdet'; known fields: budget, page_size, "):
+    with pytest.raises(
+        ValueError, match=r"has no field 'bugdet' \(did you mean 'budget'\?\); known fields: budget, page_size, "
+    ):
         parse_config({"bugdet": 0.1})
 
 
@@ -127,11 +130,14 @@ def test_unknown_key_is_answered_with_the_known_ones():
     "text, complaint",
     [
         ("{", "is not valid JSON"),
-        ("0.1", "must be a JSON object, got float"),
-        ("[1]", "must be a JSON object, got list"),
+        ("0.1", "must be a JSON object, got a number"),
+        ("[1]", "must be a JSON object, got a list"),
+        ("null", "must be a JSON object, got null"),
+        ('{"budget": 0.1, "budget": 0.2}', "gives 'budget' twice; give it once"),
+        ("good.json", "to read a file, write @good.json"),
         ("@/no/such/file", "file '/no/such/file' cannot be read: No such file"),
         ("@/", "file '/' cannot be read: Is a directory"),
-        (7, "must be a JSON object, @file or a dict, got int"),
+        (7, "must be a JSON object, @file or a dict, got a number"),
     ],
 )
 def test_unreadable_config_is_one_sentence(text, complaint):
@@ -140,6 +146,32 @@ def test_unreadable_config_is_one_sentence(text, complaint):
     assert complaint in str(caught.value)
     assert CONFIG_FLAG in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"budget": 0.5}', encoding="utf-8-sig")
+    assert parse_config(f"@{path}").budget == 0.5
+    assert parse_config(path.read_text()).budget == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"host_store_bytes": "4GB"}, "4GB is written 4000000000"),
+        ({"host_store_bytes": "1.5 GiB"}, "1.5 GiB is written 1610612736"),
+        ({"budget": "10%"}, "10 % is written 0.1"),
+    ],
+)
+def test_a_text_with_a_unit_is_answered_with_the_number(values, hint):
+    with pytest.raises(ValueError, match="is not allowed; legal: ") as caught:
+        parse_config(values)
+    assert str(caught.value).endswith(f"; {hint}")
+
+
+def test_limits_of_requests_must_leave_a_budget():
+    with pytest.raises(ValueError, match="request_budget_min = 0.5 is not allowed with request_budget_max = 0.2"):
+        parse_config({"request_budget_min": 0.5, "request_budget_max": 0.2})
 
 
 def test_file_that_is_not_text_is_one_sentence(tmp_path):

@@ -89,9 +89,9 @@ def write_model(folder, architecture):
     return str(folder)
 
 
-def python(code, *argv, stdin=None):
+def python(code, *argv, stdin=None, **env):
     """Run `code` in a fresh process of the CPU engine."""
-    env = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}
+    env = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", **env}
     env.pop("SGLANG_PLUGINS", None)
     command = [sys.executable, "-c", textwrap.dedent(code), *argv]
     return subprocess.run(
@@ -99,9 +99,9 @@ def python(code, *argv, stdin=None):
     )
 
 
-def launch(model_path, *argv, code=RUN_LAUNCHER):
+def launch(model_path, *argv, code=RUN_LAUNCHER, **env):
     """The one sentence with which a launcher ends."""
-    done = python(code, *argv, "--model-path", model_path, "--device", "cpu", *ACTIVE)
+    done = python(code, *argv, "--model-path", model_path, "--device", "cpu", *ACTIVE, **env)
     sentences = [line for line in done.stderr.splitlines() if line.startswith("sglang: error: ")]
     assert "Traceback" not in done.stderr, done.stderr
     assert (done.returncode, len(sentences)) == (2, 1), done.stderr
@@ -178,6 +178,21 @@ def test_both_launchers_exit(model_path, code, command):
 
 
 @pytest.mark.slow
+def test_kernels_that_cannot_be_end_a_server_before_it_loads_a_model(model_path):
+    sentence = launch(model_path, HYBRIDKV_KERNELS="foo")
+    assert sentence == "HYBRIDKV_KERNELS = 'foo' is not allowed; legal: one of naive, cpu, triton"
+
+
+@pytest.mark.slow
+def test_help_has_our_flags():
+    """Of this launcher; `sglang serve --help` ends before SGLang loads plugins."""
+    done = python(RUN_LAUNCHER, "--help")
+    assert done.returncode == 0
+    words = " ".join(done.stdout.split())
+    assert all(part in words for part in ("--kv-compressor-budget FRACTION", "'hybridkv config explain NAME' lists"))
+
+
+@pytest.mark.slow
 def test_another_sglang_version_is_refused_only_for_compression(model_path):
     before = "import sglang.version; sglang.version.__version__ = '0.5.23'\n"
     sentence = launch(model_path, code=before + RUN_LAUNCHER)
@@ -208,7 +223,8 @@ def test_engine_raises_the_same_sentences(model_path):
         import json, sys, sglang
         base = {"model_path": sys.argv[1], "device": "cpu"}
         cases = [{"kv_compressor_budget": 0.5}, {"kv_compressor": "hybridkv", "kv_compressor_budget": 1.5},
-                 {"kv_compressor": "hybridkv", "tp_size": 2}, {"kv_compressor": "hybridkv", "page_size": 1}]
+                 {"kv_compressor": "hybridkv", "tp_size": 2}, {"kv_compressor": "hybridkv", "page_size": 1},
+                 {"kv_compressor": "hybridkv", "server_args": sglang.ServerArgs(**base)}]
         for case in cases:
             try:
                 sglang.Engine(**base, **case)
@@ -217,8 +233,9 @@ def test_engine_raises_the_same_sentences(model_path):
     """
     done = python(code, model_path)
     assert done.returncode == 0, done.stderr
-    sentences = [line for line in done.stdout.splitlines() if line.startswith("refused: --")]
+    sentences = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
     parts = ["would change nothing", "= 1.5 is not allowed", "--tp-size above 1", "--page-size 1 differs"]
+    parts.append("reads no kv_compressor beside server_args")
     assert all(part in sentence for part, sentence in zip(parts, sentences, strict=True))
 
 

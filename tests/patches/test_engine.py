@@ -33,7 +33,7 @@ def test_other_attributes_are_stock(make):
 
 
 def test_the_engine_of_this_process_takes_our_arguments(monkeypatch):
-    [entry] = engine.ENTRIES
+    entry, _guard = engine.ENTRIES
     monkeypatch.delitem(sys.modules, "sglang.srt.entrypoints.engine", raising=False)
     assert not engine.is_imported()
     entry.install()
@@ -46,3 +46,22 @@ def test_the_engine_of_this_process_takes_our_arguments(monkeypatch):
         entry.install()
         assert entry.is_installed()
         assert stock.server_args_class.stock is ServerArgs
+
+
+@pytest.mark.parametrize("ours", [{"kv_compressor": "hybridkv"}, {"kv_compressor_budget": 0.5}, {}])
+def test_our_keywords_beside_server_args_are_refused(monkeypatch, ours):
+    class Engine:
+        def __init__(self, **kwargs):
+            self.server_args = kwargs["server_args"]
+
+    monkeypatch.setitem(sys.modules, "sglang.srt.entrypoints.engine", types.SimpleNamespace(Engine=Engine))
+    _arguments, guard = engine.ENTRIES
+    assert not guard.is_installed()
+    guard.install()
+    assert guard.is_installed()
+    if ours:
+        with pytest.raises(ValueError, match=f"^sglang.Engine reads no {next(iter(ours))} beside server_args; build"):
+            Engine(server_args="theirs", **ours)
+    else:
+        assert Engine(server_args="theirs").server_args == "theirs"
+    assert not hasattr(object.__new__(Engine), "server_args")

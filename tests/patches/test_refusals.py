@@ -130,6 +130,21 @@ def test_flashinfer_serves_what_it_can_and_names_the_others_for_the_rest():
     assert "not 80" in kernels_sentence(shape(head_dim=80), **split)
 
 
+@pytest.mark.parametrize(
+    ("device", "value", "complaint"),
+    [
+        ("cpu", "foo", "is not allowed; legal: one of naive, cpu, triton"),
+        ("cuda", "foo", "is not allowed; legal: one of naive, cpu, triton"),
+        ("cuda", "cpu", "is impossible here: "),
+    ],
+)
+def test_kernels_that_are_forced_and_cannot_be_are_refused(monkeypatch, device, value, complaint):
+    """Here, where no model was loaded yet."""
+    monkeypatch.setenv("HYBRIDKV_KERNELS", value)
+    with pytest.raises(ValueError, match=f"^HYBRIDKV_KERNELS = '{value}' {complaint}"):
+        refusals.check_kernels(resolved(device=device), shape(), SETTINGS)
+
+
 def test_flashinfer_does_not_estimate():
     estimating = Settings("hybridkv", HybridKVConfig(unretrieved="estimate", chunk_score="mean_max"))
     refusals.check_kernels(resolved(device="cuda", attention_backend="fa3"), shape(), estimating)
@@ -163,7 +178,8 @@ def test_other_devices_are_refused():
 
 
 def test_the_page_size_must_be_the_compressors():
-    assert sentence(page_size=64).startswith("--page-size 64 cannot be combined")
+    """Not one that the user gave: that is refused earlier, in other words."""
+    assert sentence(page_size=64).startswith("a page size of 64 tokens, which SGLang chose, cannot be combined")
 
 
 def test_the_rust_server_is_refused(monkeypatch):

@@ -37,3 +37,26 @@ def test_without_compression_the_key_is_like_any_other(manager):
     state, meta_info = SimpleNamespace(customized_info_accumulated={}), {}
     tokenizer_manager.add_record(STOCK, manager, meta_info, state, {META_INFO_KEY: [["theirs"]]}, 0, None)
     assert meta_info == {META_INFO_KEY: ["theirs"]}
+
+
+def tokenized(custom_params=None):
+    return SimpleNamespace(sampling_params=SimpleNamespace(custom_params=custom_params))
+
+
+def test_settings_are_checked_whoever_asks(manager):
+    """An Engine has no HTTP; --preferred-sampling-params come in here, too."""
+    settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
+    good = tokenized({"kv_compressor": {"budget": 0.2}, "thinking_budget": 7})
+    tokenizer_manager.add_settings(good, manager)
+    assert good.sampling_params.custom_params == {"kv_compressor": {"budget": 0.2}, "thinking_budget": 7}
+    with pytest.raises(ValueError, match=r"budget = 2 is not allowed"):
+        tokenizer_manager.add_settings(tokenized({"kv_compressor": {"budget": 2}}), manager)
+    plain = tokenized()
+    tokenizer_manager.add_settings(plain, manager)
+    assert plain.sampling_params.custom_params is None
+
+
+def test_without_compression_custom_params_are_nobodys_business(manager):
+    theirs = tokenized({"kv_compressor": {"budget": 2}})
+    tokenizer_manager.add_settings(theirs, manager)
+    assert theirs.sampling_params.custom_params == {"kv_compressor": {"budget": 2}}

@@ -60,13 +60,13 @@ def make_compression(
     return allocator.compression
 
 
-def make_request(row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None, **more):
+def make_request(row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None, custom_params=None, **more):
     """SGLang's request, as far as `Compression` reads it."""
     tokens = list(range(prompt_len))
     return SimpleNamespace(
         rid=rid,
         kv=SimpleNamespace(req_pool_idx=row, kv_allocated_len=prompt_len),
-        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, n=1, custom_params=custom_params),
         output_ids=[],
         origin_input_ids=tokens,
         full_untruncated_fill_ids=tokens,
@@ -103,7 +103,7 @@ class Serving:
     def randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
-    def add(self, row, prompt_len, *, compressed=True):
+    def add(self, row, prompt_len, *, compressed=True, custom_params=None):
         """A request whose prompt was prefilled and, if `compressed`, committed: its own slots are NaN by now."""
         pages = self.compression.allocator.alloc_pages(-(-prompt_len // self.page_size))
         slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()
@@ -113,7 +113,7 @@ class Serving:
         self.lens[row] = prompt_len
         if not compressed:
             return
-        self.compression.prepare(make_request(row, prompt_len, max_new_tokens=99), None)
+        self.compression.prepare(make_request(row, prompt_len, max_new_tokens=99, custom_params=custom_params), None)
         reservation = self.compression.ledger.get(row)
         heads, covered = (len(self.layers), self.heads), reservation.geometry.covered
         statistic = torch.rand(heads, generator=self.generator)

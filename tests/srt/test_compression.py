@@ -12,10 +12,11 @@ pytest.importorskip("sglang")
 
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
 
+from sglang_hybridkv.requests.settings import WARM_UP
 from sglang_hybridkv.requests.spans import VisualSpan
 from sglang_hybridkv.srt.compression import visual_spans
 from tests.builders import LAWS
-from tests.srt.serving import HEADS, LAYERS, make_compression, make_request
+from tests.srt.serving import HEADS, LAYERS, Serving, make_compression, make_request
 
 P = 8
 NUM_HEADS = LAYERS * HEADS
@@ -263,7 +264,8 @@ def test_health_checks_are_not_counted():
 
 def test_a_request_that_never_ran_has_a_record():
     compression = make_compression()
-    info = compression.request_info(SimpleNamespace(origin_input_ids=[1, 2, 3]))
+    params = SimpleNamespace(custom_params=None)
+    info = compression.request_info(SimpleNamespace(origin_input_ids=[1, 2, 3], sampling_params=params))
     assert (info["compressed"], info["reason"], info["prompt_tokens"]) == (False, "not_prefilled", 3)
 
 
@@ -334,3 +336,48 @@ def test_spans_of_images_and_videos_are_half_open_and_in_order():
 def test_text_has_no_spans():
     assert visual_spans(None) == ()
     assert visual_spans(MultimodalInputs(mm_items=[])) == ()
+
+
+@pytest.mark.parametrize("given", [{"budget": 0.6}, {"theta": 0.2}, {"budget": 0.7, "theta": 0.9}, {"theta": 0.0}])
+def test_settings_of_a_request_are_settings_of_a_server(monkeypatch, given):
+    """The same pages and the same plan, whichever of the two said so."""
+    outcomes = []
+    for server, request in (({}, given), (given, {})):
+        torch.manual_seed(0)
+        serving = Serving("torch_native", monkeypatch, **server)
+        serving.generator = torch.Generator().manual_seed(7)
+        serving.add(1, 130, custom_params={"kv_compressor": request} if request else None)
+        reservation = serving.compression.ledger.get(1)
+        outcomes.append((reservation.geometry, reservation.outcome.tolist(), int(reservation.digest)))
+    assert outcomes[0] == outcomes[1]
+    plain = Serving("torch_native", monkeypatch)
+    plain.generator = torch.Generator().manual_seed(7)
+    plain.add(1, 130)
+    assert int(plain.compression.ledger.get(1).digest) != outcomes[0][2]
+
+
+def test_what_is_remembered_of_a_length_is_remembered_for_its_settings():
+    compression = make_compression()
+    given = [None, {"budget": 0.6}, {"budget": 0.8}, {"min_prompt_tokens": 999}, {"enabled": False}]
+    requests = [
+        make_request(compression, row, 10 * P, custom_params=None if one is None else {"kv_compressor": one})
+        for row, one in enumerate(given, start=1)
+    ]
+    plans = [compression.plan(req) for req in requests + requests]
+    assert plans[:5] == plans[5:]
+    assert [plan.total_head_pages for plan in plans[:3]] == [16, 24, 32]
+    assert plans[3:5] == ["prompt_too_short", "request_disabled"]
+
+
+@pytest.mark.parametrize("own", ["warm-up", "samples", "health"])
+def test_only_requests_of_users_are_counted(own):
+    compression = make_compression()
+    req = make_request(compression, 1, P, rid="HEALTH_CHECK_1" if own == "health" else "r")
+    if own == "warm-up":
+        req.sampling_params.custom_params = {WARM_UP: True}
+    if own == "samples":
+        req.sampling_params.max_new_tokens, req.sampling_params.n = 0, 2
+    compression.prepare(req, None)
+    assert not compression.stats.num_dense
+    compression.prepare(make_request(compression, 2, P), None)
+    assert compression.stats.num_dense == {"prompt_too_short": 1}

@@ -30,7 +30,7 @@ class Pool:
         req = SimpleNamespace(
             origin_input_ids=range(prompt_len),
             output_ids=range(num_generated),
-            sampling_params=SimpleNamespace(max_new_tokens=num_generated + left),
+            sampling_params=SimpleNamespace(max_new_tokens=num_generated + left, custom_params=None),
         )
         extend = prompt_len + num_generated - hit
         self.budget.consider(req)

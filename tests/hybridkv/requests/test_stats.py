@@ -76,6 +76,13 @@ def test_held_bytes_add_up():
     assert sum([HeldBytes(1, 2, 3), HeldBytes(10, 20, 30)], HeldBytes()) == HeldBytes(11, 22, 33)
 
 
+@pytest.mark.parametrize(
+    ("num_requests", "stock", "beyond"), [(0, 0, 0), (3, 30, 0), (3, 100, 0), (3, 101, 1), (4, 200, 2), (10, 1000, 9)]
+)
+def test_requests_beyond_what_stock_could_hold(num_requests, stock, beyond):
+    assert HeldBytes(stock=stock).beyond_stock(num_requests, 100) == beyond
+
+
 @pytest.mark.parametrize(("chosen", "hit", "rate"), [(0, 0, None), (4, 0, 0.0), (4, 3, 0.75), (4, 4, 1.0)])
 def test_hit_rate_and_bytes_over_the_host_link(chosen, hit, rate):
     report = CompressionStats().as_dict(HeldBytes(), chosen, hit, 4096)
@@ -95,4 +102,5 @@ def test_record_is_plain_data():
         "static_heads": 0,
         "dynamic_heads": 0,
         "plan": None,
+        "request_settings": None,
     }

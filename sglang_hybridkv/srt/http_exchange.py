@@ -1,0 +1,181 @@
+"""Settings and proof on every HTTP API, whatever fields its protocol model has: an ASGI layer next to the routes.
+
+SGLang hands `custom_params` on from some APIs and drops it in others, and most of its answers have no place for a
+record. Here a request's settings are read and checked before its API sees it, and its record goes out in a header.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import aclosing
+from typing import Any
+
+from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.requests.settings import KEY, NAME, read_settings
+from sglang_hybridkv.requests.stats import META_INFO_KEY
+
+HEADER = "x-kv-compressor"
+_MOST_RECORDS = 16  # of one header: a client's limit for all of them may be 16 KiB
+_MARK = f'"{KEY}"'.encode()
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_current: contextvars.ContextVar[HttpExchange | None] = contextvars.ContextVar("hybridkv_exchange", default=None)
+
+
+class HttpExchange:
+    """One HTTP request and its answers.
+
+    Attributes
+    ----------
+    given : what the request has under `KEY` of the custom_params in its body; None without it.
+    records : of its answers, by their index.
+    """
+
+    def __init__(self, given: dict[str, Any] | None = None):
+        self.given = given
+        self.records: dict[int, dict[str, Any]] = {}
+
+    async def noting(self, answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
+        """The same answers of SGLang's tokenizer manager; their records are kept."""
+        async with aclosing(answers):
+            async for answer in answers:
+                for place, one in enumerate(answer if isinstance(answer, list) else [answer]):
+                    if META_INFO_KEY in one.get("meta_info", {}):
+                        self.records[one.get("index", place)] = one["meta_info"][META_INFO_KEY]
+                yield answer
+
+    @property
+    def record(self) -> Any:
+        """The record of a single answer, a list of the first ones of several, or None."""
+        records = [self.records[index] for index in sorted(self.records)][:_MOST_RECORDS]
+        return records[0] if len(records) == 1 else records or None
+
+
+def current_exchange() -> HttpExchange | None:
+    """The exchange in whose context this code runs; None outside of an HTTP request."""
+    return _current.get()
+
+
+class ExchangeMiddleware:
+    """Reads settings and refuses bad ones, and sends records.
+
+    Parameters
+    ----------
+    app : the routes, which see the same request as without this layer.
+    config : the server's.
+    refuse : makes the answer of status 400, an ASGI app, to a request (scope) out of a sentence.
+    """
+
+    def __init__(self, app: Any, config: CompressorConfig, refuse: Callable[[Any, str], Awaitable[Any]]):
+        self.app, self.config, self.refuse = app, config, refuse
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+            await self.app(scope, receive, send)
+            return
+        exchange = HttpExchange()
+        if b"json" in dict(scope["headers"]).get(b"content-type", b""):
+            body, receive = await _buffer(receive)
+            try:
+                exchange.given = settings_in_body(body, self.config)
+            except ValueError as error:
+                await (await self.refuse(scope, str(error)))(scope, receive, send)
+                return
+        token = _current.set(exchange)
+        try:
+            await self.app(scope, receive, _Sender(exchange, send))
+        finally:
+            _current.reset(token)
+
+
+class _Sender:
+    """Holds the head of an answer until its first part: by then most records are known."""
+
+    def __init__(self, exchange: HttpExchange, send: Send):
+        self.exchange, self.send = exchange, send
+        self.head: Message | None = None
+        self.is_event_stream = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            content_type = dict(message.get("headers", ())).get(b"content-type", b"")
+            self.head, self.is_event_stream = message, content_type.startswith(b"text/event-stream")
+            return
+        record = self.exchange.record
+        words = b"" if record is None else json.dumps(record, separators=(",", ":")).encode()
+        if self.head is not None:
+            headers = [*self.head.get("headers", ()), *([(HEADER.encode(), words)] if words else [])]
+            await self.send({**self.head, "headers": headers})
+            self.head = None
+        if words and self.is_event_stream and not message.get("more_body", False):
+            # A comment: readers of events skip it.
+            comment = b": " + HEADER.encode() + b" " + words + b"\n\n"
+            message = {**message, "body": bytes(message.get("body", b"")) + comment}
+        await self.send(message)
+
+
+async def _buffer(receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and a `receive` that begins with it."""
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            break  # the client has gone
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            message = {"type": "http.request", "body": b"".join(parts), "more_body": False}
+            break
+    pending = [message]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return message.get("body", b""), replay
+
+
+def settings_in_body(body: bytes, config: CompressorConfig) -> dict[str, Any] | None:
+    """What a JSON body gives in custom_params, its own or of sampling_params; ValueError, one sentence, if it is bad.
+
+    A body that is no JSON is the API's to answer.
+    """
+    if _MARK not in body:  # a key has no escapes; the parse of many images costs milliseconds
+        return None
+    try:
+        values = json.loads(body, object_pairs_hook=_Object)
+    except (ValueError, RecursionError):
+        return None
+    values = _object(values)
+    if KEY in values or KEY in _object(values.get("extra_body")):
+        raise ValueError(f"{KEY} belongs into custom_params: {NAME}")
+    sampling = values.get("sampling_params")
+    many = sampling if isinstance(sampling, list) else [sampling]
+    inner = [_object(_object(one).get("custom_params")) for one in many]
+    outer = _object(values.get("custom_params"))
+    if KEY in outer and any(KEY in one for one in inner):
+        raise ValueError(f"{NAME} is given twice, at the top of the body and in sampling_params; give it once")
+    for one in (outer, *inner):
+        if KEY in one:
+            for name in (*one.twice, *_object(one[KEY]).twice):
+                raise ValueError(f"{NAME} gives {name!r} twice; give it once")
+            read_settings(one[KEY], config)
+    # Most APIs drop sampling_params; of a list each prompt of a batch takes its own.
+    given: dict[str, Any] | None = outer.get(KEY, None if isinstance(sampling, list) else inner[0].get(KEY))
+    return given
+
+
+class _Object(dict):
+    """A JSON object, and the keys that its text gives more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        names = [name for name, _ in pairs]
+        self.twice = [name for name in self if names.count(name) > 1] if len(self) < len(names) else []
+
+
+def _object(value: Any) -> _Object:
+    return value if isinstance(value, _Object) else _Object([])

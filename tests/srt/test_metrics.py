@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang_hybridkv.cache.stopwatch import Stopwatch
+from sglang_hybridkv.srt.metrics import DeviceTotals
+from tests.conftest import ON_CUDA
+
+
+@pytest.fixture(params=["cpu", ON_CUDA])
+def device(request):
+    return torch.device(request.param)
+
+
+def test_a_stopwatch_has_no_time_before_it_stops_and_a_longer_one_for_more(device):
+    clocks = []
+    for repeats in (1, 30):
+        clock, numbers = Stopwatch(device), torch.rand(256, 256, device=device)
+        for _ in range(repeats):
+            numbers = numbers @ numbers / 256
+        assert clock.seconds() is None
+        clock.stop()
+        clocks.append(clock)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    shorter, longer = (clock.seconds() for clock in clocks)
+    assert 0 < shorter < longer < 60
+
+
+def test_totals_of_a_device_arrive(device):
+    """On a CPU at once; on CUDA the question starts the copy that a later one answers."""
+    totals = torch.zeros(2, dtype=torch.int64, device=device)
+    reader = DeviceTotals(totals)
+    for expected in ([0, 0], [5, 3], [2**40, 9]):
+        totals.copy_(torch.tensor(expected))
+        if device.type == "cuda":
+            reader.read()
+            torch.cuda.synchronize()
+            reader.read()
+            torch.cuda.synchronize()
+        assert reader.read() == expected
