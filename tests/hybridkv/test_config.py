@@ -68,7 +68,7 @@ def test_both_budgets_must_agree():
     assert parse_config({"budget": 0.5}, budget=0.5).budget == 0.5
     with pytest.raises(ValueError, match=f"{BUDGET_FLAG} 0.4 and budget 0.5 of {CONFIG_FLAG} differ"):
         parse_config({"budget": 0.5}, budget=0.4)
-    with pytest.raises(ValueError, match=f"{CONFIG_FLAG} budget = True is not allowed"):
+    with pytest.raises(ValueError, match=f"{CONFIG_FLAG} budget = true is not allowed"):
         parse_config({"budget": True}, budget=1.0)
 
 
@@ -194,10 +194,10 @@ def test_every_field_has_a_description_and_legal_values(name):
 def test_true_and_false_are_no_numbers(name, value):
     config_class = get_compressor(name).config_class
     required = {"calibration": "x"} if "calibration" in config_class.model_fields else {}
-    for field in config_class.model_fields:
+    for field in config_class.model_fields.keys() - {"request_override"}:
         with pytest.raises(ValueError) as caught:
             config_module.parse_config(required | {field: value}, config_class)
-        complaint = f"{field} = {value} is not allowed; legal: {legal_values(field, config_class)}"
+        complaint = f"{field} = {json.dumps(value)} is not allowed; legal: {legal_values(field, config_class)}"
         assert str(caught.value) == f"{CONFIG_FLAG} {complaint}"
 
 

@@ -360,7 +360,7 @@ def test_what_is_remembered_of_a_length_is_remembered_for_its_settings():
     compression = make_compression()
     given = [None, {"budget": 0.6}, {"budget": 0.8}, {"min_prompt_tokens": 999}, {"enabled": False}]
     requests = [
-        make_request(compression, row, 10 * P, custom_params=None if one is None else {"kv_compressor": one})
+        admit(compression, row, 10 * P, custom_params=None if one is None else {"kv_compressor": one})
         for row, one in enumerate(given, start=1)
     ]
     plans = [compression.plan(req) for req in requests + requests]
@@ -372,12 +372,12 @@ def test_what_is_remembered_of_a_length_is_remembered_for_its_settings():
 @pytest.mark.parametrize("own", ["warm-up", "samples", "health"])
 def test_only_requests_of_users_are_counted(own):
     compression = make_compression()
-    req = make_request(compression, 1, P, rid="HEALTH_CHECK_1" if own == "health" else "r")
+    req = admit(compression, 1, P, rid="HEALTH_CHECK_1" if own == "health" else "r")
     if own == "warm-up":
         req.sampling_params.custom_params = {WARM_UP: True}
     if own == "samples":
         req.sampling_params.max_new_tokens, req.sampling_params.n = 0, 2
     compression.prepare(req, None)
     assert not compression.stats.num_dense
-    compression.prepare(make_request(compression, 2, P), None)
+    compression.prepare(admit(compression, 2, P), None)
     assert compression.stats.num_dense == {"prompt_too_short": 1}
