@@ -49,6 +49,24 @@ def readmit(scheduler, running_batch, *args, **kwargs):
         running_batch.batch_is_full = False
 
 
+def requeue_preempted(original, scheduler, running_batch):
+    """AROUND get_new_batch_prefill: what was preempted waits again, also when nothing could be admitted instead.
+
+    Stock gives preempted requests back to the queue together with the batch that they made room for, and forgets
+    them when there is none.
+    """
+    if settings_module.active() is None or not scheduler.enable_priority_preemption:
+        return original(scheduler, running_batch)
+    before = list(running_batch.reqs)
+    plan = original(scheduler, running_batch)
+    if plan.batch_to_run is None:
+        running = set(plan.running_batch.reqs)
+        for req in before:
+            if req not in running:
+                scheduler._add_request_to_queue(req)
+    return plan
+
+
 def choose_streamer(original, scheduler):
     """Our streamer adds one entry a request."""
     if settings_module.active() is None:
@@ -86,6 +104,13 @@ ENTRIES = (
         function=readmit,
         why="freed memory is not admitted by itself",
         until="SGLang lets a tree or allocator say that memory became free",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.get_new_batch_prefill",
+        kind="around",
+        function=requeue_preempted,
+        why="a request that is preempted for one that is not admitted after all is forgotten, and never answered",
+        until="SGLang queues preempted requests also when it has no batch",
     ),
     Hook(
         target=f"{_SCHEDULER}.get_output_streamer_class",
