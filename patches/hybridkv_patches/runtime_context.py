@@ -16,6 +16,7 @@ from sglang_hybridkv.srt import settings as settings_module
 _SERVER_MODULES = (
     "attention_registry",
     "forward_batch_info",
+    "io_struct",
     "kv_cache_configurator",
     "registry",
     "schedule_batch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -76,6 +77,17 @@ def choose_streamer(original, scheduler):
     return HybridOutputStreamer
 
 
+def send_records(_result, scheduler, *args, **kwargs):
+    """AFTER init_ipc_channels: what is aborted outside of a batch does not pass the streamer."""
+    if settings_module.active() is None:
+        return
+    from sglang_hybridkv.srt.output_streamer import HybridSender
+
+    channels = scheduler.ipc_channels
+    sender = HybridSender(channels.send_to_tokenizer, scheduler)
+    scheduler.ipc_channels = dataclasses.replace(channels, send_to_tokenizer=sender)
+
+
 def report_state(result, scheduler, *args, **kwargs):
     """AFTER get_internal_state: the proof in /server_info."""
     if settings_module.active() is not None:
@@ -118,6 +130,13 @@ ENTRIES = (
         function=choose_streamer,
         why="the streamer class is the supported way to add per-request output; only a subclass can name it",
         until="plugins can register customized info",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.init_ipc_channels",
+        kind="after",
+        function=send_records,
+        why="requests that end in a queue are answered by an AbortReq, which has no field for more",
+        until="plugins can register customized info, and an AbortReq carries it",
     ),
     Hook(
         target=f"{_SCHEDULER}.get_internal_state",

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
@@ -105,6 +106,11 @@ class Compression:
         """Before a part of the prefill of `req` is launched: observe, and on the final one reserve."""
         row = req.kv.req_pool_idx
         assert row is not None, "prefilled without a row"
+        if req.to_finish is not None:
+            # Refused, and then one token stands for the prompt, or aborted in the queue: nothing is decoded.
+            self.cache.observer.drop(row)
+            self.record_unprefilled(req)
+            return
         if self.planned(req) is not None:
             self.cache.observer.watch(row, self.window(req))
         if req.extend_range.end < len(req.full_untruncated_fill_ids):
@@ -157,7 +163,7 @@ class Compression:
         )
         self.allocator.free_page_ids(unused)
         self.store.free(unused_host)
-        if not was_compressed(req):
+        if not hasattr(req, _RECORD):
             self.stats.count_compressed()
         held = self._held_by(row)
         record = RequestRecord(
@@ -182,13 +188,22 @@ class Compression:
         self.cache.release(row)
         reservation = self.ledger.close(row)
         self._kv_by_row.pop(row, None)
-        if reservation is None:
+        if reservation is not None:
+            self.allocator.free_page_ids(reservation.unlisted_pages)
+            self.store.free(reservation.host_pages)
+        # A retraction is not an answer: the request comes back.
+        if not req.finished() or (reservation is not None and reservation.committed):
             return
-        self.allocator.free_page_ids(reservation.unlisted_pages)
-        self.store.free(reservation.host_pages)
-        # A retraction before the commit is not an answer: the request comes back.
-        if not reservation.committed and req.finished():
-            self._record_dense(req, DenseReason.NO_DECODE)
+        aborted = isinstance(req.finished_reason, FINISH_ABORT)
+        if reservation is not None:
+            self._record_dense(req, DenseReason.ABORTED if aborted else DenseReason.NO_DECODE)
+        else:
+            self.record_unprefilled(req)
+
+    def record_unprefilled(self, req: Request) -> None:
+        """The request ends in a queue or between two parts of its prefill; what it was before a retraction stays."""
+        if not hasattr(req, _RECORD):
+            self._record_dense(req, DenseReason.NOT_PREFILLED)
 
     def held(self) -> HeldBytes:
         """Bytes that committed requests hold now, their dense tails included."""

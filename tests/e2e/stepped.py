@@ -8,6 +8,7 @@ requests again, so that a script is the same sequence of events in each run.
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import sys
@@ -16,6 +17,7 @@ import traceback
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 READY_SECONDS = 180
@@ -92,11 +94,16 @@ class Steps:
     """
 
     def __init__(self, scheduler: Any):
+        from sglang.srt.managers.io_struct import msgpack_decode
+
         self.scheduler = scheduler
         self.compression = getattr(scheduler.token_to_kv_pool_allocator, "compression", None)
         self.allocator = scheduler.token_to_kv_pool_allocator
         for channel in (scheduler.ipc_channels.send_to_tokenizer, scheduler.output_streamer.send_to_detokenizer):
-            channel.send_output = self._receive
+            channel.socket = SimpleNamespace(
+                send=lambda data, flags: self._receive(msgpack_decode(data)),
+                send_pyobj=lambda output, flags, protocol: self._receive(output),
+            )
         self.forget()
 
     def forget(self) -> None:
@@ -107,6 +114,7 @@ class Steps:
         self.reasons: dict[str, dict[str, Any]] = {}
         self.retractions: dict[str, int] = {}
         self.answers: list[Any] = []
+        self._counted_before = self._counted()
 
     def submit(self, rid: str, ids: Sequence[int], new_tokens: int, **fields: Any) -> None:
         """A request arrives; `fields` are those of SGLang's TokenizedGenerateReqInput."""
@@ -212,11 +220,31 @@ class Steps:
             - (tree // self.allocator.page_size)
         )
 
-    def _receive(self, output: Any, *_: Any) -> None:
+    def check_records(self) -> None:
+        """AssertionError unless each request that has ended has a record and was counted once."""
+        if self.compression is None:
+            return
+        for rid in self.ended():
+            record = self.records.get(rid)
+            assert record is not None, f"{rid} has no record"
+            assert record["compressed"] == (record["reason"] is None), record
+        counted = self._counted() - self._counted_before
+        assert counted == len(self.accepted), f"{len(self.accepted)} requests, of which {counted} were counted"
+
+    def _counted(self) -> int:
+        if self.compression is None:
+            return 0
+        stats = self.compression.stats
+        return stats.num_compressed + sum(stats.num_dense.values())
+
+    def _receive(self, output: Any) -> None:
         from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput
 
         if isinstance(output, AbortReq):
-            self._end(output.rid, output.finished_reason or {"type": "abort"})
+            reason = {"type": "abort", **(output.finished_reason or {})}
+            if "kv_compressor" in reason:
+                self.records[output.rid] = json.loads(reason.pop("kv_compressor"))
+            self._end(output.rid, reason)
         elif isinstance(output, BatchTokenIDOutput):
             records = (output.customized_info or {}).get("kv_compressor")
             for i, rid in enumerate(output.rids):
@@ -305,4 +333,8 @@ def _run(steps: Steps, script: Callable[..., Iterator[None]], args: tuple[Any, .
     yield
     if not steps.idle() or steps.held_pages():
         return "crashed", f"{verdict[1]}\nafterwards {steps.held_pages()} pages were still held"
+    try:
+        steps.check_records()
+    except AssertionError:
+        return "failed", f"{verdict[1]}\n{traceback.format_exc()}"
     return verdict

@@ -102,3 +102,32 @@ def test_a_request_that_is_preempted_is_answered(with_priorities: SteppedSchedul
         assert generated == {"low": 150, "high": 150, "late": 2}, length
         preempted += retractions["low"]
     assert preempted
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[SteppedScheduler]:
+    """Short prompts are compressed, in parts of four pages."""
+    scheduler = make_scheduler(0.2, 1600, chunk_tokens=64, page_size=16, min_head_pages=1, min_prompt_tokens=32)
+    yield scheduler
+    scheduler.stop()
+
+
+def aborts_at(steps: Steps, at_step: int) -> Iterator[None]:
+    """Four run, so that the fifth waits; of a prompt of five parts, some steps are between two of them."""
+    for i in range(4):
+        steps.submit(f"runs-{i}", prompt(i, 40), 4)
+    yield
+    steps.submit("gone", prompt(9, 300), 4)
+    for _ in range(at_step):
+        yield
+        steps.check()
+    steps.abort("gone")
+    yield from steps.until(steps.all_ended)
+    return steps.reasons["gone"]["type"], steps.records["gone"]["reason"]
+
+
+def test_a_request_that_is_aborted_at_any_step_says_where_it_stood(small: SteppedScheduler) -> None:
+    """In the queue, between parts of its prefill, before its commit, and after it."""
+    seen = [small.run(aborts_at, at_step) for at_step in range(19)]
+    stages = [("abort", "not_prefilled"), ("abort", "aborted"), ("abort", None), ("length", None)]
+    assert list(dict.fromkeys(seen)) == stages, seen

@@ -237,6 +237,7 @@ def _request(row, prompt_len):
         full_untruncated_fill_ids=list(range(prompt_len)),
         extend_range=SimpleNamespace(end=prompt_len),
         multimodal_inputs=None,
+        to_finish=None,
     )
 
 

@@ -10,7 +10,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+from sglang.srt.managers.schedule_batch import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    Modality,
+    MultimodalDataItem,
+    MultimodalInputs,
+)
 
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import RetrievalConfig
@@ -63,6 +69,8 @@ def make_request(compression, row, prompt_len, *, max_new_tokens=8, rid="r", chu
         full_untruncated_fill_ids=tokens,
         extend_range=SimpleNamespace(end=prompt_len if chunk_end is None else chunk_end),
         multimodal_inputs=None,
+        to_finish=None,
+        finished_reason=FINISH_LENGTH(length=1),
         finished=lambda: True,
         row_pages=pages,
     )
@@ -95,7 +103,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
     )
     def build(self, budget, host_pages, when_full, num_pages):
         self.compression = make_compression(num_pages, host_pages, budget=budget, on_host_store_full=when_full)
-        self.num_pages, self.requests, self.finished = num_pages, {}, []
+        self.num_pages, self.requests, self.finished, self.num_begun = num_pages, {}, [], 0
 
     @precondition(lambda self: len(self.requests) < 6)
     @rule(data=st.data(), prompt_len=st.integers(2 * P, 15 * P) | st.just(P), left=st.sampled_from([1, 8, 8, 8]))
@@ -104,7 +112,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
         req = make_request(self.compression, row, prompt_len, max_new_tokens=left)
         if req is not None:
             self.compression.prepare(req, None)
-            self.requests[row] = req
+            self.requests[row], self.num_begun = req, self.num_begun + 1
 
     @precondition(lambda self: self.uncommitted())
     @rule(data=st.data(), num_dynamic=st.integers(0, NUM_HEADS))
@@ -134,6 +142,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
     @precondition(lambda self: len(self.requests) == 3)
     @rule()
     def flush(self):
+        self.num_begun -= len(self.uncommitted())
         self.compression.allocator.clear()
         self.requests.clear()
 
@@ -155,6 +164,8 @@ class CompressionAgainstModel(RuleBasedStateMachine):
         assert sorted(pages) == list(range(1, self.num_pages + 1))
         info = compression.server_info()
         assert info["host_kv_bytes"] <= compression.store.used_bytes()
+        counted = info["compressed_requests"] + sum(info["dense_requests"].values())
+        assert counted == self.num_begun - len(self.uncommitted()), "a request counts once"
         records = [compression.request_info(req) for req in [*self.requests.values(), *self.finished]]
         assert all(record["compressed"] == (record["reason"] is None) for record in records)
 
@@ -217,6 +228,7 @@ def test_a_retraction_before_the_commit_is_not_an_answer():
 @pytest.mark.parametrize(
     ("config", "request_", "reason"),
     [
+        ({}, {"max_new_tokens": 0}, "prefill_only"),
         ({}, {"prompt_len": 2 * P - 1}, "prompt_too_short"),
         ({}, {"max_new_tokens": 1}, "no_decode"),
         ({"min_head_pages": 5}, {}, "budget_below_floor"),
@@ -237,6 +249,40 @@ def test_dense_requests_say_why_and_hold_nothing(config, request_, reason):
     finish(compression, req)
     assert compression.allocator.available_size() == compression.allocator.size
     assert compression.store.used_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "ended_by", "reason"),
+    [
+        ("queue", FINISH_ABORT("gone"), "not_prefilled"),
+        ("first part", FINISH_ABORT("gone"), "not_prefilled"),
+        ("refused", FINISH_ABORT("too long"), "not_prefilled"),
+        ("last part", FINISH_ABORT("gone"), "aborted"),
+        ("last part", FINISH_LENGTH(length=1), "no_decode"),
+        ("dense", FINISH_ABORT("gone"), "no_decode"),
+        ("committed", FINISH_ABORT("gone"), None),
+    ],
+)
+def test_a_request_that_ends_early_is_counted_once_and_says_where_it_stood(stage, ended_by, reason):
+    compression = make_compression()
+    req = make_request(compression, 1, 10 * P, chunk_end=3 * P if stage == "first part" else None)
+    req.finished_reason = ended_by
+    req.to_finish = ended_by if stage == "refused" else None
+    req.sampling_params.max_new_tokens = 1 if stage == "dense" else 8
+    if stage == "queue":
+        compression.record_unprefilled(req)
+    else:
+        compression.prepare(req, None)
+        if stage == "committed":
+            commit(compression, req, num_dynamic=4)
+        finish(compression, req)
+        compression.record_unprefilled(req)  # as for an AbortReq, which is also sent for a part of a prefill
+    assert compression.request_info(req)["reason"] == reason
+    info = compression.server_info()
+    counted = {} if reason is None else {reason: 1}
+    assert (info["compressed_requests"], info["dense_requests"]) == (int(reason is None), counted)
+    assert not compression.ledger.by_row
+    assert not compression.cache.observer.is_interested(1)
 
 
 def test_no_free_pages_gives_the_host_pages_back():
