@@ -8,6 +8,7 @@ requests again, so that a script is the same sequence of events in each run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 READY_SECONDS = 180
-SCRIPT_SECONDS = 120
+SCRIPT_SECONDS = 200
 MOST_STEPS = 5000  # of one script, its end included: what goes on for longer hangs
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -90,6 +91,7 @@ class Steps:
     scheduler : SGLang's own.
     accepted : ids of all requests that were submitted.
     tokens, records : of each request that has an end, what it generated and its compression record.
+    plans : by whatever a script keys them with, over all scripts.
     reasons : of each request that has an end, its finish reason.
     """
 
@@ -104,6 +106,7 @@ class Steps:
                 send=lambda data, flags: self._receive(msgpack_decode(data)),
                 send_pyobj=lambda output, flags, protocol: self._receive(output),
             )
+        self.plans: dict[Any, str] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -147,8 +150,20 @@ class Steps:
 
         self.scheduler.process_input_requests([AbortReq(rid=rid)])
 
+    def retract_every(self, decode_steps: int | None) -> None:
+        """Retract a request in each so many forwards, by SGLang's own test switch; None for no more."""
+        from sglang.srt.managers import scheduler
+
+        scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = decode_steps is not None, decode_steps or 1
+
+    def expect_short_answers(self) -> None:
+        """As --schedule-conservativeness 0.05: more is admitted than the pool will hold."""
+        tracker = self.scheduler.new_token_ratio_tracker
+        tracker.current = tracker.init = tracker.min = 0.05
+        tracker.decay = 0.0
+
     def pause(self, mode: str) -> None:
-        """As /pause_generation does; "retract", "in_place" or "abort"."""
+        """As /pause_generation does; "retract" or "in_place"."""
         from sglang.srt.managers.io_struct import PauseGenerationReqInput
 
         self.scheduler.process_input_requests([PauseGenerationReqInput(mode=mode)])
@@ -316,11 +331,15 @@ def _make_scheduler(flags: list[str]) -> Any:
 
 def _run(steps: Steps, script: Callable[..., Iterator[None]], args: tuple[Any, ...]) -> Iterator[None]:
     """Run one script, and then whatever is left of its requests; returns what to tell the parent."""
+    ratios = dataclasses.replace(steps.scheduler.new_token_ratio_tracker)
     steps.forget()
     try:
         verdict = "ok", (yield from script(steps, *args))
     except Exception:
         verdict = "failed", traceback.format_exc()
+    steps.retract_every(None)
+    for field in dataclasses.fields(ratios):
+        setattr(steps.scheduler.new_token_ratio_tracker, field.name, getattr(ratios, field.name))
     for rid in set(steps.accepted) - set(steps.ended()):
         steps.abort(rid)
     if steps.scheduler._engine_paused:
