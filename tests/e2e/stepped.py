@@ -225,20 +225,15 @@ class Steps:
         """Whether nothing runs or waits, and no result is still to come."""
         return bool(self.scheduler.is_fully_idle())
 
-    def held_pages(self) -> int:
-        """Pages that are neither free nor in the tree."""
-        tree = self.scheduler.tree_cache.total_size()
-        tree = tree[0] if isinstance(tree, tuple) else tree
-        return (
-            self.allocator.size // self.allocator.page_size
-            - len(self.allocator.get_all_free_pages())
-            - (tree // self.allocator.page_size)
-        )
-
-    def check_records(self) -> None:
-        """AssertionError unless each request that has ended has a record and was counted once."""
+    def check_idle(self) -> None:
+        """AssertionError unless all is free or evictable, and each request has a record and was counted once."""
+        assert self.idle(), f"it does not come to rest: {sorted(self.in_hands())}"
+        kept = self.allocator.available_size() + self.scheduler.tree_cache.evictable_size()
+        assert kept == self.allocator.size, f"{self.allocator.size - kept} tokens' worth of pages are held"
         if self.compression is None:
             return
+        assert not self.compression.ledger.by_row, "pages are still reserved"
+        assert self.compression.store.used_bytes() == 0, "host pages are held"
         for rid in self.ended():
             record = self.records.get(rid)
             assert record is not None, f"{rid} has no record"
@@ -348,12 +343,10 @@ def _run(steps: Steps, script: Callable[..., Iterator[None]], args: tuple[Any, .
         if steps.idle():
             break
         yield
+    try:
+        steps.check_idle()
+    except AssertionError:
+        return "crashed", f"{verdict[1]}\n{traceback.format_exc()}"
     steps.flush()
     yield
-    if not steps.idle() or steps.held_pages():
-        return "crashed", f"{verdict[1]}\nafterwards {steps.held_pages()} pages were still held"
-    try:
-        steps.check_records()
-    except AssertionError:
-        return "failed", f"{verdict[1]}\n{traceback.format_exc()}"
     return verdict
