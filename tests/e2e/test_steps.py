@@ -8,6 +8,7 @@ prompts are random tokens, and nothing depends on time.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.e2e.stepped import MOST_STEPS, SteppedScheduler, Steps
 pytestmark = pytest.mark.server
 
 LONG_PAGES = 64
+NUM_INTERLEAVINGS = int(os.environ.get("HYBRIDKV_INTERLEAVINGS", 25))  # of each kind; more for a soak
 
 
 def make_scheduler(budget, pool_tokens, *flags, chunk_tokens=128, max_running=4, env=None, **config):
@@ -240,13 +242,13 @@ def interleaved(steps: Steps, events: list[tuple]) -> Iterator[None]:
         assert plan is None or plan == steps.plans.setdefault((seed, length), plan), "one prompt has two plans"
 
 
-@settings(LAWS, max_examples=25)
+@settings(LAWS, max_examples=NUM_INTERLEAVINGS)
 @given(st.lists(EVENTS, min_size=3, max_size=40))
 def test_interleavings(small: SteppedScheduler, events: list[tuple]) -> None:
     small.run(interleaved, events)
 
 
-@settings(LAWS, max_examples=25)
+@settings(LAWS, max_examples=NUM_INTERLEAVINGS)
 @given(st.lists(EVENTS, min_size=3, max_size=40))
 def test_interleavings_with_priorities_and_a_full_host_store(narrow: SteppedScheduler, events: list[tuple]) -> None:
     narrow.run(interleaved, events)
