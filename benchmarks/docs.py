@@ -101,6 +101,13 @@ A word in braces stands for what you gave.
 
 `sparsemm` also refuses a file of visual-head scores that is missing, damaged or was made for another model.
 
+## Requests that are refused
+
+A request with one of these fields is answered with HTTP status 400 and "*field* is not served with --kv-compressor
+*name*; *what to do instead*".
+
+{requests}
+
 ## Requests served dense
 
 The reason is in the answer, under `meta_info.kv_compressor.reason`. `/server_info` counts requests by reason, and the
@@ -188,6 +195,9 @@ def refusals_page() -> str:
         ),
         arguments=_table(["argument", "what to do instead"], given),
         conditions=_table(["argument", "refused when", "what to do instead"], several),
+        requests=_table(
+            ["field", "what to do instead"], [(f"`{row.field}`", row.recipe) for row in refusals.REQUEST_REFUSALS]
+        ),
         reasons=_table(["reason", "meaning"], [(f"`{reason}`", words) for reason, words in EXPLANATIONS.items()]),
     )
 

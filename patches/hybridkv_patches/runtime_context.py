@@ -18,6 +18,7 @@ _SERVER_MODULES = (
     "attention_registry",
     "forward_batch_info",
     "http_server",
+    "io_struct",
     "kv_cache_configurator",
     "openai_api",
     "pool_stats_observer",

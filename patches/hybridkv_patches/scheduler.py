@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -52,6 +53,24 @@ def readmit(scheduler, running_batch, *args, **kwargs):
         running_batch.batch_is_full = False
 
 
+def requeue_preempted(original, scheduler, running_batch):
+    """AROUND get_new_batch_prefill: what was preempted waits again, also when nothing could be admitted instead.
+
+    Stock gives preempted requests back to the queue together with the batch that they made room for, and forgets
+    them when there is none.
+    """
+    if settings_module.active() is None or not scheduler.enable_priority_preemption:
+        return original(scheduler, running_batch)
+    before = list(running_batch.reqs)
+    plan = original(scheduler, running_batch)
+    if plan.batch_to_run is None:
+        running = set(plan.running_batch.reqs)
+        for req in before:
+            if req not in running:
+                scheduler._add_request_to_queue(req)
+    return plan
+
+
 def choose_streamer(original, scheduler):
     """Our streamer adds one entry a request."""
     if settings_module.active() is None:
@@ -59,6 +78,17 @@ def choose_streamer(original, scheduler):
     from sglang_hybridkv.srt.output_streamer import HybridOutputStreamer
 
     return HybridOutputStreamer
+
+
+def send_records(_result, scheduler, *args, **kwargs):
+    """AFTER init_ipc_channels: what is aborted outside of a batch does not pass the streamer."""
+    if settings_module.active() is None:
+        return
+    from sglang_hybridkv.srt.output_streamer import HybridSender
+
+    channels = scheduler.ipc_channels
+    sender = HybridSender(channels.send_to_tokenizer, scheduler)
+    scheduler.ipc_channels = dataclasses.replace(channels, send_to_tokenizer=sender)
 
 
 def report_state(result, scheduler, *args, **kwargs):
@@ -91,11 +121,25 @@ ENTRIES = (
         until="SGLang lets a tree or allocator say that memory became free",
     ),
     Hook(
+        target=f"{_SCHEDULER}.get_new_batch_prefill",
+        kind="around",
+        function=requeue_preempted,
+        why="a request that is preempted for one that is not admitted after all is forgotten, and never answered",
+        until="SGLang queues preempted requests also when it has no batch",
+    ),
+    Hook(
         target=f"{_SCHEDULER}.get_output_streamer_class",
         kind="around",
         function=choose_streamer,
         why="the streamer class is the supported way to add per-request output; only a subclass can name it",
         until="plugins can register customized info",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.init_ipc_channels",
+        kind="after",
+        function=send_records,
+        why="requests that end in a queue are answered by an AbortReq, which has no field for more",
+        until="plugins can register customized info, and an AbortReq carries it",
     ),
     Hook(
         target=f"{_SCHEDULER}.get_internal_state",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Any
 
@@ -60,6 +61,19 @@ def add_record(original, manager, meta_info, state, customized_info, index, fini
     return original(manager, meta_info, state, rest, index, finish_reason)
 
 
+def add_record_of_abort(original, manager, recv_obj):
+    """AROUND _handle_abort_req: the record came in the finish reason, as text."""
+    reason = recv_obj.finished_reason or {}
+    if settings_of(manager.server_args) is None or META_INFO_KEY not in reason:
+        return original(manager, recv_obj)
+    record = json.loads(reason[META_INFO_KEY])
+    recv_obj.finished_reason = {key: value for key, value in reason.items() if key != META_INFO_KEY} or None
+    state = manager.rid_to_state.get(recv_obj.rid)
+    original(manager, recv_obj)
+    if state is not None:
+        state.out_list[-1]["meta_info"][META_INFO_KEY] = record
+
+
 ENTRIES = (
     Hook(
         target=f"{_MANAGER}._create_tokenized_object",
@@ -81,5 +95,12 @@ ENTRIES = (
         function=add_record,
         why="customized info accumulates lists a token; the record is one object a request",
         until="SGLang has per-request customized info",
+    ),
+    Hook(
+        target=f"{_MANAGER}._handle_abort_req",
+        kind="around",
+        function=add_record_of_abort,
+        why="SGLang builds the meta_info of such an answer from fields that it knows",
+        until="SGLang has per-request customized info, also of requests that end in a queue",
     ),
 )

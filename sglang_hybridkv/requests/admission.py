@@ -17,6 +17,8 @@ class DenseReason(str, enum.Enum):
 
     PROMPT_TOO_SHORT = "prompt_too_short"
     NO_DECODE = "no_decode"
+    PREFILL_ONLY = "prefill_only"
+    ABORTED = "aborted"
     BUDGET_BELOW_FLOOR = "budget_below_floor"
     SAVES_NOTHING = "saves_nothing"
     POOL_TOO_SMALL = "pool_too_small"
@@ -28,7 +30,9 @@ class DenseReason(str, enum.Enum):
 
 EXPLANATIONS = {
     DenseReason.PROMPT_TOO_SHORT: "the prompt has fewer than min_prompt_tokens tokens",
-    DenseReason.NO_DECODE: "at most one token is generated, so nothing would read the compressed cache",
+    DenseReason.NO_DECODE: "one token is generated, so nothing would read the compressed cache",
+    DenseReason.PREFILL_ONLY: "no token is generated; SGLang itself asks so for the common prompt of n > 1 samples",
+    DenseReason.ABORTED: "the request was aborted before its compressed cache was read",
     DenseReason.BUDGET_BELOW_FLOOR: "the budget is below min_head_pages pages for every head",
     DenseReason.SAVES_NOTHING: "budget and chunk summaries together take as many pages as the prompt",
     DenseReason.POOL_TOO_SMALL: "its compressed pages never fit the pool beside its prompt or its answer",
@@ -67,7 +71,9 @@ def decide(
     """
     if prompt_len < max(config.min_prompt_tokens, pool.page_size):
         return DenseReason.PROMPT_TOO_SHORT
-    if max_new_tokens <= 1:
+    if max_new_tokens <= 0:
+        return DenseReason.PREFILL_ONLY
+    if max_new_tokens == 1:
         return DenseReason.NO_DECODE
     geometry = prompt_geometry(
         prompt_len,

@@ -30,5 +30,9 @@ class HybridAllocator(CpuPagedAllocator):
         if self.compression is not None:
             self.compression.clear()
 
+    def max_new_tokens_for_memory(self, input_tokens, max_new_tokens, *, token_capacity, **kwargs):
+        """As stock with pages of one token, whatever their size: a prompt and its answer may fill the last page."""
+        return max(0, min(max_new_tokens, token_capacity - input_tokens - 2))
+
     def create_prefill_budget(self, tree_cache, *, num_mixed_decode_tokens=0):
         return HybridPrefillBudget(self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)

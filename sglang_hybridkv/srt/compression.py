@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
@@ -126,6 +127,11 @@ class Compression:
         """Before a part of the prefill of `req` is launched: observe, and on the final one reserve."""
         row = req.kv.req_pool_idx
         assert row is not None, "prefilled without a row"
+        if req.to_finish is not None:
+            # Refused, and then one token stands for the prompt, or aborted in the queue: nothing is decoded.
+            self.cache.observer.drop(row)
+            self.record_unprefilled(req)
+            return
         if self.planned(req) is not None:
             self.cache.observer.watch(row, self.window(req))
         if req.extend_range.end < len(req.full_untruncated_fill_ids):
@@ -190,7 +196,7 @@ class Compression:
             dynamic_heads=num_dynamic,
             plan=f"{int(reservation.digest) % 2**64:016x}",
         )
-        if not was_compressed(req) and _is_from_a_user(req):
+        if not hasattr(req, _RECORD) and _is_from_a_user(req):
             self.stats.count_compressed()
             if self.metrics is not None:
                 self.metrics.count_compressed(record)
@@ -209,13 +215,22 @@ class Compression:
         self.cache.release(row)
         reservation = self.ledger.close(row)
         self._kv_by_row.pop(row, None)
-        if reservation is None:
+        if reservation is not None:
+            self.allocator.free_page_ids(reservation.unlisted_pages)
+            self.store.free(reservation.host_pages)
+        # A retraction is not an answer: the request comes back.
+        if not req.finished() or (reservation is not None and reservation.committed):
             return
-        self.allocator.free_page_ids(reservation.unlisted_pages)
-        self.store.free(reservation.host_pages)
-        # A retraction before the commit is not an answer: the request comes back.
-        if not reservation.committed and req.finished():
-            self._record_dense(req, DenseReason.NO_DECODE)
+        aborted = isinstance(req.finished_reason, FINISH_ABORT)
+        if reservation is not None:
+            self._record_dense(req, DenseReason.ABORTED if aborted else DenseReason.NO_DECODE)
+        else:
+            self.record_unprefilled(req)
+
+    def record_unprefilled(self, req: Request) -> None:
+        """The request ends in a queue or between two parts of its prefill; what it was before a retraction stays."""
+        if not hasattr(req, _RECORD):
+            self._record_dense(req, DenseReason.NOT_PREFILLED)
 
     def held(self) -> HeldBytes:
         """Bytes that committed requests hold now, their dense tails included."""

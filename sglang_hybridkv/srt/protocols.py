@@ -37,6 +37,7 @@ class Request(Protocol):
     ----------
     origin_input_ids, output_ids : prompt, and what has been generated.
     full_untruncated_fill_ids : what prefill computes in all, after a retraction more than the prompt.
+    to_finish, finished_reason : how it will end, when that is decided early, and how it has ended; else None.
     extend_range : tokens of this part of the prefill.
     prefix_indices, last_node, lock_receipt : what the radix tree has given the request, and holds for it.
     """
@@ -46,6 +47,8 @@ class Request(Protocol):
     origin_input_ids: Sequence[int]
     output_ids: Sequence[int]
     full_untruncated_fill_ids: Sequence[int]
+    to_finish: Any
+    finished_reason: Any
     extend_range: _ExtendRange
     sampling_params: _SamplingParams
     multimodal_inputs: Any

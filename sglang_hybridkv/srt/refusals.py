@@ -1,4 +1,4 @@
-"""What a compressing server refuses to start with: two tables, one sentence a row.
+"""What a compressing server refuses to start with, and what it refuses to answer: tables, one sentence a row.
 
 A row goes when a test proves the combination. docs/refusals.md is generated from both tables.
 """
@@ -179,6 +179,11 @@ OTHER_PAGE_SIZE = Condition(
     "give --page-size {expected}, that of the compressor",
     "SGLang ended up with pages of another size than the compressor's",
 )
+CHUNK_SIZE = Condition(
+    "--chunked-prefill-size {size}",
+    "the compressor's page_size is {page_size}, use a multiple of it, such as {multiple}",
+    "the size is not a multiple of the compressor's page_size",
+)
 RUST_SERVER = Condition("SGLANG_RUST_SERVER", "unset it", "this environment variable is set")
 GLUE_GRAPH = Condition(
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
@@ -205,6 +210,32 @@ OTHER_MODEL = Condition(
     f"supported are {', '.join(ARCHITECTURES)}",
     "the attention of this architecture was not verified",
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestRefusal:
+    """A field of a request that SGLang does not serve on a compressing server, or serves wrongly.
+
+    Attributes
+    ----------
+    field : name in the request, or in its sampling parameters.
+    applies : whether a value of the field is refused.
+    recipe : what to do instead, an imperative.
+    """
+
+    field: str
+    applies: Callable[[Any], bool]
+    recipe: str
+
+
+# SGLang itself refuses input_embeds and beams here, with a hint to flags that are refused above. A bootstrap host keeps
+# a prompt out of the radix tree; of more than one chunk, its pages are lost, and SGLang ends the server.
+REQUEST_REFUSALS: tuple[RequestRefusal, ...] = (
+    RequestRefusal("bootstrap_host", _is_set, "leave it out, prefill and decode are in one server"),
+    RequestRefusal("bootstrap_room", lambda value: value is not None, "leave it out, as bootstrap_host"),
+    RequestRefusal("input_embeds", lambda value: value is not None, "send text or input_ids"),
+    RequestRefusal("beam_width", _above_one, "leave it out or use 1"),
+)
 CONDITIONS: tuple[Condition, ...] = (
     OTHER_MODEL,
     OTHER_DEVICE,
@@ -215,6 +246,7 @@ CONDITIONS: tuple[Condition, ...] = (
     FLASHINFER_SHAPE,
     FLASHINFER_ESTIMATE,
     OTHER_PAGE_SIZE,
+    CHUNK_SIZE,
     RUST_SERVER,
     GLUE_GRAPH,
 )
@@ -231,6 +263,10 @@ def check_flags(server_args: Any, settings: Settings) -> None:
     for refusal in REFUSALS:
         if refusal.applies(getattr(server_args, refusal.field)):
             raise _refused(refusal, settings)
+    size, page_size = server_args.chunked_prefill_size, settings.config.page_size
+    if size is not None and size > 0 and size % page_size:
+        multiple = max(size // page_size, 1) * page_size
+        raise _refused(CHUNK_SIZE.filled(size=size, page_size=page_size, multiple=multiple), settings)
     # Before SGLang has resolved the device, what any of them can do passes.
     legal = ATTENTION_BACKENDS.get(server_args.device, ATTENTION_BACKENDS["cuda"])
     for phase in ("", "prefill_", "decode_"):
@@ -238,6 +274,27 @@ def check_flags(server_args: Any, settings: Settings) -> None:
         if backend is not None and backend not in legal:
             words = {"phase": phase.replace("_", "-"), "backend": backend, "legal": " or ".join(legal)}
             raise _refused(OTHER_BACKEND.filled(**words), settings)
+
+
+def check_request(request: Any, settings: Settings) -> None:
+    """Refuse a request with a field that is not served with compression.
+
+    Parameters
+    ----------
+    request : SGLang's GenerateReqInput of one request, or of several with a list in each field.
+
+    Raises
+    ------
+    ValueError
+        One sentence that names the field and what to do instead, which SGLang answers with HTTP status 400.
+    """
+    sampling = request.sampling_params
+    sampling = sampling if isinstance(sampling, list) else [sampling or {}]
+    for row in REQUEST_REFUSALS:
+        value = getattr(request, row.field, None)
+        given = [*(value if isinstance(value, list) else [value]), *(params.get(row.field) for params in sampling)]
+        if any(row.applies(one) for one in given):
+            raise ValueError(f"{row.field} is not served with --kv-compressor {settings.name}; {row.recipe}")
 
 
 def check_server_args(view: Any, settings: Settings) -> None:

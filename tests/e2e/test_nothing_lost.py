@@ -80,7 +80,11 @@ def test_abort_while_waiting(server: Server) -> None:
         for i in range(MAX_RUNNING):
             abort(server, f"run-{i}")
         ended = [future.result() for future in running]
-    assert meta is None or (is_aborted(meta) and meta["completion_tokens"] == 0)
+    assert is_aborted(meta)
+    assert meta["completion_tokens"] == 0
+    record = meta["kv_compressor"]
+    assert (record["compressed"], record["reason"], record["prompt_tokens"]) == (False, "not_prefilled", 400)
+    assert server.compressor_state()["dense_requests"]["not_prefilled"] >= 1
     assert any(is_aborted(meta) for meta in ended)
     assert_nothing_lost(server)
 

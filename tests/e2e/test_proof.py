@@ -98,7 +98,7 @@ def test_meta_info_of_a_batch(tenth: Server) -> None:
 
 @pytest.mark.parametrize(
     "length, new_tokens, reason",
-    [(40, 8, "prompt_too_short"), (500, 1, "no_decode"), (200, 8, "budget_below_floor")],
+    [(40, 8, "prompt_too_short"), (500, 1, "no_decode"), (510, 0, "prefill_only"), (200, 8, "budget_below_floor")],
 )
 def test_dense_requests_are_logged_and_counted(tenth: Server, length: int, new_tokens: int, reason: str) -> None:
     before = tenth.compressor_state()
@@ -107,6 +107,37 @@ def test_dense_requests_are_logged_and_counted(tenth: Server, length: int, new_t
     assert after["dense_requests"][reason] == before["dense_requests"].get(reason, 0) + 1
     assert after["compressed_requests"] == before["compressed_requests"]
     assert f"is served dense, {reason}" in tenth.log_text()
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("bootstrap_host", "2.2.2.2"), ("bootstrap_room", 7), ("input_embeds", [[0.5] * 128] * 40), ("beam_width", 2)],
+)
+def test_what_is_not_served_is_refused_by_name_and_the_server_lives(tenth: Server, field: str, value: object) -> None:
+    """Two of these would end it: a prompt of several parts that is kept out of the radix tree loses its pages."""
+    body = request_body(text(7050, 1200), 8) | ({} if field == "beam_width" else {field: value})
+    if field == "input_embeds":
+        del body["input_ids"]
+    if field == "beam_width":
+        body["sampling_params"][field] = value
+    response = tenth.client.post("/generate", json=body)
+    assert response.status_code == 400
+    assert f"{field} is not served with --kv-compressor hybridkv; " in response.text
+    assert "--disable-radix-cache" not in response.text
+    assert_nothing_lost(tenth)
+
+
+def test_the_prompt_that_sglang_caches_for_several_samples_is_no_answer(tenth: Server) -> None:
+    before = tenth.compressor_state()
+    body = request_body(text(7060, 500), 8, sampling_params={"n": 2})
+    answers = tenth.client.post("/generate", json=body).raise_for_status().json()
+    assert all(answer["meta_info"]["kv_compressor"]["compressed"] for answer in answers)
+    after = tenth.compressor_state()
+    assert after["compressed_requests"] == before["compressed_requests"] + 2
+    counted = {
+        reason: count - before["dense_requests"].get(reason, 0) for reason, count in after["dense_requests"].items()
+    }
+    assert {reason: count for reason, count in counted.items() if count} == {}
 
 
 def test_without_the_flag_the_server_is_stock(stock: Reference) -> None:

@@ -56,6 +56,7 @@ def test_retraction_at_a_tenth_leaves_an_exact_tree_and_the_plan_of_the_prompt(
 ) -> None:
     prompts = [text(9520 + i, 400 + 37 * i) for i in range(6)]
     prompts += [text(9526, 20) + vision.images(97, 5) + text(9527, 12)]
+    prompts += [text(9528, 200) + vision.video(98, 24) + text(9529, 30)]
     for prompt, answer in zip(prompts, ask_together(servers[0.1], prompts, 60), strict=True):
         assert answer.record["plan"] == ask(tenth, prompt, 2).record["plan"] is not None
         longer = prompt + Prompt(tuple(answer.ids)) + text(9530, 40)

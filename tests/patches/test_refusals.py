@@ -4,10 +4,12 @@ import types
 import msgspec
 import pytest
 import torch
+from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
 
 from hybridkv_kernels import dispatch
+from hybridkv_patches import io_struct
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.srt import refusals
@@ -15,6 +17,7 @@ from sglang_hybridkv.srt.settings import Settings
 from tests.builders import make_calibration
 
 SETTINGS = Settings("hybridkv", HybridKVConfig())
+PAGE = SETTINGS.config.page_size
 DEFAULTS = {field.name: getattr(ServerArgs(model_path="m"), field.name) for field in msgspec.structs.fields(ServerArgs)}
 
 
@@ -234,3 +237,50 @@ def test_a_calibration_of_another_model_of_the_same_shape_is_refused(tmp_path):
     refusals.check_model(served, settings(digest))
     refusals.check_model(served, settings(None))
     refusals.check_model(model("LlamaForCausalLM"), settings("a" * 64))
+
+
+@pytest.mark.parametrize("size", [1001, 4, 4095])
+def test_a_chunk_of_no_whole_pages_is_refused_with_one_that_is(size):
+    for check in (refusals.check_flags, refusals.check_server_args):
+        with pytest.raises(ValueError) as caught:
+            check(resolved(chunked_prefill_size=size), SETTINGS)
+        words = f"--chunked-prefill-size {size} cannot be combined with --kv-compressor hybridkv; "
+        words += f"the compressor's page_size is {PAGE}, use a multiple of it, such as "
+        assert str(caught.value).startswith(words)
+        assert int(str(caught.value).removeprefix(words)) % PAGE == 0
+    for fits in (None, -1, 0, PAGE, 63 * PAGE):
+        refusals.check_flags(resolved(chunked_prefill_size=fits), SETTINGS)
+
+
+REFUSED_FIELDS = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0, "input_embeds": [[0.0, 1.0]]}
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+@pytest.mark.parametrize("field", [row.field for row in refusals.REQUEST_REFUSALS])
+def test_a_request_that_is_not_served_is_refused_by_name(monkeypatch, field, num_prompts):
+    """As one of a batch, too; and only on a compressing server."""
+    monkeypatch.setattr(io_struct.settings_module, "active", lambda: SETTINGS)
+    prompt = {} if field == "input_embeds" else {"input_ids": [1, 2] if num_prompts == 1 else [[1, 2]] * num_prompts}
+
+    def request(**values):
+        made = GenerateReqInput(sampling_params={"max_new_tokens": 2}, **{"input_ids": None, **prompt, **values})
+        made.sampling_params |= {"beam_width": 2} if field == "beam_width" and not values else {}
+        made.normalize_batch_and_arguments()
+        return made
+
+    given = {field: REFUSED_FIELDS[field]} if field in REFUSED_FIELDS else {}
+    if field == "input_embeds" and num_prompts > 1:
+        given = {field: [REFUSED_FIELDS[field]] * num_prompts}
+    made = request(**given)
+    with pytest.raises(ValueError, match=f"^{field} is not served with --kv-compressor hybridkv; "):
+        io_struct.refuse_request(None, made)
+    monkeypatch.setattr(io_struct.settings_module, "active", lambda: None)
+    io_struct.refuse_request(None, made)
+
+
+def test_a_plain_request_is_not_refused(monkeypatch):
+    monkeypatch.setattr(io_struct.settings_module, "active", lambda: SETTINGS)
+    for prompt in ({"text": "a"}, {"input_ids": [[1], [2]]}):
+        made = GenerateReqInput(**prompt, sampling_params={"n": 2, "beam_width": 1})
+        made.normalize_batch_and_arguments()
+        io_struct.refuse_request(None, made)

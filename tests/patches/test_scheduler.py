@@ -41,6 +41,7 @@ def test_without_compression_nothing_is_touched(inactive):
     assert scheduler.report_ready({"status": "ready"}, None) is None
     scheduler.readmit(None, None)
     scheduler.report_state(None, None)
+    assert scheduler.requeue_preempted(lambda *given: given, "scheduler", "batch") == ("scheduler", "batch")
     assert scheduler.choose_streamer(lambda owner: ("stock", owner), "scheduler") == ("stock", "scheduler")
 
 

@@ -1,6 +1,8 @@
+import json
 from types import SimpleNamespace
 
 import pytest
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
 
@@ -60,3 +62,29 @@ def test_without_compression_custom_params_are_nobodys_business(manager):
     theirs = tokenized({"kv_compressor": {"budget": 2}})
     tokenizer_manager.add_settings(theirs, manager)
     assert theirs.sampling_params.custom_params == {"kv_compressor": {"budget": 2}}
+
+
+@pytest.mark.parametrize("reason", [None, {"type": "abort", "status_code": 503, "message": "full"}])
+@pytest.mark.parametrize("compressing", [True, False])
+def test_the_record_of_an_abort_goes_to_meta_info_and_leaves_the_reason_as_it_was(manager, reason, compressing):
+    if compressing:
+        settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
+    state = SimpleNamespace(out_list=[])
+    manager.rid_to_state = {"a": state}
+
+    def stock(manager, recv_obj):
+        del manager.rid_to_state[recv_obj.rid]
+        state.out_list.append({"meta_info": {"finish_reason": recv_obj.finished_reason}})
+
+    sent = {**(reason or {}), META_INFO_KEY: json.dumps({"reason": "not_prefilled"})} if compressing else reason
+    tokenizer_manager.add_record_of_abort(stock, manager, AbortReq(rid="a", finished_reason=sent))
+    record = {META_INFO_KEY: {"reason": "not_prefilled"}} if compressing else {}
+    assert state.out_list == [{"meta_info": {"finish_reason": reason} | record}]
+
+
+def test_an_abort_of_a_request_that_is_gone_is_stock_s(manager):
+    settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
+    manager.rid_to_state, seen = {}, []
+    sent = AbortReq(rid="a", finished_reason={META_INFO_KEY: "{}"})
+    tokenizer_manager.add_record_of_abort(lambda manager, recv_obj: seen.append(recv_obj), manager, sent)
+    assert [one.finished_reason for one in seen] == [None]

@@ -72,6 +72,7 @@ def make_request(row, prompt_len, *, max_new_tokens=8, rid="r", chunk_end=None, 
         full_untruncated_fill_ids=tokens,
         extend_range=SimpleNamespace(end=prompt_len if chunk_end is None else chunk_end),
         multimodal_inputs=None,
+        to_finish=None,
         **more,
     )
 

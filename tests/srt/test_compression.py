@@ -10,7 +10,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+from sglang.srt.managers.schedule_batch import (
+    FINISH_ABORT,
+    FINISH_LENGTH,
+    Modality,
+    MultimodalDataItem,
+    MultimodalInputs,
+)
 
 from sglang_hybridkv.requests.settings import WARM_UP
 from sglang_hybridkv.requests.spans import VisualSpan
@@ -27,7 +33,8 @@ def admit(compression, row, prompt_len, **kwargs):
     pages = compression.allocator.alloc_pages(-(-prompt_len // P))
     if pages is None:
         return None
-    return make_request(row, prompt_len, finished=lambda: True, row_pages=pages, **kwargs)
+    more = {"finished_reason": FINISH_LENGTH(length=1), "finished": lambda: True, "row_pages": pages}
+    return make_request(row, prompt_len, **more, **kwargs)
 
 
 def commit(compression, req, num_dynamic):
@@ -57,7 +64,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
     )
     def build(self, budget, host_pages, when_full, num_pages):
         self.compression = make_compression(num_pages, host_pages, budget=budget, on_host_store_full=when_full)
-        self.num_pages, self.requests, self.finished = num_pages, {}, []
+        self.num_pages, self.requests, self.finished, self.num_begun = num_pages, {}, [], 0
 
     @precondition(lambda self: len(self.requests) < 6)
     @rule(data=st.data(), prompt_len=st.integers(2 * P, 15 * P) | st.just(P), left=st.sampled_from([1, 8, 8, 8]))
@@ -66,7 +73,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
         req = admit(self.compression, row, prompt_len, max_new_tokens=left)
         if req is not None:
             self.compression.prepare(req, None)
-            self.requests[row] = req
+            self.requests[row], self.num_begun = req, self.num_begun + 1
 
     @precondition(lambda self: self.uncommitted())
     @rule(data=st.data(), num_dynamic=st.integers(0, NUM_HEADS))
@@ -96,6 +103,7 @@ class CompressionAgainstModel(RuleBasedStateMachine):
     @precondition(lambda self: len(self.requests) == 3)
     @rule()
     def flush(self):
+        self.num_begun -= len(self.uncommitted())
         self.compression.allocator.clear()
         self.requests.clear()
 
@@ -117,6 +125,8 @@ class CompressionAgainstModel(RuleBasedStateMachine):
         assert sorted(pages) == list(range(1, self.num_pages + 1))
         info = compression.server_info()
         assert info["host_kv_bytes"] <= compression.store.used_bytes()
+        counted = info["compressed_requests"] + sum(info["dense_requests"].values())
+        assert counted == self.num_begun - len(self.uncommitted()), "a request counts once"
         records = [compression.request_info(req) for req in [*self.requests.values(), *self.finished]]
         assert all(record["compressed"] == (record["reason"] is None) for record in records)
 
@@ -179,6 +189,7 @@ def test_a_retraction_before_the_commit_is_not_an_answer():
 @pytest.mark.parametrize(
     ("config", "request_", "reason"),
     [
+        ({}, {"max_new_tokens": 0}, "prefill_only"),
         ({}, {"prompt_len": 2 * P - 1}, "prompt_too_short"),
         ({}, {"max_new_tokens": 1}, "no_decode"),
         ({"min_head_pages": 5}, {}, "budget_below_floor"),
@@ -199,6 +210,40 @@ def test_dense_requests_say_why_and_hold_nothing(config, request_, reason):
     finish(compression, req)
     assert compression.allocator.available_size() == compression.allocator.size
     assert compression.store.used_bytes() == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "ended_by", "reason"),
+    [
+        ("queue", FINISH_ABORT("gone"), "not_prefilled"),
+        ("first part", FINISH_ABORT("gone"), "not_prefilled"),
+        ("refused", FINISH_ABORT("too long"), "not_prefilled"),
+        ("last part", FINISH_ABORT("gone"), "aborted"),
+        ("last part", FINISH_LENGTH(length=1), "no_decode"),
+        ("dense", FINISH_ABORT("gone"), "no_decode"),
+        ("committed", FINISH_ABORT("gone"), None),
+    ],
+)
+def test_a_request_that_ends_early_is_counted_once_and_says_where_it_stood(stage, ended_by, reason):
+    compression = make_compression()
+    req = make_request(compression, 1, 10 * P, chunk_end=3 * P if stage == "first part" else None)
+    req.finished_reason = ended_by
+    req.to_finish = ended_by if stage == "refused" else None
+    req.sampling_params.max_new_tokens = 1 if stage == "dense" else 8
+    if stage == "queue":
+        compression.record_unprefilled(req)
+    else:
+        compression.prepare(req, None)
+        if stage == "committed":
+            commit(compression, req, num_dynamic=4)
+        finish(compression, req)
+        compression.record_unprefilled(req)  # as for an AbortReq, which is also sent for a part of a prefill
+    assert compression.request_info(req)["reason"] == reason
+    info = compression.server_info()
+    counted = {} if reason is None else {reason: 1}
+    assert (info["compressed_requests"], info["dense_requests"]) == (int(reason is None), counted)
+    assert not compression.ledger.by_row
+    assert not compression.cache.observer.is_interested(1)
 
 
 def test_no_free_pages_gives_the_host_pages_back():

@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("sglang")
 
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+
 from tests.builders import LAWS
 from tests.srt.serving import make_compression
+from tests.srt.test_allocator import make_allocator
 from tests.srt.test_compression import P
 
 POOL = 40 * P
@@ -35,7 +38,7 @@ class Pool:
         extend = prompt_len + num_generated - hit
         self.budget.consider(req)
         if remaining is not None:
-            self.budget.total_offset = self.compression.allocator.available_size() - remaining
+            self.budget._available_and_evictable = lambda: remaining
         lengths = {"extend_input_len": extend, "max_new_tokens": left, "input_tokens": extend + hit}
         total = extend + left + P
         return self.budget.check_prefill(**lengths, total_tokens=total, swa_host_hit_length=0, chunk_limit=None)[0]
@@ -60,14 +63,14 @@ def cached(prompt_len, hit_pages):
 
 @LAWS
 @given(REQUESTS, st.sampled_from([0.2, 0.5, 1.0]))
-def test_what_is_admitted_fits_and_what_fits_with_two_pages_to_spare_is_admitted(request, budget):
+def test_alone_what_fits_is_admitted_and_nothing_else(request, budget):
     prompt_len, num_generated, left, hit_pages = request
     priced = prompt_len, num_generated, left, cached(prompt_len, hit_pages)
     pool = Pool(budget=budget)
     pool.admits(*priced)
     peak = pool.peak(*priced)
     assert not pool.admits(*priced, remaining=peak - 1)
-    assert pool.admits(*priced, remaining=peak + 2 * P)
+    assert pool.admits(*priced, remaining=peak)
 
 
 @LAWS
@@ -85,10 +88,32 @@ def test_requests_that_are_admitted_together_fit_together(requests, budget, have
 
 @LAWS
 @given(REQUESTS, st.sampled_from([0.2, 0.5, 1.0]))
-def test_an_empty_pool_admits_every_request_that_is_to_be_compressed(request, budget):
-    """Else it would wait for ever; what never fits is served dense, and refused by SGLang if that does not fit."""
+def test_an_empty_pool_admits_every_request_that_is_accepted(request, budget):
+    """Compressed or dense: else it would wait for ever, and everybody behind it."""
     prompt_len, num_generated, left, hit_pages = request
-    hit = cached(prompt_len, hit_pages)
     pool = Pool(budget=budget)
-    admitted = pool.admits(prompt_len, num_generated, left, hit, remaining=POOL - hit)
-    assert admitted or pool.budget.geometry is None
+    allowed = pool.budget.allocator.max_new_tokens_for_memory(prompt_len, num_generated + left, token_capacity=POOL)
+    hit = cached(prompt_len, hit_pages)
+    assert pool.admits(
+        prompt_len, min(num_generated, allowed), max(allowed - num_generated, 0), hit, remaining=POOL - hit
+    )
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16, 64, 128])
+def test_the_longest_prompts_are_accepted_and_admitted_with_stock_s_answer(page_size):
+    """Law: a pool of C tokens serves what stock serves with pages of one token, whatever the size of ours."""
+    capacity = 10 * page_size + 1000 // page_size * page_size
+    tree = SimpleNamespace(evictable_size=lambda: 0, supports_mamba=lambda: False)
+    allocator, stock = make_allocator(capacity // page_size, page_size=page_size), make_allocator(capacity, page_size=1)
+    allocator.compression = SimpleNamespace(planned=lambda req: None)
+    for length in range(capacity - 3 * page_size - 20, capacity):
+        asked = {"input_tokens": length, "max_new_tokens": 50, "token_capacity": capacity}
+        unused = {"sliding_window_size": None, "chunk_size": None}
+        allowed = allocator.max_new_tokens_for_memory(**asked, **unused)
+        assert allowed == PagedTokenToKVPoolAllocator.max_new_tokens_for_memory(stock, **asked, **unused)
+        budget = allocator.create_prefill_budget(tree)
+        budget.consider(None)
+        total = length + allowed + page_size  # as PrefillAdder makes it
+        lengths = {"extend_input_len": length, "max_new_tokens": allowed, "input_tokens": length}
+        fits, _ = budget.check_prefill(**lengths, total_tokens=total, swa_host_hit_length=0, chunk_limit=None)
+        assert fits, length

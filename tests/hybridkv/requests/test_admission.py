@@ -30,7 +30,7 @@ def test_less_than_a_page_is_too_short_whatever_the_setting(page_size):
     assert compressed(page_size, 8, config, pool)
 
 
-@pytest.mark.parametrize(("left", "reason"), [(-1, "no_decode"), (0, "no_decode"), (1, "no_decode"), (2, None)])
+@pytest.mark.parametrize(("left", "reason"), [(0, "prefill_only"), (1, "no_decode"), (2, None)])
 def test_one_token_needs_no_compression(left, reason):
     decided = decide(4096, left, HybridKVConfig(), POOL)
     assert decided == reason if reason else isinstance(decided, PromptGeometry)

@@ -1,0 +1,124 @@
+"""What clients do beside asking once: salts, samples, sessions, log-probs of the prompt, giving up and asking again."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from benchmarks.harness import Server
+from tests.e2e.checks import (
+    TOLERANCE,
+    Answer,
+    Reference,
+    ask,
+    assert_compressed,
+    assert_nothing_lost,
+    assert_same_first_token,
+    flush_cache,
+    read_answer,
+    request_body,
+    settle,
+)
+from tests.e2e.conftest import CHUNK_TOKENS, OBSERVED_ROWS
+from tests.e2e.prompts import IMAGE_TOKENS, Prompt, Vision, text
+from tests.e2e.streams import stream
+
+pytestmark = pytest.mark.server
+
+_seeds = itertools.count(12000, 100)
+
+
+@pytest.mark.parametrize("key", ["cache_salt", "extra_key"])
+def test_what_one_key_has_cached_is_not_another_s(tenth: Server, key: str) -> None:
+    """And the plan of the prompt is the same under each of them."""
+    prompt = text(next(_seeds), 640)
+    first, other, again = [ask(tenth, prompt, 8, **{key: value}) for value in ("a", "b", "a")]
+    assert (first.cached, other.cached, again.cached) == (0, 0, 640 - OBSERVED_ROWS)
+    assert first.record["plan"] == other.record["plan"] == again.record["plan"] is not None
+    assert first.ids == other.ids == again.ids
+
+
+@pytest.mark.parametrize("parts_read", [0, 1, 6, 40])
+def test_several_samples_whose_client_leaves(tenth: Server, parts_read: int) -> None:
+    with stream(tenth, request_body(text(next(_seeds), 600), 1000, sampling_params={"n": 4})) as answers:
+        for _ in range(parts_read):
+            next(answers)
+    assert_nothing_lost(tenth)
+
+
+def test_two_images_and_several_samples(tenth: Server, vision: Vision) -> None:
+    """SGLang wants a list of images for each prompt then, and answers a flat one with status 400."""
+    seed = next(_seeds)
+    prompt = text(seed, 200) + vision.images(seed, 2) + text(seed + 1, 60)
+    body = request_body(prompt, 8, sampling_params={"n": 2})
+    assert tenth.client.post("/generate", json=body).status_code == 400
+    body["image_data"] = [body["image_data"]]
+    samples = [read_answer(answer) for answer in tenth.client.post("/generate", json=body).raise_for_status().json()]
+    assert len({sample.record["plan"] for sample in samples}) == 1
+    for sample in samples:
+        assert_compressed(sample)
+    assert_nothing_lost(tenth)
+
+
+def test_a_session_after_an_image_has_the_plan_of_the_whole_prompt(tenth: Server, vision: Vision) -> None:
+    seed = next(_seeds)
+    session = tenth.client.post("/open_session", json={"capacity_of_str_len": 10000}).raise_for_status().json()
+
+    def turn(prompt: Prompt, rid: str | None) -> Answer:
+        return ask(tenth, prompt, 12, session_params={"id": session, "rid": rid})
+
+    opening = text(seed, 300) + vision.images(seed, 2) + text(seed + 1, 60)
+    first = turn(opening, None)
+    assert_compressed(first)
+    question = text(seed + 2, 80)
+    second = turn(question, first.meta["id"])
+    assert second.meta["prompt_tokens"] == first.meta["prompt_tokens"] + 12 + 80
+    tenth.client.post("/close_session", json={"session_id": session}).raise_for_status()
+    flush_cache(tenth)
+    whole = ask(tenth, opening + Prompt(tuple(first.ids)) + question, 12)
+    assert second.record["plan"] == whole.record["plan"] is not None
+    assert second.ids == whole.ids
+    assert_nothing_lost(tenth)
+
+
+def test_log_probs_of_a_prompt_with_an_image_at_the_border_of_a_part(
+    tenth: Server, stock: Reference, vision: Vision
+) -> None:
+    """First alone, then beside what the tree has of it: the prompt's own log-probs are exact, and stock's."""
+    seed = next(_seeds)
+    prompt = text(seed, CHUNK_TOKENS - IMAGE_TOKENS // 2) + vision.image(seed) + text(seed + 1, 90)
+    asked = {"logprob_start_len": 0}
+    ours = [ask(tenth, prompt, 8, **asked) for _ in range(2)]
+    theirs = ask(stock.server, prompt, 8, **asked)
+    for answer in ours:
+        assert_compressed(answer)
+        assert_same_first_token(answer, theirs)
+        pairs = zip(answer.meta["input_token_logprobs"], theirs.meta["input_token_logprobs"], strict=True)
+        values = [(mine[0], other[0]) for mine, other in pairs if mine[0] is not None]
+        assert len(values) >= len(prompt.ids) - 2
+        assert max(abs(mine - other) for mine, other in values) <= TOLERANCE
+
+
+def test_giving_up_and_asking_again_under_a_shared_prefix(tenth: Server, vision: Vision) -> None:
+    """Twelve rounds, beside requests with images that share nothing with them."""
+    seed = next(_seeds)
+    shared = text(seed, 400)
+
+    def give_up_and_ask_again(i: int) -> str:
+        prompt = shared + text(seed + 1 + i % 3, 150)
+        with stream(tenth, request_body(prompt, 500)) as answers:
+            for _ in range(i % 4):
+                next(answers)
+        return str(ask(tenth, prompt, 4).record["plan"])
+
+    with ThreadPoolExecutor(3) as pool:
+        images = [pool.submit(ask, tenth, vision.images(seed + i, 5) + text(seed + i, 40), 20) for i in range(6)]
+        plans = list(pool.map(give_up_and_ask_again, range(12)))
+        for future in images:
+            assert_compressed(future.result())
+    assert [plans[i : i + 3] for i in range(0, 12, 3)] == [plans[:3]] * 4
+    assert len(set(plans)) == 3
+    assert not settle(tenth)
+    assert_nothing_lost(tenth)
