@@ -12,7 +12,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import sys
 import tempfile
 import traceback
 from array import array
@@ -157,7 +156,7 @@ class Steps:
         scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = decode_steps is not None, decode_steps or 1
 
     def expect_short_answers(self) -> None:
-        """As --schedule-conservativeness 0.05: more is admitted than the pool will hold."""
+        """Expect a twentieth of each answer: more is admitted than the pool will hold."""
         tracker = self.scheduler.new_token_ratio_tracker
         tracker.current = tracker.init = tracker.min = 0.05
         tracker.decay = 0.0
@@ -280,9 +279,8 @@ def _serve(pipe: Any, flags: list[str], env: dict[str, str], log: str) -> None:
     """What the process does."""
     os.environ.update(env)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(out, stream.fileno() if hasattr(stream, "fileno") else 2)
+    for descriptor in (1, 2):
+        os.dup2(out, descriptor)
     try:
         steps = Steps(_make_scheduler(flags))
         events = _scripts(steps, pipe)
