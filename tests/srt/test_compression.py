@@ -226,7 +226,7 @@ def test_dense_requests_say_why_and_hold_nothing(config, request_, reason):
 )
 def test_a_request_that_ends_early_is_counted_once_and_says_where_it_stood(stage, ended_by, reason):
     compression = make_compression()
-    req = make_request(compression, 1, 10 * P, chunk_end=3 * P if stage == "first part" else None)
+    req = admit(compression, 1, 10 * P, chunk_end=3 * P if stage == "first part" else None)
     req.finished_reason = ended_by
     req.to_finish = ended_by if stage == "refused" else None
     req.sampling_params.max_new_tokens = 1 if stage == "dense" else 8
