@@ -67,10 +67,10 @@ def _group_score(per_query, G: tl.constexpr, BG: tl.constexpr, SCORE: tl.constex
 
 @triton.jit
 def _coded_query(turned, step, INTERPRETED: tl.constexpr, DTYPE: tl.constexpr):
-    """What `_coded_scores` needs of a turned query group [BG, BC]: its product with the step [BC], and two times [BG].
+    """What `_coded_scores` needs of a turned query group [BG, BC]: times the step [BC], and constant and factor [BG].
 
-    A code stands for code - 1.5 steps and is read as 1 + code / 4, so the constant takes 5.5 times the scaled query
-    away. The factor divides a score by the spread that independent channels would give it.
+    A code stands for code - 1.5 steps and is read as 1 + code / 4. So a product times 4, less 5.5 times the sum of the
+    scaled query, is the score. It is divided by the spread that independent channels would give it.
     """
     scaled = turned * step[None, :]
     if tl.float16 == DTYPE:  # infinity times a code of 0 would be no number
@@ -81,7 +81,8 @@ def _coded_query(turned, step, INTERPRETED: tl.constexpr, DTYPE: tl.constexpr):
     scaled = scaled.to(DTYPE)
     wide = scaled.to(tl.float32)
     spread = tl.sqrt(tl.sum(wide * wide, 1))
-    return scaled, -5.5 * tl.sum(wide, 1), 1.0 / tl.where(spread > 0.0, spread, 1.0)
+    spread = tl.where(spread > 0.0, spread, 1.0)
+    return scaled, -5.5 * tl.sum(wide, 1) / spread, 4.0 / spread
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def _token_score(
     else:
         moved = words >> -shift
     values = ((moved & (3 << (MANTISSA - 2))) | one).to(scaled.dtype, bitcast=True)
-    by_query = (4.0 * dot(values, tl.trans(scaled), INTERPRETED) + constant[None, :]) * factor[None, :]
+    by_query = dot(values, tl.trans(scaled), INTERPRETED) * factor[None, :] + constant[None, :]
     is_member = (tl.arange(0, scaled.shape[0]) < G)[None, :]
     return tl.max(tl.where(is_member, by_query, -float("inf")), 1)
 
@@ -187,6 +188,7 @@ def _load_coded(
     first,
     vector,
     mask,
+    start,
     pages_per_layer,
     D: tl.constexpr,
     C: tl.constexpr,
@@ -195,12 +197,15 @@ def _load_coded(
     L: tl.constexpr,
     H: tl.constexpr,
 ):
-    """[BV, BC]: coded vectors `vector` [BV] of C numbers, D / C in a summary vector; zero where not `mask`."""
+    """[BV, BC]: numbers from `start` on of coded vectors `vector` [BV] of C numbers; zero where not `mask`.
+
+    A summary vector holds D / C coded ones.
+    """
     SHARE: tl.constexpr = D // C
     row, in_values = summary_rows(pages, first, vector // SHARE, mask, pages_per_layer, L, H, P)
-    start = tl.where(in_values, v_flat + row * D, k_flat + row * D) + vector % SHARE * C
-    c = tl.arange(0, BC)
-    return tl.load(start[:, None] + c[None, :], mask=mask[:, None] & (c < C)[None, :], other=0.0)
+    begin = tl.where(in_values, v_flat + row * D, k_flat + row * D) + vector % SHARE * C
+    c = start + tl.arange(0, BC)
+    return tl.load(begin[:, None] + c[None, :], mask=mask[:, None] & (c < C)[None, :], other=0.0)
 
 
 @triton.jit
@@ -210,6 +215,7 @@ def _load_header(
     pages,
     first,
     vector: tl.constexpr,
+    start,
     pages_per_layer,
     D: tl.constexpr,
     C: tl.constexpr,
@@ -218,9 +224,9 @@ def _load_header(
     L: tl.constexpr,
     H: tl.constexpr,
 ):
-    """[1, BC]: one coded vector of an entry."""
+    """[1, BC]: numbers from `start` on of one coded vector of an entry."""
     place, mask = tl.full([1], vector, tl.int32), tl.full([1], 1, tl.int1)
-    return _load_coded(k_flat, v_flat, pages, first, place, mask, pages_per_layer, D, C, BC, P, L, H)
+    return _load_coded(k_flat, v_flat, pages, first, place, mask, start, pages_per_layer, D, C, BC, P, L, H)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -314,6 +320,7 @@ def _score_codes_kernel(
     BC: tl.constexpr,
     MANTISSA: tl.constexpr,
     CHANNELS: tl.constexpr,
+    BK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Score chunks where codes of CHANNELS of the D elements of a key score single tokens, 8 in each coded vector.
@@ -328,27 +335,28 @@ def _score_codes_kernel(
     pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
     CHUNK: tl.constexpr = P // C
     WORDS: tl.constexpr = BC * CHUNK // _CODED_TOKENS
-    header = (k_flat, v_flat, pages, first)
-    step = _load_header(*header, 0, pages_per_layer, D, CHANNELS, BD, P, L, H).to(tl.float32)
-    numbers = _load_header(*header, 1, pages_per_layer, D, CHANNELS, BD, P, L, H)
-    channel = tl.max(numbers.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True).to(tl.int32), 0)
+    step = _load_header(k_flat, v_flat, pages, first, 0, 0, pages_per_layer, D, CHANNELS, BD, P, L, H)
     member, c = tl.arange(0, BG), tl.arange(0, BD)
-    q = tl.load(
-        queries + (entry * G + member)[:, None] * D + channel[None, :],
-        mask=(member < G)[:, None] & (c < CHANNELS)[None, :],
-        other=0.0,
-    )
-    inside = (c < CHANNELS)[:, None] & (c < CHANNELS)[None, :]
-    turn = tl.load(rotations + c[:, None] * CHANNELS + c[None, :], mask=inside, other=0.0)
-    # The rotation is symmetric; on this side of the product are the rows that a matrix product wants many of.
-    turned = tl.trans(dot(turn, tl.trans(q), INTERPRETED))
-    scaled, constant, factor = _coded_query(turned, tl.max(step, 0), INTERPRETED, q.dtype)
+    # The query group, turned: [BD, BG], so that a product of matrices has many rows. The rotation is symmetric. A few
+    # channels of the query at a time, or the rotation fills the registers.
+    turned = tl.zeros([BD, BG], tl.float32)
+    for start in range(0, BD, BK):
+        numbers = _load_header(k_flat, v_flat, pages, first, 1, start, pages_per_layer, D, CHANNELS, BK, P, L, H)
+        channel = tl.max(numbers.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True).to(tl.int32), 0)
+        own = start + tl.arange(0, BK)
+        is_query = (own < CHANNELS)[:, None] & (member < G)[None, :]
+        q = tl.load(queries + (entry * G + member)[None, :] * D + channel[:, None], mask=is_query, other=0.0)
+        is_coded = (c < CHANNELS)[:, None] & (own < CHANNELS)[None, :]
+        turn = tl.load(rotations + c[:, None] * CHANNELS + own[None, :], mask=is_coded, other=0.0)
+        turned += dot(turn, q, INTERPRETED)
+    step = tl.max(step.to(tl.float32), 0)
+    scaled, constant, factor = _coded_query(tl.trans(turned), step, INTERPRETED, k_flat.dtype.element_ty)
     num_words = num_chunks * CHUNK // _CODED_TOKENS
     for tile in range(tl.program_id(1), tl.cdiv(num_chunks, BC), tl.num_programs(1)):
         chunk, word = tl.arange(0, BC) + tile * BC, tl.arange(0, WORDS) + tile * WORDS
         inside, vector = chunk < num_chunks, word + _CODE_HEADER
         is_word = word < num_words
-        words = _load_coded(k_flat, v_flat, pages, first, vector, is_word, pages_per_layer, D, CHANNELS, BD, P, L, H)
+        words = _load_coded(k_flat, v_flat, pages, first, vector, is_word, 0, pages_per_layer, D, CHANNELS, BD, P, L, H)
         words = words.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True)
         score = _coded_scores(words, scaled, constant, factor, CHUNK, G, MANTISSA, INTERPRETED)
         image = _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
@@ -369,13 +377,14 @@ def score_launch(q: torch.Tensor, group: int, retrieval: Retrieval) -> tuple[tri
         "num_stages": 2,
     }
     if retrieval.is_coded:
-        # A vector is read once for its 8 tokens; the matrix product of a warp takes 16 of them.
-        vectors = 16 if q.dtype == torch.float32 else 32
         channels = retrieval.coded_channels(head_dim)
+        block = max(16, triton.next_power_of_2(channels))
+        # A vector is read once for its 8 tokens; the matrix product of a warp takes 16 of them. More of fp32, or of
+        # vectors that are loaded with a mask, would need more registers than there are.
+        vectors = 16 if q.dtype == torch.float32 or channels < block else 32
         constants |= {"BC": vectors * CODED_TOKENS // size, "BG": max(8, triton.next_power_of_2(group))}
-        constants |= {"BD": max(16, triton.next_power_of_2(channels)), "CHANNELS": channels}
-        constants |= {"rotations": rotation(channels, q.device, q.dtype), "MANTISSA": _MANTISSA_BITS[q.dtype]}
-        return _score_codes_kernel, constants | {"num_warps": 2}
+        constants |= {"BD": block, "BK": 16, "CHANNELS": channels, "MANTISSA": _MANTISSA_BITS[q.dtype]}
+        return _score_codes_kernel, constants | {"rotations": rotation(channels, q.device, q.dtype), "num_warps": 2}
     vectors, stored = retrieval.score_vectors, retrieval.stored_vectors
     kind = "mean_max" if retrieval.chunk_score == "mean_spread" else retrieval.chunk_score
     return _score_kernel, constants | {"VECTORS": vectors, "STORED": stored, "SCORE": kind, "num_warps": 4}
