@@ -233,7 +233,7 @@ def make_table(runs: list[dict[str, Any]]) -> Table:
 def main() -> int:
     """Run the demo; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    help_text = "shares of a prompt's KV to keep, one server each (default: 0.1 0.5)"
+    help_text = "shares of a prompt's KV to keep, one server each (default: 0.1 0.05)"
     parser.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help=help_text)
     args = parser.parse_args()
     end_on_sigterm()

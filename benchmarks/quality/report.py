@@ -113,5 +113,7 @@ def write_report(folder: Path) -> tuple[str, list[Path]]:
         by_task = {row["task"]: [other for other in group if other["task"] == row["task"]] for row in group}
         for task, alone in by_task.items() if len(by_task) > 1 else ():
             if alone[0]["exact_match"] is not None or "score" in alone[0]:
-                paths.append(plots.draw_curves(alone, "budget", "budget", folder / f"accuracy-{name}-{task}.png"))
+                # A task of a collection is "collection/task", which is the plot's name already.
+                path = folder / f"accuracy-{name}-{task.rpartition('/')[2]}.png"
+                paths.append(plots.draw_curves(alone, "budget", "budget", path))
     return markdown(rows), paths
