@@ -166,7 +166,8 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *flags]
+        # SGLang would choose the second one among the ports of outgoing connections, too.
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), "--nccl-port", str(free_port()), *flags]
         self.env = {**os.environ, **(env or {})}
         self.log = (log_dir or Path(tempfile.mkdtemp(prefix="hybridkv-server-"))) / f"{name}-{self.port}.log"
         self.ready_seconds = ready_seconds

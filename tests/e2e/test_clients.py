@@ -23,7 +23,6 @@ from tests.e2e.checks import (
 )
 from tests.e2e.conftest import CHUNK_TOKENS, OBSERVED_ROWS
 from tests.e2e.prompts import IMAGE_TOKENS, Prompt, Vision, text
-from tests.e2e.streams import stream
 
 pytestmark = pytest.mark.server
 
@@ -42,7 +41,7 @@ def test_what_one_key_has_cached_is_not_another_s(tenth: Server, key: str) -> No
 
 @pytest.mark.parametrize("parts_read", [0, 1, 6, 40])
 def test_several_samples_whose_client_leaves(tenth: Server, parts_read: int) -> None:
-    with stream(tenth, request_body(text(next(_seeds), 600), 1000, sampling_params={"n": 4})) as answers:
+    with tenth.stream("/generate", request_body(text(next(_seeds), 600), 1000, sampling_params={"n": 4})) as answers:
         for _ in range(parts_read):
             next(answers)
     assert_nothing_lost(tenth)
@@ -108,7 +107,7 @@ def test_giving_up_and_asking_again_under_a_shared_prefix(tenth: Server, vision:
 
     def give_up_and_ask_again(i: int) -> str:
         prompt = shared + text(seed + 1 + i % 3, 150)
-        with stream(tenth, request_body(prompt, 500)) as answers:
+        with tenth.stream("/generate", request_body(prompt, 500)) as answers:
             for _ in range(i % 4):
                 next(answers)
         return str(ask(tenth, prompt, 4).record["plan"])

@@ -25,7 +25,6 @@ from tests.e2e.checks import (
 )
 from tests.e2e.conftest import VL, make_server, run_servers
 from tests.e2e.prompts import Prompt, Vision, text
-from tests.e2e.streams import stream
 
 pytestmark = pytest.mark.server
 
@@ -294,7 +293,7 @@ def test_metrics_and_log_of_what_runs(limited: Server) -> None:
     idle = metrics(limited)
     names = ("device_bytes", "stock_bytes", "host_bytes", "running_requests", "requests_beyond_stock")
     assert [idle[name] for name in names] == [0] * 5
-    with stream(limited, request_body(text(31070, 4096), 400)) as answers:
+    with limited.stream("/generate", request_body(text(31070, 4096), 400)) as answers:
         next(answers)
         running = metrics(limited)
         for place, _ in enumerate(answers):
