@@ -25,14 +25,15 @@ def add_settings(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> Non
     if settings is None:
         return
     sampling, exchange = tokenized.sampling_params, current_exchange()
-    own = dict(sampling.custom_params or {})
+    theirs = sampling.custom_params or {}
+    own = {name: value for name, value in theirs.items() if name != WARM_UP}  # or a client would not be counted
     if exchange is not None and exchange.given is not None:
         own[KEY] = exchange.given
     if KEY in own:
         read_settings(own[KEY], settings.config)
     if is_warming_up(manager):
         own[WARM_UP] = True
-    if own:
+    if own or theirs:
         sampling.custom_params = own
 
 

@@ -8,6 +8,7 @@ from sglang.srt.server_args import ServerArgs
 
 from hybridkv_patches import tokenizer_manager
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.requests.settings import WARM_UP
 from sglang_hybridkv.requests.stats import META_INFO_KEY
 from sglang_hybridkv.srt import settings
 from sglang_hybridkv.srt.settings import Settings
@@ -56,6 +57,13 @@ def test_settings_are_checked_whoever_asks(manager):
     plain = tokenized()
     tokenizer_manager.add_settings(plain, manager)
     assert plain.sampling_params.custom_params is None
+
+
+def test_a_client_cannot_pass_for_a_warm_up(manager):
+    settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
+    marked = tokenized({WARM_UP: True, "thinking_budget": 7})
+    tokenizer_manager.add_settings(marked, manager)
+    assert marked.sampling_params.custom_params == {"thinking_budget": 7}
 
 
 def test_without_compression_custom_params_are_nobodys_business(manager):
