@@ -19,6 +19,7 @@ from sglang_hybridkv.requests.stats import META_INFO_KEY
 HEADER = "x-kv-compressor"
 _MOST_RECORDS = 16  # of one header: a client's limit for all of them may be 16 KiB
 _MARK = f'"{KEY}"'.encode()
+_ESCAPE = rb"\u00"
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -79,7 +80,7 @@ class ExchangeMiddleware:
             await self.app(scope, receive, send)
             return
         exchange = HttpExchange()
-        if b"json" in dict(scope["headers"]).get(b"content-type", b""):
+        if b"json" in dict(scope["headers"]).get(b"content-type", b"json"):  # without the header, a body is JSON, too
             body, receive = await _buffer(receive)
             try:
                 exchange.given = settings_in_body(body, self.config)
@@ -143,7 +144,8 @@ def settings_in_body(body: bytes, config: CompressorConfig) -> dict[str, Any] | 
 
     A body that is no JSON is the API's to answer.
     """
-    if _MARK not in body:  # a key has no escapes; the parse of many images costs milliseconds
+    # The parse of many images costs milliseconds. A client may write the letters of the key as escapes.
+    if _MARK not in body and _ESCAPE not in body:
         return None
     try:
         values = json.loads(body, object_pairs_hook=_Object)

@@ -124,9 +124,10 @@ def test_what_has_no_body_to_read_passes_by():
         assert len(Client(app, **options).sent) == 2
 
 
-def test_a_bad_setting_never_reaches_the_app():
+@pytest.mark.parametrize("headers", [JSON_TYPE, []])
+def test_a_bad_setting_never_reaches_the_app(headers):
     body = json.dumps(settings(budget=0.9)).encode()
-    client = Client(None, body)
+    client = Client(None, body, headers=headers)
     [refusal] = client.sent
     assert "budget = 0.9 is not allowed; legal: a number above 0 and at most 1, on this server at most 0.5" in str(
         refusal
@@ -145,6 +146,7 @@ def test_a_bad_setting_never_reaches_the_app():
         ('{"custom_params": {"kv_compressor": {"budget": 0.1, "budget": 0.2}}}', "gives 'budget' twice"),
         ('{"custom_params": {"kv_compressor": {}, "kv_compressor": {}}}', "gives 'kv_compressor' twice"),
         ('{"custom_params": {"kv_compressor": {"budget": Infinity}}}', "budget = inf is not allowed"),
+        (r'{"custom_params": {"\u006bv_compressor": {"budget": 2}}}', "budget = 2 is not allowed"),
     ],
 )
 def test_no_setting_is_ignored_in_silence(body, complaint):

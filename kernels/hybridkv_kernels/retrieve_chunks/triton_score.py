@@ -160,28 +160,7 @@ def _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
 
 
 @triton.jit
-def _load_summaries(
-    k_flat,
-    v_flat,
-    pages,
-    first,
-    vector,
-    mask,
-    pages_per_layer,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    P: tl.constexpr,
-    L: tl.constexpr,
-    H: tl.constexpr,
-):
-    """[BC, BD]: summary vectors `vector` [BC] of an entry, zero where not `mask`."""
-    row, in_values = summary_rows(pages, first, vector, mask, pages_per_layer, L, H, P)
-    start, d = tl.where(in_values, v_flat + row * D, k_flat + row * D), tl.arange(0, BD)
-    return tl.load(start[:, None] + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_coded(
+def _load_vectors(
     k_flat,
     v_flat,
     pages,
@@ -197,36 +176,15 @@ def _load_coded(
     L: tl.constexpr,
     H: tl.constexpr,
 ):
-    """[BV, BC]: numbers from `start` on of coded vectors `vector` [BV] of C numbers; zero where not `mask`.
+    """[BV, BC]: numbers from `start` on of vectors `vector` [BV] of an entry; zero where not `mask`.
 
-    A summary vector holds D / C coded ones.
+    They have C numbers each, so that a summary vector of D numbers holds D / C of them.
     """
     SHARE: tl.constexpr = D // C
     row, in_values = summary_rows(pages, first, vector // SHARE, mask, pages_per_layer, L, H, P)
     begin = tl.where(in_values, v_flat + row * D, k_flat + row * D) + vector % SHARE * C
     c = start + tl.arange(0, BC)
     return tl.load(begin[:, None] + c[None, :], mask=mask[:, None] & (c < C)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_header(
-    k_flat,
-    v_flat,
-    pages,
-    first,
-    vector: tl.constexpr,
-    start,
-    pages_per_layer,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    BC: tl.constexpr,
-    P: tl.constexpr,
-    L: tl.constexpr,
-    H: tl.constexpr,
-):
-    """[1, BC]: numbers from `start` on of one coded vector of an entry."""
-    place, mask = tl.full([1], vector, tl.int32), tl.full([1], 1, tl.int1)
-    return _load_coded(k_flat, v_flat, pages, first, place, mask, start, pages_per_layer, D, C, BC, P, L, H)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -276,11 +234,11 @@ def _score_kernel(
         best = tl.full([BG, BC], -float("inf"), tl.float32)
         for i in tl.static_range(0, VECTORS, step):
             vector = chunk * STORED + i
-            low = _load_summaries(k_flat, v_flat, pages, first, vector, inside, pages_per_layer, D, BD, P, L, H)
+            low = _load_vectors(k_flat, v_flat, pages, first, vector, inside, 0, pages_per_layer, D, D, BD, P, L, H)
             high = low
             if step == 2:
-                high = _load_summaries(
-                    k_flat, v_flat, pages, first, vector + 1, inside, pages_per_layer, D, BD, P, L, H
+                high = _load_vectors(
+                    k_flat, v_flat, pages, first, vector + 1, inside, 0, pages_per_layer, D, D, BD, P, L, H
                 )
             best = tl.maximum(best, _per_query_scores(q, low, high, SCORE, INTERPRETED))
         score = _group_score(best, G, BG, SCORE)
@@ -335,13 +293,16 @@ def _score_codes_kernel(
     pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
     CHUNK: tl.constexpr = P // C
     WORDS: tl.constexpr = BC * CHUNK // _CODED_TOKENS
-    step = _load_header(k_flat, v_flat, pages, first, 0, 0, pages_per_layer, D, CHANNELS, BD, P, L, H)
+    header, one = tl.zeros([1], tl.int32), tl.full([1], 1, tl.int1)
+    step = _load_vectors(k_flat, v_flat, pages, first, header, one, 0, pages_per_layer, D, CHANNELS, BD, P, L, H)
     member, c = tl.arange(0, BG), tl.arange(0, BD)
     # The query group, turned: [BD, BG], so that a product of matrices has many rows. The rotation is symmetric. A few
     # channels of the query at a time, or the rotation fills the registers.
     turned = tl.zeros([BD, BG], tl.float32)
     for start in range(0, BD, BK):
-        numbers = _load_header(k_flat, v_flat, pages, first, 1, start, pages_per_layer, D, CHANNELS, BK, P, L, H)
+        numbers = _load_vectors(
+            k_flat, v_flat, pages, first, header + 1, one, start, pages_per_layer, D, CHANNELS, BK, P, L, H
+        )
         channel = tl.max(numbers.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True).to(tl.int32), 0)
         own = start + tl.arange(0, BK)
         is_query = (own < CHANNELS)[:, None] & (member < G)[None, :]
@@ -356,7 +317,9 @@ def _score_codes_kernel(
         chunk, word = tl.arange(0, BC) + tile * BC, tl.arange(0, WORDS) + tile * WORDS
         inside, vector = chunk < num_chunks, word + _CODE_HEADER
         is_word = word < num_words
-        words = _load_coded(k_flat, v_flat, pages, first, vector, is_word, 0, pages_per_layer, D, CHANNELS, BD, P, L, H)
+        words = _load_vectors(
+            k_flat, v_flat, pages, first, vector, is_word, 0, pages_per_layer, D, CHANNELS, BD, P, L, H
+        )
         words = words.to(tl.int32 if MANTISSA == 23 else tl.int16, bitcast=True)
         score = _coded_scores(words, scaled, constant, factor, CHUNK, G, MANTISSA, INTERPRETED)
         image = _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
