@@ -201,8 +201,8 @@ class CompressorConfig(BaseModel):
         """Vectors of head_dim that describe `num_tokens` of a dynamic head on the device; 0 when no head is dynamic."""
         return 0
 
-    def most_dynamic_heads(self, num_heads: int) -> int:
-        """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
+    def most_dynamic_heads(self, num_heads: int, covered: int) -> int:
+        """How many of the model's `num_heads` KV heads, over all layers, `covered` tokens of a prompt make dynamic."""
         return 0
 
     @property
@@ -270,8 +270,8 @@ class RetrievalConfig(CompressorConfig):
         """Vectors of head_dim that describe `num_tokens`, whole pages, of a dynamic head on the device."""
         return self.retrieval.count_vectors(num_tokens)
 
-    def most_dynamic_heads(self, num_heads: int) -> int:
-        """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
+    def most_dynamic_heads(self, num_heads: int, covered: int) -> int:
+        """How many of the model's `num_heads` KV heads, over all layers, `covered` tokens of a prompt make dynamic."""
         return num_heads
 
 

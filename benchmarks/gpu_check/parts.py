@@ -32,7 +32,12 @@ SERVER_LOAD = {
     "cuda": servers.Load((200, 333, 1500, 2049, 4000, 8191), 64),
 }
 ADMISSION = {"cpu": AdmissionLoad(12, 1024, 48, 3), "cuda": AdmissionLoad()}
-BANDWIDTH_CHUNKS: tuple[tuple[int, ChunkScore], ...] = ((8, "mean_max"), (16, "mean_max"), (8, "key_codes"))
+BANDWIDTH_CHUNKS: tuple[tuple[int, ChunkScore], ...] = (
+    (8, "mean_max"),
+    (16, "mean_max"),
+    (8, "key_codes"),
+    (8, "half_codes"),
+)
 """Page size and chunk score of the rows."""
 
 Row = dict[str, Any]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from benchmarks.quality.cases import SECOND_TASKS, TEXT, Cell
 from benchmarks.quality.data import Questions
 from benchmarks.quality.servers import FULL, HYBRIDKV, STOCK, ServerSpec
 from benchmarks.scenes import LOOKUP_KINDS
 from benchmarks.texts import FREE_KINDS
+from sglang_hybridkv.config import ChunkScore
 
 COMPARED = (
     "hybridkv",
@@ -46,7 +47,7 @@ Variants = dict[str, dict[str, Any]]
 ABLATION: Variants = {
     "": {},
     "all static": {"theta": 0.0},
-    "all dynamic": {"max_dynamic_heads": 1.0},
+    "all dynamic": {"max_dynamic_heads": 1.0, "long_prompt_dynamic_heads": 1.0},
     "no head level": {"static_weight": "uniform"},
     "neither level": {"static_weight": "uniform", "dynamic_ratio": 1.0},
     "paper": {"preset": "paper"},
@@ -72,8 +73,8 @@ SWEEP: Variants = {
         preset=("paper",),
         dynamic_share=(0.2, 0.32, 0.5, 0.75, 0.9),
         dynamic_ratio=(1.0, 2.0, 3.0, 4.0),
-        max_dynamic_heads=(0.1, 0.25, 0.34, 0.5),
-        chunk_score=("mean_max", "mean_mean", "quest", "arkvale", "mean2_max", "mean4_max", "mean_spread", "key_codes"),
+        max_dynamic_heads=(0.1, 0.25, 0.34, 0.5, 0.68),
+        chunk_score=get_args(get_args(ChunkScore)[0]),
         chunk_size=(1, 2, 8),
         page_size=(8, 16, 32),
         static_weight=("sparsity", "density", "uniform"),

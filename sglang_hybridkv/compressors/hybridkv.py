@@ -16,14 +16,16 @@ from sglang_hybridkv.compressors.token_order import text_first_order
 from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RecentWindow, RetrievalConfig
 
 # Defaults by preset; a field that the user gives wins. "paper" is the published method, its open choices inferred.
-# "tuned" is what the fields say, found on drawn scenes and on real text with a pretrained model, see docs/quality.md: a
-# fixed share of the heads retrieves, those that would lose most of their worst query or hit the most chunks; they are
-# served single tokens, found by codes of all keys; static heads keep single tokens, too, not neighbourhoods.
+# "tuned" is what the fields say, found on drawn scenes and on real text with a pretrained model, see docs/quality.md:
+# those heads retrieve that would lose most of their worst query or hit the most chunks, a share of all that depends on
+# the prompt's length alone; they are served single tokens, found by codes of all keys; static heads keep single tokens,
+# too, not neighbourhoods.
 _PAPER: dict[str, Any] = {
     "page_size": 16,
     "statistic": "sparsity",
     "theta": 0.9,
     "max_dynamic_heads": 1.0,
+    "long_prompt_dynamic_heads": 1.0,
     "dynamic_share": 0.32,
     "static_weight": "sparsity",
     "text_share": 1.0,
@@ -43,7 +45,7 @@ class HybridKVConfig(RetrievalConfig):
     per_request: ClassVar[tuple[str, ...]] = (*RetrievalConfig.per_request, "theta")
 
     page_size: PageSize = 8
-    chunk_score: ChunkScore = "key_codes"
+    chunk_score: ChunkScore = "half_codes"
     recent_window: RecentWindow = 8
     pool_kernel: PoolKernel = 1
     preset: Literal["tuned", "paper"] = Field(
@@ -64,9 +66,18 @@ class HybridKVConfig(RetrievalConfig):
         "dynamic as max_dynamic_heads allows",
     )
     max_dynamic_heads: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.34,
+        0.68,
         description="largest share of the heads that are dynamic: those with the lowest statistic. The number of heads "
         "is rounded; pages and host memory are reserved for no more",
+    )
+    long_prompt_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] = Field(
+        2048,
+        description="tokens of a prompt from which on fewer heads are dynamic, so that a decode step fetches no more "
+        "rows from host memory: the share falls as the length grows, to long_prompt_dynamic_heads",
+    )
+    long_prompt_dynamic_heads: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.34,
+        description="the smallest value that the share falls to; max_dynamic_heads where that is smaller",
     )
     sparsity_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.01, description="'sparsity' counts keys below this fraction of a row's largest probability (inferred)"
@@ -103,11 +114,14 @@ class HybridKVConfig(RetrievalConfig):
         preset = values.get("preset", "tuned") if isinstance(values, dict) else None
         return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
 
-    def most_dynamic_heads(self, num_heads: int) -> int:
-        """How many of the model's `num_heads` KV heads, over all layers, may be dynamic."""
-        # As the user wrote it, and half a head counts: 0.34 of 8 heads are 3, 0.25 of 90 are 23.
-        share = Fraction(repr(self.max_dynamic_heads))
-        return math.floor(share * num_heads + Fraction(1, 2)) if self.theta > 0 else 0
+    def most_dynamic_heads(self, num_heads: int, covered: int) -> int:
+        """How many of the model's `num_heads` KV heads, over all layers, `covered` tokens of a prompt make dynamic."""
+        if self.theta == 0:
+            return 0
+        # As the user wrote them, and half a head counts: 0.34 of 8 heads are 3, 0.25 of 90 are 23.
+        most, least = Fraction(repr(self.max_dynamic_heads)), Fraction(repr(self.long_prompt_dynamic_heads))
+        falling = most * self.long_prompt_tokens / max(covered, self.long_prompt_tokens)
+        return math.floor(min(most, max(least, falling)) * num_heads + Fraction(1, 2))
 
 
 def best_places(statistics: torch.Tensor) -> torch.Tensor:
@@ -169,7 +183,8 @@ class HybridKV(Compressor):
         config = self.config
         statistics = observation.statistic.view(*observation.statistic.shape[:2], -1)
         statistic = statistics[..., 0]
-        most = config.most_dynamic_heads(statistic.numel()) if may_retrieve else 0
+        covered = len(observation.is_text)
+        most = config.most_dynamic_heads(statistic.numel(), covered) if may_retrieve else 0
         is_dynamic = lowest(best_places(statistics), most) & (
             statistics.nan_to_num(nan=float("inf")).amin(dim=-1) < config.theta
         )

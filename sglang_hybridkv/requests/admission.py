@@ -75,13 +75,14 @@ def decide(
         return DenseReason.PREFILL_ONLY
     if max_new_tokens == 1:
         return DenseReason.NO_DECODE
+    covered = covered_tokens(prompt_len, pool.page_size)
     geometry = prompt_geometry(
         prompt_len,
         config.budget,
         page_size=pool.page_size,
         head_pages_per_page=pool.head_pages_per_page,
-        summary_vectors=config.summary_vectors(covered_tokens(prompt_len, pool.page_size)),
-        max_dynamic_heads=config.most_dynamic_heads(pool.head_pages_per_page),
+        summary_vectors=config.summary_vectors(covered),
+        max_dynamic_heads=config.most_dynamic_heads(pool.head_pages_per_page, covered),
     )
     floor = min(config.min_head_pages, geometry.num_prompt_pages)
     if geometry.total_head_pages < floor * pool.head_pages_per_page:

@@ -327,7 +327,7 @@ def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool) -> in
     if wanted is not None:
         return wanted
     heads = pool.layer_num * pool.head_num
-    for_dynamic_heads = _HOST_STORE_FACTOR * pool.pool_bytes * config.most_dynamic_heads(heads) // heads
+    for_dynamic_heads = _HOST_STORE_FACTOR * pool.pool_bytes * config.most_dynamic_heads(heads, 0) // heads
     return min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * psutil.virtual_memory().available))
 
 

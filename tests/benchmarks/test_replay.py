@@ -14,7 +14,7 @@ from benchmarks.quality.cases import CONTEXTS
 from benchmarks.quality.models import TINY_MODEL
 from benchmarks.replay import Prompt, Replay, ReplayedModel, compress, everything, observe
 from benchmarks.scenes import ask, draw_scene, user_message
-from hybridkv_kernels.chunks import CHUNK_SCORES
+from hybridkv_kernels.chunks import CHUNK_SCORES, CODE_HEADER
 from sglang_hybridkv.requests.spans import VisualSpan
 from tests.builders import TinyPool, fresh_generator, full_attention, make_compressor
 
@@ -108,7 +108,8 @@ def test_resident_share_counts_what_the_engine_holds() -> None:
     held = compress(prompt, compressor_of("hybridkv", 0.3, max_dynamic_heads=0.5))
     pages = LENGTH // 8
     kept = int(held.num_pages.sum())
-    summaries = int(held.is_dynamic.sum()) * -(-pages // 16)
+    vectors = -(-(CODE_HEADER + pages) // 2)  # half of two bits an element is a sixteenth of a key of 16 bits
+    summaries = int(held.is_dynamic.sum()) * -(-vectors // 16)
     assert kept <= 0.3 * pages * LAYERS * HEADS < kept + 1
     device = -(-(kept + summaries) // (LAYERS * HEADS)) + 1  # and the dense tail's page
     assert held.record(LENGTH)["resident_ratio"] == pytest.approx(device / (pages + 1))

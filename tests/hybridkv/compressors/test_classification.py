@@ -1,6 +1,7 @@
 import dataclasses
 from decimal import Decimal
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,3 +43,14 @@ def test_of_two_statistics_each_names_its_lowest_heads_in_turn(case, settings, d
     expected = [head for head in taken[:most] if both.flatten(0, 1)[head].min().item() < theta]
     assert plan.is_dynamic.flatten().nonzero().flatten().tolist() == sorted(expected)
     assert int(plan.num_head_pages.sum()) == total
+
+
+@LAWS
+@given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(1, 4096), st.integers(1, 90), st.integers(0, 10**6))
+def test_longer_prompts_have_fewer_dynamic_heads_and_no_more_rows_to_fetch(most, least, tokens, num_heads, covered):
+    config = HybridKVConfig(max_dynamic_heads=most, long_prompt_dynamic_heads=least, long_prompt_tokens=tokens)
+    count = config.most_dynamic_heads(num_heads, covered)
+    rows = most * min(covered, tokens)  # of one head, on average, up to long_prompt_tokens
+    exact = max(min(least, most) * covered, rows) * num_heads
+    assert count * covered == pytest.approx(exact, abs=0.5001 * covered)
+    assert config.most_dynamic_heads(num_heads, covered + 1) <= count
