@@ -158,25 +158,19 @@ class HybridKV(Compressor):
     def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """The configured statistic [H], or two [H, 2], and mean probability as salience."""
         config = self.config
-        scores = [
-            score_heads(
-                layer.q,
-                layer.k_rows,
-                layer.slots,
-                scaling=layer.scaling,
-                statistic=statistic,
-                sparsity_fraction=config.sparsity_fraction,
-                mass_fraction=config.mass_fraction,
-                capture_fraction=config.capture_fraction,
-                num_sinks=config.num_sink_tokens,
-                num_recent=config.recent_window,
-                chunk_size=config.page_size,
-            )
-            for statistic in config.statistic.split("+")
-        ]
-        if len(scores) == 1:
-            return scores[0]
-        return torch.stack([statistic for statistic, _ in scores], dim=-1), scores[0][1]
+        return score_heads(
+            layer.q,
+            layer.k_rows,
+            layer.slots,
+            scaling=layer.scaling,
+            statistic=config.statistic,
+            sparsity_fraction=config.sparsity_fraction,
+            mass_fraction=config.mass_fraction,
+            capture_fraction=config.capture_fraction,
+            num_sinks=config.num_sink_tokens,
+            num_recent=config.recent_window,
+            chunk_size=config.page_size,
+        )
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Types by threshold, budgets by type and weight; no host sync."""

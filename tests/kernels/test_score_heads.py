@@ -344,6 +344,7 @@ def test_captured_keys_are_rounded_up_from_what_the_user_wrote(num_tokens, fract
         ("slots", torch.zeros(10, dtype=torch.int32)),
         ("slots", torch.zeros(10, 1, dtype=torch.int64)),
         ("statistic", "entropy"),
+        ("statistic", "capture+"),
         ("capture_fraction", 0.0),
         ("capture_fraction", 1.0),
         ("capture_fraction", -0.1),
@@ -371,6 +372,17 @@ def test_keys_by_token_slot_equal_the_gathered_keys(statistic):
     expected = score_heads(q, pool[slots], scaling=0.3, statistic=statistic)
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_several_statistics_are_those_of_one_at_a_time():
+    generator = fresh_generator()
+    q, k = torch.randn(6, 4, 32, generator=generator), torch.randn(77, 2, 32, generator=generator)
+    together, salience = score_heads(q, k, scaling=0.3, statistic="+".join(STATISTICS))
+    for got, name in zip(together.T, STATISTICS, strict=True):
+        alone, alone_salience = score_heads(q, k, scaling=0.3, statistic=name)
+        assert torch.equal(got, alone)
+        assert torch.equal(salience, alone_salience)
 
 
 @pytest.mark.parametrize("num_rows", [0, 6])

@@ -67,10 +67,12 @@ struct ScoreArgs {
   const void* q;            // [num_rows, num_q_heads, D]
   const void* k;            // [tokens or slots, num_kv_heads, D]
   const int64_t* slots;     // [num_tokens], or null: token i is row i of k
-  float* out_statistic;     // [num_kv_heads]
+  const int32_t* statistics; // [num_statistics], numbers of HK_SPARSITY and so on
+  float* out_statistic;     // [num_kv_heads, num_statistics]
   float* out_salience;      // [num_kv_heads, num_tokens]
   int64_t num_tokens, low_rank, high_rank, num_captured;
-  int32_t num_rows, num_q_heads, num_kv_heads, head_dim, type, num_threads, statistic, chunk_size, num_sinks, num_recent;
+  int32_t num_rows, num_q_heads, num_kv_heads, head_dim, type, num_threads, num_statistics, chunk_size;
+  int32_t num_sinks, num_recent;
   float scaling, sparsity_fraction, mass_fraction, hit_level;
 };
 

@@ -32,8 +32,9 @@ def score_heads(
         pool, [slots, H, D].
     slots : [N], int64. Token slots of the prompt in that layer; None where k is the prompt.
     scaling : factor of q . k before the softmax.
-    statistic : one of STATISTICS. In [0, 1]; high means that the head is safe to prune: few tokens ("sparsity",
-        "top_mass"), or tokens that stay while the query moves ("hit_cv", "stability", "capture", "worst_capture").
+    statistic : one of STATISTICS, or several joined by "+". In [0, 1]; high means that the head is safe to prune: few
+        tokens ("sparsity", "top_mass"), or tokens that stay while the query moves ("hit_cv", "stability", "capture",
+        "worst_capture").
     sparsity_fraction, mass_fraction, chunk_size : parameters of the statistics; see `naive`.
     capture_fraction : share of the keys that "capture" and "worst_capture" keep, in (0, 1).
     num_sinks, num_recent : keys that these two keep before all others: the first of the prompt, and those that end
@@ -41,7 +42,7 @@ def score_heads(
 
     Returns
     -------
-    statistic : [H], fp32.
+    statistic : [H], fp32; [H, S] of S statistics.
     salience : [H, N], fp32. Probability of each key, averaged over the rows and the group.
 
     Raises
@@ -68,8 +69,8 @@ def score_heads(
     checks.check_shape("q", q, (None, None, head_dim))
     if q.shape[1] % num_kv_heads or not 1 <= q.shape[0] <= num_tokens:
         raise ValueError(f"q: expected 1..{num_tokens} rows of a multiple of {num_kv_heads} heads, got {list(q.shape)}")
-    if statistic not in STATISTICS:
-        raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, got {statistic!r}")
+    if not set(statistic.split("+")) <= set(STATISTICS):
+        raise ValueError(f"statistic: expected {', '.join(STATISTICS)}, or several joined by '+', got {statistic!r}")
     if not 0 < capture_fraction < 1:
         raise ValueError(f"capture_fraction: expected a number above 0 and below 1, got {capture_fraction!r}")
     for name, number in (("num_sinks", num_sinks), ("num_recent", num_recent)):

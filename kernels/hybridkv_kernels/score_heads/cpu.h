@@ -121,9 +121,9 @@ static double stability(const ScoreArgs& a, const float* probs) {
   return std::min(1.0, total / (a.num_rows - 1));
 }
 
-// A query's probability on sinks, recent keys and those that its group wants most in the other rows, mean or minimum;
-// NaN counts as 0.
-static double capture(const ScoreArgs& a, const float* probs, const float* queries) {
+// A query's probability on sinks, recent keys and those that its group wants most in the other rows, minimum where
+// `is_worst`, otherwise mean; NaN counts as 0.
+static double capture(const ScoreArgs& a, const float* probs, const float* queries, bool is_worst) {
   if (a.num_rows == 1) return 0.0;
   const size_t num_tokens = size_t(a.num_tokens);
   std::vector<float> row(num_tokens);
@@ -155,16 +155,16 @@ static double capture(const ScoreArgs& a, const float* probs, const float* queri
   }
   double total = 0.0, worst = 1.0;
   for (double mass : captured) total += std::min(1.0, mass), worst = std::min(worst, mass);
-  return a.statistic == HK_WORST_CAPTURE ? worst : total / double(captured.size());
+  return is_worst ? worst : total / double(captured.size());
 }
 
-static double statistic(const ScoreArgs& a, const float* probs, const float* queries) {
-  switch (a.statistic) {
+static double statistic(const ScoreArgs& a, int number, const float* probs, const float* queries) {
+  switch (number) {
     case HK_SPARSITY: return sparsity(a, probs);
     case HK_TOP_MASS: return top_mass(a, probs);
     case HK_HIT_CV: return hit_cv(a, probs);
     case HK_STABILITY: return stability(a, probs);
-    default: return capture(a, probs, queries);
+    default: return capture(a, probs, queries, number == HK_WORST_CAPTURE);
   }
 }
 
@@ -174,7 +174,8 @@ void score_heads(const ScoreArgs& a) {
   for (int h = 0; h < a.num_kv_heads; ++h) {
     std::vector<float> probs(size_t(a.num_rows) * a.num_tokens), queries;
     observe_head<T, D>(a, h, probs.data(), queries);
-    a.out_statistic[h] = float(statistic(a, probs.data(), queries.data()));
+    for (int s = 0; s < a.num_statistics; ++s)
+      a.out_statistic[h * a.num_statistics + s] = float(statistic(a, a.statistics[s], probs.data(), queries.data()));
     float* salience = a.out_salience + int64_t(h) * a.num_tokens;
     std::fill(salience, salience + a.num_tokens, 0.f);
     for (int w = 0; w < a.num_rows; ++w) {

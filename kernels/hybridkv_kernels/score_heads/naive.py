@@ -23,15 +23,21 @@ def score_heads(
     num_sinks: int = 0,
     num_recent: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Statistic [H] and salience [H, N]; arguments as the public function's."""
+    """Arguments and result as the public function's."""
     queries, causal = query_attention(q, k if slots is None else k[slots], scaling)
-    probs = queries.mean(dim=1)
-    if statistic in OF_QUERIES:
-        captured = capture(queries, num_captured(probs.shape[-1], capture_fraction), num_sinks, num_recent)
-        value = captured_statistic(statistic, captured)
-    else:
-        value = row_statistic(statistic, probs, causal, sparsity_fraction, mass_fraction, chunk_size)
-    return value, probs.mean(dim=1)
+    probs, values = queries.mean(dim=1), []
+    for name in statistic.split("+"):
+        if name in OF_QUERIES:
+            captured = capture(queries, num_captured(probs.shape[-1], capture_fraction), num_sinks, num_recent)
+            values.append(captured_statistic(name, captured))
+        else:
+            values.append(row_statistic(name, probs, causal, sparsity_fraction, mass_fraction, chunk_size))
+    return join_statistics(values), probs.mean(dim=1)
+
+
+def join_statistics(values: list[torch.Tensor]) -> torch.Tensor:
+    """[H] of one statistic, [H, S] of S."""
+    return values[0] if len(values) == 1 else torch.stack(values, dim=-1)
 
 
 def row_statistic(

@@ -1,9 +1,9 @@
 """Triton twin of `score_heads`: two passes over the keys, and a third for the statistics of single query heads.
 
 1. Log-sum-exp of each query; programs share the keys. 2. Probabilities of each row, averaged over the group, and the
-salience. 3. "capture" only: each query's probability on the kept keys of its row. The logits are computed anew in each
-pass, so that scratch is [H, W, N] and not [H * G, W, N]. The functions of `naive` then compute the statistics from the
-probabilities, in torch; none of it waits for the device.
+salience. 3. "capture" and "worst_capture" only: each query's probability on the kept keys of its row. The logits are
+computed anew in each pass, so that scratch is [H, W, N] and not [H * G, W, N]. The functions of `naive` then compute
+the statistics from the probabilities, in torch; none of it waits for the device.
 """
 
 import torch
@@ -205,16 +205,17 @@ def score_heads(
     passes = _Passes(q, k, slots, scaling)
     lse = passes.row_lse()
     probs, salience = passes.probabilities(lse)
-    finite = probs.nan_to_num(0.0)
-    if statistic not in naive.OF_QUERIES:
-        causal = naive.causal_mask(num_rows, num_tokens, k.device)
-        value = naive.row_statistic(statistic, finite, causal, sparsity_fraction, mass_fraction, chunk_size)
-    elif num_rows == 1:
-        value = probs.new_zeros(len(probs))
-    else:
-        kept = _kept_keys(finite, naive.num_captured(num_tokens, capture_fraction), num_sinks, num_recent)
-        value = naive.captured_statistic(statistic, passes.captured(lse, kept))
-    return value, salience
+    finite, values = probs.nan_to_num(0.0), []
+    for name in statistic.split("+"):
+        if name not in naive.OF_QUERIES:
+            causal = naive.causal_mask(num_rows, num_tokens, k.device)
+            values.append(naive.row_statistic(name, finite, causal, sparsity_fraction, mass_fraction, chunk_size))
+        elif num_rows == 1:
+            values.append(probs.new_zeros(len(probs)))
+        else:
+            kept = _kept_keys(finite, naive.num_captured(num_tokens, capture_fraction), num_sinks, num_recent)
+            values.append(naive.captured_statistic(name, passes.captured(lse, kept)))
+    return naive.join_statistics(values), salience
 
 
 def _kept_keys(probs: torch.Tensor, num_kept: int, num_sinks: int, num_recent: int) -> torch.Tensor:
