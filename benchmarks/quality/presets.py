@@ -31,9 +31,17 @@ HEADLINE_BUDGETS = (0.1, 0.05)
 SCENE_TASKS = ("get", "list", "chain", "count", "main")
 HEADLINE_CELL = Cell("coherent", 1600, 120, (*SCENE_TASKS, *SECOND_TASKS))
 PLAIN_CELL = Cell("coherent", 1600, 40, SCENE_TASKS)
-TEXT_TASKS = ("needle", "price", "crew", "cloze", *FREE_KINDS, *SECOND_TASKS)
+ANSWER_TASKS = ("needle", "price", "crew", "cloze")
+TEXT_TASKS = (*ANSWER_TASKS, *FREE_KINDS, *SECOND_TASKS)
 """Tasks without those that SmolLM2 cannot do, compressed or not: "pair", "hop" and "tally"."""
-TEXT_CELLS = tuple(Cell(TEXT, length, n, TEXT_TASKS) for length, n in ((2000, 40), (1000, 20), (4000, 20), (7000, 10)))
+HEADLINE_TEXT_CELLS = (
+    Cell(TEXT, 2000, 120, ANSWER_TASKS),
+    Cell(TEXT, 2000, 25, (*FREE_KINDS, *SECOND_TASKS)),
+)
+TEXT_CELLS = (
+    *HEADLINE_TEXT_CELLS,
+    *(Cell(TEXT, length, n, TEXT_TASKS) for length, n in ((1000, 20), (4000, 20), (7000, 10))),
+)
 OTHER_CELLS = (
     Cell("coherent", 400, 40, SCENE_TASKS),
     Cell("coherent", 2400, 40, SCENE_TASKS),
@@ -44,10 +52,15 @@ OTHER_CELLS = (
 Variants = dict[str, dict[str, Any]]
 """Settings of hybridkv by name; "" are the defaults."""
 
+ALL_DYNAMIC: Variants = {
+    "all dynamic": {"max_dynamic_heads": 1.0, "long_prompt_dynamic_heads": 1.0, "dynamic_ratio": 1.0}
+}
+"""Beside `random` the simplest thing to beat."""
+HEADLINE_VARIANTS: Variants = {"": {}, **ALL_DYNAMIC}
 ABLATION: Variants = {
     "": {},
     "all static": {"theta": 0.0},
-    "all dynamic": {"max_dynamic_heads": 1.0, "long_prompt_dynamic_heads": 1.0},
+    **ALL_DYNAMIC,
     "no head level": {"static_weight": "uniform"},
     "neither level": {"static_weight": "uniform", "dynamic_ratio": 1.0},
     "paper": {"preset": "paper"},
@@ -108,7 +121,7 @@ class Preset:
 PRESETS = {
     # This one is for continuous integration: lookups only, and few enough for five minutes on two busy cores.
     "smoke": Preset((HYBRIDKV,), (0.1,), (Cell("coherent", 1600, 32, LOOKUP_KINDS),)),
-    "headline": Preset((FULL, *COMPARED), HEADLINE_BUDGETS, (HEADLINE_CELL,)),
+    "headline": Preset((FULL, *COMPARED), HEADLINE_BUDGETS, (HEADLINE_CELL,), variants=HEADLINE_VARIANTS),
     "full": Preset(
         (FULL, *COMPARED),
         (0.1, 0.05, 0.2, 0.5, 1.0),
@@ -122,7 +135,12 @@ PRESETS = {
 TEXT_PRESETS = {
     # This one is for continuous integration, too: it takes minutes, in process.
     "smoke": Preset((HYBRIDKV,), (0.1,), (Cell(TEXT, 1000, 8, ("needle", "price", "crew", "cloze", "summary")),)),
-    "headline": Preset((FULL, HYBRIDKV, "snapkv", "quest", "random"), HEADLINE_BUDGETS, TEXT_CELLS[:1]),
+    "headline": Preset(
+        (FULL, HYBRIDKV, "snapkv", "quest", "random"),
+        HEADLINE_BUDGETS,
+        HEADLINE_TEXT_CELLS,
+        variants=HEADLINE_VARIANTS,
+    ),
     "full": Preset((FULL, *(name for name in COMPARED if name != "sparsemm")), (0.1, 0.05, 0.2), TEXT_CELLS),
 }
 """Compressors for models of text, with real weights. sparsemm is left out: its calibration is about images."""
@@ -151,17 +169,18 @@ class Choices:
 
     def cells(self, usual: Sequence[Cell]) -> list[Cell]:
         """The preset's `usual` cells with these choices in their place; cells that it does not have are made."""
-        known = {(cell.scene, cell.context): cell for cell in usual}
         usual_tasks = {"page": ("read",), TEXT: TEXT_TASKS}
         chosen = []
-        for scene in self.scenes or dict.fromkeys(scene for scene, _ in known):
-            sizes = [size for name, size in known if name == scene] or [2000 if scene == TEXT else 1600]
-            for context in self.contexts or sizes:
-                default = Cell(scene, context, 40, usual_tasks.get(scene, SCENE_TASKS))
-                cell = known.get((scene, context), default)
-                half = self.split if self.split and scene == TEXT else cell.split
-                tasks = tuple(self.tasks or cell.tasks)
-                chosen.append(dataclasses.replace(cell, tasks=tasks, n=self.n or cell.n, split=half))
+        for scene in self.scenes or dict.fromkeys(cell.scene for cell in usual):
+            sizes = [cell.context for cell in usual if cell.scene == scene] or [2000 if scene == TEXT else 1600]
+            for context in self.contexts or dict.fromkeys(sizes):
+                known = [cell for cell in usual if (cell.scene, cell.context) == (scene, context)]
+                known = known or [Cell(scene, context, 40, usual_tasks.get(scene, SCENE_TASKS))]
+                # All tasks that the user names are asked of as many scenes as the first.
+                for cell in known[:1] if self.tasks else known:
+                    half = self.split if self.split and scene == TEXT else cell.split
+                    tasks = tuple(self.tasks or cell.tasks)
+                    chosen.append(dataclasses.replace(cell, tasks=tasks, n=self.n or cell.n, split=half))
         return chosen
 
 

@@ -42,7 +42,8 @@ def command(folder: Path, tmp_path: Path) -> list[str]:
     model.mkdir()
     (model / "config.json").write_text("{}")
     sets = ["--data", f"{CHOICE}={folder}", "--data", f"{OPEN}={folder}"]
-    return [*sets, "--compressors", "hybridkv", "--budgets", "0.1", "--model-path", str(model), *out(tmp_path)]
+    one_server = ["--compressors", "hybridkv", "--budgets", "0.1", "--variants", "{}"]
+    return [*sets, *one_server, "--model-path", str(model), *out(tmp_path)]
 
 
 def out(folder: Path) -> list[str]:

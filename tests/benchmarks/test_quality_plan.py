@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.quality.cases import TASKS
 from benchmarks.quality.cli import main, parse_variants
-from benchmarks.quality.presets import ABLATION, PRESETS, SWEEP, Choices, build_plan
+from benchmarks.quality.presets import ABLATION, PRESETS, SWEEP, TEXT_PRESETS, Choices, build_plan
 from benchmarks.quality.servers import (
     ServerSpec,
     launch_config,
@@ -52,6 +52,16 @@ def test_choices_replace_those_of_the_preset() -> None:
         ("page", 2, ("get",)),
         ("coherent", 2, ("get",)),
     }
+
+
+def test_a_preset_may_ask_some_tasks_less_often_and_a_choice_of_tasks_is_asked_once() -> None:
+    cells = build_plan(TEXT_PRESETS["headline"], Choices())[0][1]
+    assert {task: cell.n for cell in cells for task in cell.tasks} == {
+        **dict.fromkeys(("needle", "price", "crew", "cloze"), 120),
+        **dict.fromkeys(("sequel", "summary", "second_new", "second_turn", "second_in_place"), 25),
+    }
+    (cell,) = build_plan(TEXT_PRESETS["headline"], Choices(tasks=["crew", "sequel"], split="held-out"))[0][1]
+    assert (cell.tasks, cell.n, cell.split) == (("crew", "sequel"), 120, "held-out")
 
 
 def test_short_prompts_are_compressed_too_unless_the_variant_says_otherwise() -> None:
