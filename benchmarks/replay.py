@@ -200,6 +200,7 @@ class Replay:
         self._tails: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * len(prompt.k)
         self._rows: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._summaries: dict[tuple[int, int], torch.Tensor] = {}
+        self._resident: dict[tuple[int, int, int], torch.Tensor] = {}
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
@@ -225,7 +226,7 @@ class Replay:
                 rows = self._static_rows(i, layer_idx, kv_head)
                 own = (k[i, kv_head], v[i, kv_head])
                 out[i, kv_head] = _softmax_attention(grouped[i, kv_head], rows, own, None, is_later, scaling)
-        for settings, kv_heads, unseen in self._retrieve(layer_idx, grouped):
+        for settings, kv_heads, unseen in self._retrieve(layer_idx, grouped, keep=True):
             prompt, heads = self.prompt, (settings, kv_heads)
             rows = tuple(x[layer_idx, :, kv_heads].transpose(0, 1).unsqueeze(1) for x in (prompt.k, prompt.v))
             own = tuple(x.unsqueeze(2)[heads] for x in (k, v))
@@ -257,9 +258,13 @@ class Replay:
         return self._rows[key]
 
     def _retrieve(
-        self, layer_idx: int, grouped: torch.Tensor
+        self, layer_idx: int, grouped: torch.Tensor, *, keep: bool = False
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Settings [E] and KV heads [E] that retrieve alike, and prompt rows [E, 1, T, N] that each query misses."""
+        """Settings [E] and KV heads [E] that retrieve alike, and prompt rows [E, 1, T, N] that each query misses.
+
+        Where the settings have a hysteresis, later calls know what the last query has left on the device if this one
+        is to `keep` it.
+        """
         groups: dict[tuple[Retrieval, int, int], list[tuple[int, int]]] = {}
         for i, held in enumerate(self.held):
             config = held.config
@@ -273,12 +278,27 @@ class Replay:
             by_query = _score_chunks(q.flatten(1, 2), vectors, retrieval, covered).unflatten(1, q.shape[1:3])
             scores = join_group(by_query.transpose(1, 2).flatten(0, 1), retrieval.chunk_score)  # [E * T, C]
             pages = torch.stack([self.held[i].num_pages[layer_idx, kv_head] for i, kv_head in members])
-            counts = pages.repeat_interleave(q.shape[2]) * (page_size // retrieval.chunk_size)
-            forced = retrieval.forced_chunks(scores.shape[1], counts)
-            chosen = top_chunks(scores.masked_fill(forced, float("inf")), counts).unflatten(0, (len(q), -1))
+            counts = pages * (page_size // retrieval.chunk_size)
+            if retrieval.hysteresis:
+                resident = torch.stack([self._resident_chunks(layer_idx, i, kv_head) for i, kv_head in members])
+                steps = []
+                for step_scores in scores.unflatten(0, (len(q), -1)).unbind(1):
+                    resident = _choose(step_scores + retrieval.hysteresis * resident, counts, retrieval)
+                    steps.append(resident)
+                chosen = torch.stack(steps, dim=1)
+                if keep:
+                    self._resident |= {(layer_idx, *one): row for one, row in zip(members, resident, strict=True)}
+            else:
+                chosen = _choose(scores, counts.repeat_interleave(q.shape[2]), retrieval).unflatten(0, (len(q), -1))
             unseen = torch.zeros(*chosen.shape[:2], len(self.prompt.ids), dtype=torch.bool)
             unseen[..., :covered] = ~chosen.repeat_interleave(retrieval.chunk_size, dim=2)
             yield settings, kv_heads, unseen.unsqueeze(1)
+
+    def _resident_chunks(self, layer_idx: int, i: int, kv_head: int) -> torch.Tensor:
+        """[C], bool: chunks that a dynamic head of a setting holds."""
+        held = self.held[i]
+        first = held.kept[layer_idx, kv_head].unflatten(0, (-1, held.config.tokens_per_chunk)).any(dim=1)
+        return self._resident.get((layer_idx, i, kv_head), first)
 
     def _chunk_summaries(self, layer_idx: int, i: int) -> torch.Tensor:
         """[H, vectors, D]: what a setting keeps on the device of one layer to choose chunks by."""
@@ -288,6 +308,12 @@ class Replay:
             assert held.query_rms is not None, "heads are dynamic after an observation"
             self._summaries[layer_idx, i] = summarize_heads(held.config.retrieval, k, v, held.query_rms[layer_idx])
         return self._summaries[layer_idx, i]
+
+
+def _choose(scores: torch.Tensor, counts: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:
+    """[E, C], bool: the forced chunks and the best of the others by their scores [E, C], counts [E] in all."""
+    forced = retrieval.forced_chunks(scores.shape[1], counts)
+    return top_chunks(scores.masked_fill(forced, float("inf")), counts)
 
 
 def _score_chunks(q: torch.Tensor, vectors: torch.Tensor, retrieval: Retrieval, covered: int) -> torch.Tensor:

@@ -103,6 +103,17 @@ ChunkSize = Annotated[
         "a chunk_score of codes, and a page otherwise"
     ),
 ]
+Hysteresis = Annotated[
+    float,
+    Field(
+        ge=0.0,
+        le=16.0,
+        description="by how much a chunk in host memory has to beat one on the device before it is fetched in its "
+        "place, where a query's scores are measured in their own spread. 0 fetches the best chunks for each query; "
+        "more saves traffic over the host link and lets answers depend a little on earlier queries. Only with a "
+        "chunk_score of codes",
+    ),
+]
 Unretrieved = Annotated[
     Literal["drop", "estimate"],
     Field(
@@ -223,6 +234,7 @@ class RetrievalConfig(CompressorConfig):
 
     chunk_score: ChunkScore = "mean_max"
     chunk_size: ChunkSize = None
+    hysteresis: Hysteresis = 0.0
     unretrieved: Unretrieved = "drop"
     prefetch: Prefetch = "off"
     prefetch_similarity: PrefetchSimilarity = 0.9
@@ -240,6 +252,11 @@ class RetrievalConfig(CompressorConfig):
 
     @model_validator(mode="after")
     def _chunks_fill_pages(self) -> RetrievalConfig:
+        if self.hysteresis and self.chunk_score not in CODED_SCORES:
+            raise ValueError(
+                f"hysteresis = {self.hysteresis!r} is not allowed with chunk_score = {self.chunk_score!r}; "
+                f"legal: 0, or a chunk_score of codes ({', '.join(CODED_SCORES)})"
+            )
         try:
             self.retrieval.check(self.page_size)
         except ValueError as error:
@@ -264,7 +281,7 @@ class RetrievalConfig(CompressorConfig):
         """The same for the kernels, with sinks and recent window in chunks, rounded up."""
         size = self.tokens_per_chunk
         sinks, recent = -(-self.num_sink_tokens // size), -(-self.recent_window // size)
-        return Retrieval(sinks, recent, self.chunk_score, size, self.estimates)
+        return Retrieval(sinks, recent, self.chunk_score, size, self.estimates, self.hysteresis)
 
     def summary_vectors(self, num_tokens: int) -> int:
         """Vectors of head_dim that describe `num_tokens`, whole pages, of a dynamic head on the device."""

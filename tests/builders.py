@@ -141,7 +141,8 @@ def make_compressor(name, num_layers, num_kv_heads, *, scores=None, **config):
 
 def eager_config(**values) -> HybridKVConfig:
     """A method that compresses the shortest prompts, to the least, and may make every head dynamic."""
-    eager = {"page_size": 8, "min_head_pages": 1, "min_prompt_tokens": 1, "max_dynamic_heads": 1.0}
+    eager = {"page_size": 8, "min_head_pages": 1, "min_prompt_tokens": 1}
+    eager |= {"max_dynamic_heads": 1.0, "long_prompt_dynamic_heads": 1.0}
     return HybridKVConfig(**eager | values)
 
 

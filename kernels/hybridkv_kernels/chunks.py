@@ -42,6 +42,8 @@ class Retrieval:
         chunks.
     estimate : whether chunks that are not retrieved take part in attention through their means. Their summaries then
         carry mean values (`summarize_chunks` with v), each chunk is a page, and the score is in ESTIMATING_SCORES.
+    hysteresis : by how much a chunk that is not resident has to beat one that is, in the unit of the coded scores: the
+        spread that a query's scores would have if the channels of the keys were independent. 0 with other scores.
     """
 
     num_sink_chunks: int
@@ -49,10 +51,14 @@ class Retrieval:
     chunk_score: str
     chunk_size: int
     estimate: bool = False
+    hysteresis: float = 0.0
 
     def check(self, page_size: int) -> None:
         """ValueError that names the field unless chunks of this size fill a page and can be scored so."""
         check_score(self.chunk_score, estimate=self.estimate)
+        if not (self.hysteresis == 0 or (self.is_coded and self.hysteresis > 0)):
+            legal = "a number at least 0" if self.is_coded else f"0 with {self.chunk_score}, whose scores have no unit"
+            raise ValueError(f"hysteresis: expected {legal}, got {self.hysteresis!r}")
         size = self.chunk_size
         if size < 1 or page_size % size:
             raise ValueError(f"chunk_size: expected a divisor of the page size {page_size}, got {size}")

@@ -27,6 +27,7 @@ SETTINGS = {
     "pairs of tokens": ("hybridkv", {"max_dynamic_heads": 0.5, "chunk_size": 2}),
     "static": ("hybridkv", {"theta": 0.0}),
     "dynamic": ("hybridkv", {"max_dynamic_heads": 1.0}),
+    "hysteresis": ("hybridkv", {"max_dynamic_heads": 0.5, "hysteresis": 1.0}),
     "pages of 16": ("hybridkv", {"max_dynamic_heads": 0.5, "page_size": 16}),
     "snapkv": ("snapkv", {}),
     "look-m": ("look-m", {}),

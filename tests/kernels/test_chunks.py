@@ -179,6 +179,8 @@ def test_a_selection_of_another_size_than_its_buffer_is_an_error():
         (Retrieval(1, 1, "mean_max", 4, estimate=True), "chunk_size"),
         (Retrieval(1, 1, "mean_max", 1), "chunk_size"),
         (Retrieval(1, 1, "quest", 2), "chunk_size"),
+        (Retrieval(1, 1, "quest", 8, hysteresis=0.5), "hysteresis"),
+        (Retrieval(1, 1, "key_codes", 1, hysteresis=float("nan")), "hysteresis"),
     ],
 )
 def test_a_retrieval_that_cannot_be_is_named(retrieval, name):

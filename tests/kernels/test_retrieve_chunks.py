@@ -46,8 +46,17 @@ def check_attention(pool, prompt, layer, q, out):
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
 
 
-def check_selection(pool, prompt, layer, q):
-    """A dynamic head holds the forced chunks and, of the rest, the best for this query."""
+def held_by(pool, prompt, layer):
+    """Chunks that each dynamic head of a layer holds."""
+    heads = [head for head in range(pool.layout.num_kv_heads) if pool.is_dynamic(prompt, layer, head)]
+    return {head: set(pool.mapped_chunks(prompt, layer, head)) for head in heads}
+
+
+def check_selection(pool, prompt, layer, q, before=None):
+    """A dynamic head holds the forced chunks and, of the rest, the best for this query.
+
+    With hysteresis those that it held `before` count more.
+    """
     config, covered = pool.config, prompt.reservation.geometry.covered
     size, sinks, recent = windows_of(config)
     grouped = q.view(pool.layout.num_kv_heads, -1, q.shape[-1])
@@ -59,6 +68,8 @@ def check_selection(pool, prompt, layer, q):
         assert forced <= held
         chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.shape.head_dim)
         scores = plain_scores(chunks, grouped[head], config.chunk_score, prompt.query_rms[layer, head])
+        had = (before or {}).get(head, set())
+        scores = [score + config.hysteresis * (chunk in had) for chunk, score in enumerate(scores)]
         chosen, dropped = held - forced, set(range(covered // size)) - held
         if chosen and dropped:
             assert min(scores[c] for c in chosen) >= max(scores[c] for c in dropped) - 1e-4
@@ -89,9 +100,11 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
         theta=st.sampled_from([0.0, 0.5, 1.01]),
         windows=st.sampled_from([(0, 0), (4, 16), (20, 40)]),
         group_size=st.sampled_from([1, 7]),
+        hysteresis=st.sampled_from([0.0, 0.5, 16.0]),
     )
-    def build(self, seed, budget, scored, theta, windows, group_size):
+    def build(self, seed, budget, scored, theta, windows, group_size, hysteresis):
         how = {"budget": budget, "theta": theta, "chunk_score": scored[0], "chunk_size": scored[1]}
+        how |= {"hysteresis": hysteresis} if scored[0] in CODED_SCORES else {}
         config = eager_config(**how, num_sink_tokens=windows[0], recent_window=windows[1])
         generator = seeded(seed)
         self.pool = TinyPool(generator, config, head_dim=32, group_size=group_size)
@@ -121,17 +134,18 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
             for place, chunk in before[h].items():
                 assert after[place] == chunk or chunk not in after.values(), "what stays does not move"
         assert (chosen, hit) == (expected_chosen, expected_chosen - expected_missing)
-        check_selection(pool, prompt, layer, self.last_q)
+        check_selection(pool, prompt, layer, self.last_q, {h: set(before[h].values()) for h in heads})
         check_attention(pool, prompt, layer, self.last_q, out)
 
     @rule(layer=st.integers(0, 1))
     def query_all(self, layer):
         pool = self.pool
         q = pool.queries(3)
+        before = [held_by(pool, prompt, layer) if prompt.reservation else {} for prompt in self.prompts]
         out = self.pool.decode(self.prompts, layer, q)
-        for prompt, query, mine in zip(self.prompts, q, out, strict=True):
+        for prompt, query, mine, had in zip(self.prompts, q, out, before, strict=True):
             if prompt.reservation:
-                check_selection(pool, prompt, layer, query)
+                check_selection(pool, prompt, layer, query, had)
             check_attention(pool, prompt, layer, query, mine)
 
     @rule(which=st.integers(0, 2))
@@ -228,6 +242,7 @@ def arguments_of(pool, prompts, layer, q):
         ("retrieval.chunk_score", lambda name: "mean"),
         ("retrieval.chunk_size", lambda size: 3),
         ("retrieval.chunk_size", lambda size: 0),
+        ("retrieval.hysteresis", lambda hysteresis: -0.5),
         ("views.held_chunks", lambda t: t[:, :1]),
     ],
 )
@@ -335,6 +350,29 @@ def test_equals_naive_over_many_steps(twin, windows, scored):
     assert same >= (steps - 1) * len(dtypes), "ties are rare"
 
 
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("hysteresis", [0.5, 16.0])
+@pytest.mark.parametrize("scored", [("key_codes", None), *CODED_CHUNKS])
+def test_equals_naive_with_hysteresis(scored, hysteresis):
+    how = {"budget": 0.3, "chunk_score": scored[0], "chunk_size": scored[1], "hysteresis": hysteresis}
+    pool, prompts, compressed = mixed_pool(**how)
+    for q in pool.queries(12).split(4):
+        assert check_same_step(pool, compressed, prompts, 0, q)
+
+
+@each_implementation
+def test_more_hysteresis_fetches_less_and_a_great_deal_of_it_nothing():
+    moved = []
+    for hysteresis in (0.0, 1.0, 16.0):
+        pool = dynamic_pool(theta=1.01, chunk_score="half_codes", hysteresis=hysteresis)
+        prompt = pool.add_prompt(20 * P)
+        pool.compress(prompt)
+        for q in pool.queries(6).split(1):
+            pool.decode([prompt], 0, q)
+        moved.append(int(pool.counters[0] - pool.counters[1]))
+    assert moved[0] > moved[1] > moved[2] == 0
+
+
 @pytest.mark.parametrize("budget", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("num_programs", [1, 10_000])
 @pytest.mark.parametrize(("block", "chunk_score"), [(32, "mean_spread"), (2048, "mean_spread"), (64, "half_codes")])
@@ -345,7 +383,8 @@ def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk
 
         monkeypatch.setattr(triton, "top_block", lambda num_chunks: block)
         monkeypatch.setattr(triton, "_TARGET_PROGRAMS", num_programs)
-    config = eager_config(budget=budget, chunk_score=chunk_score)
+    hysteresis = 0.5 if chunk_score in CODED_SCORES else 0.0
+    config = eager_config(budget=budget, chunk_score=chunk_score, hysteresis=hysteresis)
     pool = TinyPool(fresh_generator(), config, num_layers=1, num_kv_heads=2, pages=220, host_pages=80)
     prompt, before = pool.add_prompt(51 * P), torch.get_num_threads()
     pool.compress(prompt)

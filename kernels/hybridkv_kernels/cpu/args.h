@@ -57,6 +57,7 @@ struct RetrieveArgs {
   int64_t max_pages, max_host_pages;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
   int32_t type, num_threads, chunk_score, chunk_size, score_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
+  float hysteresis;                  // added to the scores of resident chunks
 };
 
 enum HkStatistic : int32_t {

@@ -42,7 +42,8 @@ def retrieve_chunks(
     Notes
     -----
     A head's buffer then holds the forced chunks and the best of the others, exactly; among equal scores the earlier
-    chunk wins. Cost: the summaries once, and 2 T D itemsize bytes a missing chunk of T tokens over the host link.
+    chunk wins. With hysteresis the scores of the chunks that the buffer holds already are raised by it, so that fewer
+    are fetched. Cost: the summaries once, and 2 T D itemsize bytes a missing chunk of T tokens over the host link.
     Source: HybridKV (arXiv 2604.05887), its chunk-wise retrieval; Quest (arXiv 2406.10774); ArkVale (NeurIPS 2024).
     "mean2_max" and "mean4_max" score finer than they move: the mean of 16 neighbours that have nothing in common
     describes each of them badly. "mean_spread" (ours) expects more of a chunk whose keys differ: max over the group of

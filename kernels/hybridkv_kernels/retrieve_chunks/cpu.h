@@ -206,19 +206,29 @@ struct DynamicHead {
     return chosen;
   }
 
+  // Where the pool holds what is at a place of the buffer; places are counted in chunks.
+  int64_t slot(int64_t place) const {
+    const int64_t in_page = a.page_size / a.chunk_size;
+    return head_page(a, row, a.first_head_page[head] + place / in_page) * in_page + place % in_page;
+  }
+
+  // A chunk that is not resident has to beat one that is by the hysteresis.
+  void favour_resident(std::vector<float>& scores) const {
+    if (a.hysteresis == 0.f) return;
+    for (int64_t place = 0; place < num_selected; ++place) scores[size_t(a.held_chunks[slot(place)])] += a.hysteresis;
+  }
+
   int64_t fetch(const std::vector<int32_t>& selected) const {
     enum : uint8_t { kUnwanted, kMissing, kResident };
     std::vector<uint8_t> state(size_t(num_chunks), kUnwanted);
     for (int32_t c : selected) state[size_t(c)] = kMissing;
     std::vector<int64_t> victims;
-    // Places of the buffer, and rows of the host store, are counted in chunks from here on.
+    // Rows of the host store are counted in chunks, too.
     const int64_t in_page = a.page_size / a.chunk_size;
     for (int64_t place = 0; place < num_selected; ++place) {
-      const int64_t page = head_page(a, row, a.first_head_page[head] + place / in_page);
-      const int64_t slot = page * in_page + place % in_page;
-      uint8_t& held = state[size_t(a.held_chunks[slot])];
+      uint8_t& held = state[size_t(a.held_chunks[slot(place)])];
       if (held == kMissing) held = kResident;
-      else victims.push_back(slot);
+      else victims.push_back(slot(place));
     }
     const int64_t per_page = int64_t(a.num_layers) * a.num_kv_heads, elements = int64_t(a.chunk_size) * D;
     size_t next = 0;
@@ -252,6 +262,7 @@ void retrieve_chunks(const RetrieveArgs& a) {
     const DynamicHead<T, D> dynamic{a, row, head, a.num_prompt_pages[row] * in_page, a.num_head_pages[head] * in_page};
     std::vector<float> scores(size_t(dynamic.num_chunks));
     dynamic.score(static_cast<const typename T::Storage*>(a.q) + e * group * D, group, scores);
+    dynamic.favour_resident(scores);
     chosen += dynamic.num_selected - dynamic.force(scores);
     moved += dynamic.fetch(dynamic.select(scores));
   }

@@ -28,6 +28,7 @@ class RetrieveArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS.split()),
         *((name, ctypes.c_int64) for name in ("max_pages", "max_host_pages")),
         *((name, ctypes.c_int32) for name in _SIZES.split()),
+        ("hysteresis", ctypes.c_float),
     ]
 
 
@@ -87,5 +88,6 @@ def retrieve_chunks(
         retrieval.stored_vectors,
         retrieval.num_sink_chunks,
         retrieval.num_recent_chunks,
+        retrieval.hysteresis,
     )
     cpu.call("hk_retrieve", arguments)

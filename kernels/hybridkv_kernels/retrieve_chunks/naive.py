@@ -37,11 +37,14 @@ def retrieve_chunks(
         counts = table.num_head_pages[row, layer_idx, heads].to(torch.int64)
         num_selected = counts * in_page
         forced = retrieval.forced_chunks(scores.shape[1], num_selected)
+        places = chunk_places(table.buffer_page_ids(row, layer_idx, heads, counts), in_page)
+        held, in_buffer = held_in(places, num_selected, views.held_chunks.view(-1))
+        scores = scores + retrieval.hysteresis * resident_chunks(held, in_buffer, scores.shape[1])
         selected = choose_chunks(scores, forced, num_selected)
         num_prompt_pages = int(table.num_prompt_pages[row])
         moved = fetch_chunks(
             selected,
-            chunk_places(table.buffer_page_ids(row, layer_idx, heads, counts), in_page),
+            places,
             num_selected,
             views.held_chunks.view(-1),
             k_chunks,
@@ -159,6 +162,23 @@ def choose_chunks(scores: torch.Tensor, forced: torch.Tensor, num_selected: torc
     return top_chunks(scores.masked_fill(forced, float("inf")), num_selected)
 
 
+def held_in(
+    places: torch.Tensor, num_places: torch.Tensor, held_chunks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chunks [E, S], int64, at the `places` [E, S] of each buffer, 0 beyond its num_places [E], and which are inside.
+
+    `held_chunks` [slots], int32, is the residency map of the pool.
+    """
+    in_buffer = torch.arange(places.shape[1], device=places.device) < num_places[:, None]
+    return held_chunks[places].to(torch.int64).masked_fill(~in_buffer, 0), in_buffer
+
+
+def resident_chunks(held: torch.Tensor, in_buffer: torch.Tensor, num_chunks: int) -> torch.Tensor:
+    """[E, C], bool: chunks that a buffer holds, by the result of `held_in`."""
+    counts = torch.zeros(len(held), num_chunks, dtype=torch.int32, device=held.device)
+    return counts.scatter_add_(1, held, in_buffer.to(torch.int32)) > 0
+
+
 def fetch_chunks(
     selected: torch.Tensor,
     places: torch.Tensor,
@@ -185,9 +205,8 @@ def fetch_chunks(
     -----
     A chunk that stays keeps its place, so a buffer is not in position order.
     """
-    in_buffer = torch.arange(places.shape[1], device=selected.device) < num_places[:, None]
-    held = held_chunks[places].to(torch.int64).masked_fill(~in_buffer, 0)
-    resident = torch.zeros_like(selected, dtype=torch.int32).scatter_add_(1, held, in_buffer.to(torch.int32)) > 0
+    held, in_buffer = held_in(places, num_places, held_chunks)
+    resident = resident_chunks(held, in_buffer, selected.shape[1])
     missing_head, missing_chunk = (selected & ~resident).nonzero(as_tuple=True)
     victim_head, victim_place = (in_buffer & ~selected.gather(1, held)).nonzero(as_tuple=True)
     assert torch.equal(missing_head, victim_head), "a buffer must have as many places as its head selects chunks"

@@ -1,8 +1,9 @@
 """Triton twin of `retrieve_chunks`: three launches a layer whose grids depend on shapes only.
 
 1. Score, in `triton_score`: programs of an entry (request, KV head) share its chunks.
-2. Choose: one program an entry finds the threshold, marks the chosen chunks that the buffer holds, lists the slots that
-   hold others, and lists the chosen chunks without a mark: both in order, which is the pairing of `naive`.
+2. Choose: one program an entry raises the scores of resident chunks by the hysteresis, finds the threshold, marks the
+   chosen chunks that the buffer holds, lists the slots that hold others, and lists the chosen chunks without a mark:
+   both in order, which is the pairing of `naive`.
 3. Fetch: programs of an entry share these lists and read the host rows through their pinned address (zero copy). A
    program copies several small chunks at once, so that many loads are under way.
 
@@ -18,7 +19,14 @@ from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids
 from hybridkv_kernels.gpu.top import load_images, top_block, top_threshold
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
-from hybridkv_kernels.retrieve_chunks.triton_score import VARYING, forced_counts, load_entry, score_launch
+from hybridkv_kernels.retrieve_chunks.triton_score import (
+    VARYING,
+    forced_counts,
+    image_score,
+    load_entry,
+    score_image,
+    score_launch,
+)
 
 _COPY_BLOCK = 2048  # elements of keys, and as many of values, that a program copies at once
 _TARGET_PROGRAMS = 1024  # programs of 4 warps in a launch: they fill a large GPU, and idle ones cost little
@@ -43,6 +51,26 @@ def _last_tie(images, num_chunks, threshold, wanted, BLOCK: tl.constexpr):
     return last
 
 
+@triton.jit
+def _held_chunks(
+    held_chunks,
+    pages,
+    first,
+    start,
+    num_selected,
+    pages_per_layer,
+    L: tl.constexpr,
+    H: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Slots and chunks of BLOCK buffer places of an entry, and which of the places there are."""
+    place = start + tl.arange(0, BLOCK)
+    inside = place < num_selected
+    slot = _chunk_slots(pages, first, place, inside, pages_per_layer, L, H, C)
+    return slot, tl.load(held_chunks + slot, mask=inside, other=0), inside
+
+
 @triton.jit(do_not_specialize=VARYING)
 def _choose_kernel(
     held_chunks,
@@ -64,10 +92,12 @@ def _choose_kernel(
     max_chunks,
     num_sinks,
     num_recent,
+    hysteresis,
     L: tl.constexpr,
     H: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    HAS_HYSTERESIS: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64)
     row, head, is_mine = load_entry(req_rows, is_dynamic, layer_idx, L, H)
@@ -78,14 +108,22 @@ def _choose_kernel(
     first, pages = tl.load(first_head_page + head), all_pages + row * max_pages
     lists = entry * max_chunks
     images, marks = image_rows + lists, mark_rows + lists
+    if HAS_HYSTERESIS:
+        for start in range(0, num_selected, BLOCK):
+            _, held, inside = _held_chunks(
+                held_chunks, pages, first, start, num_selected, pages_per_layer, L, H, C, BLOCK
+            )
+            image = tl.load(images + held, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            raised = score_image(image_score(image) + hysteresis).to(tl.int32, bitcast=True)
+            tl.store(images + held, raised, mask=inside & (image != 0xFFFFFFFF))  # forced chunks are the largest
+        tl.debug_barrier()  # other threads read the images
     threshold, wanted = top_threshold(images, num_chunks, num_selected, BLOCK, 32)
     last_tie = _last_tie(images, num_chunks, threshold, wanted, BLOCK)
     num_missing, num_reused = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
     for start in range(0, num_selected, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < num_selected
-        slot = _chunk_slots(pages, first, place, inside, pages_per_layer, L, H, C)
-        held = tl.load(held_chunks + slot, mask=inside, other=0)
+        slot, held, inside = _held_chunks(
+            held_chunks, pages, first, start, num_selected, pages_per_layer, L, H, C, BLOCK
+        )
         image = tl.load(images + held, mask=inside, other=0).to(tl.uint32, bitcast=True)
         is_chosen = (image > threshold) | ((image == threshold) & (held <= last_tie))
         tl.store(marks + held, 1, mask=inside & is_chosen)
@@ -231,8 +269,10 @@ def retrieve_chunks(
         max_chunks,
         retrieval.num_sink_chunks,
         retrieval.num_recent_chunks,
+        retrieval.hysteresis,
         **shape,
         BLOCK=top_block(max_chunks),
+        HAS_HYSTERESIS=retrieval.hysteresis != 0,
         num_warps=16,
     )
     chunk_elements = retrieval.chunk_size * head_dim

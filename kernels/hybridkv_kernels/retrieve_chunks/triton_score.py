@@ -148,12 +148,25 @@ def forced_counts(num_selected, num_sinks, num_recent):
 
 
 @triton.jit
-def _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent):
-    """[BC], uint32: larger for a better chunk, largest for forced ones; NaN is the least of all."""
+def score_image(score):
+    """uint32 images that have the order of fp32 scores; NaN is the least of all."""
     score = tl.where(score == score, score, -float("inf"))
     score = tl.where(score == 0.0, 0.0, score)  # -0.0 counts as 0.0
     bits = score.to(tl.uint32, bitcast=True)
-    bits = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def image_score(image):
+    """The fp32 scores of such images."""
+    bits = tl.where((image >> 31) != 0, image ^ 0x80000000, image ^ 0xFFFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent):
+    """[BC], uint32: larger for a better chunk, largest for forced ones; NaN is the least of all."""
+    bits = score_image(score)
     sinks, recent = forced_counts(num_selected, num_sinks, num_recent)
     is_forced = (chunk < sinks) | (chunk >= num_chunks - recent)
     return tl.where(is_forced, 0xFFFFFFFF, bits).to(tl.uint32)
