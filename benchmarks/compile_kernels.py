@@ -31,7 +31,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.gpu_check.pool import Shape
 from hybridkv_kernels import gpu
-from hybridkv_kernels.chunks import Retrieval
+from hybridkv_kernels.chunks import CODED_SCORES, Retrieval
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 
 ARCHITECTURES = (80, 90, 100)
@@ -125,7 +125,8 @@ def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | 
         q = queries(shape, NUM_REQUESTS)
         k_host, v_host = views.k_pages.clone(), views.v_pages.clone()
         counters, rows = torch.zeros(2, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
-        retrieval = Retrieval(1, 2, chunk_score, size, estimate)
+        hysteresis = 0.5 if chunk_score in CODED_SCORES else 0.0
+        retrieval = Retrieval(1, 2, chunk_score, size, estimate, hysteresis)
         return gpu.load_twin("retrieve_chunks")(q, views, table, k_host, v_host, counters, 0, rows, retrieval)
 
     return call

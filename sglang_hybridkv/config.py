@@ -20,6 +20,7 @@ from hybridkv_kernels.chunks import CODED_SCORES, ESTIMATING_SCORES, Retrieval
 BUDGET_FLAG = "--kv-compressor-budget"
 CONFIG_FLAG = "--kv-compressor-config"
 
+_HYSTERESIS = 0.5  # with a chunk_score of codes
 _LONGEST_VALUE = 80  # characters of a bad value that a sentence repeats
 # Words for the types of JSON Schema.
 _KINDS = {
@@ -104,14 +105,12 @@ ChunkSize = Annotated[
     ),
 ]
 Hysteresis = Annotated[
-    float,
+    Annotated[float, Field(ge=0.0, le=16.0)] | None,
     Field(
-        ge=0.0,
-        le=16.0,
         description="by how much a chunk in host memory has to beat one on the device before it is fetched in its "
-        "place, where a query's scores are measured in their own spread. 0 fetches the best chunks for each query; "
-        "more saves traffic over the host link and lets answers depend a little on earlier queries. Only with a "
-        "chunk_score of codes",
+        "place, where a query's scores are measured in their own spread; only with a chunk_score of codes. 0 fetches "
+        "the best chunks for each query; more saves traffic over the host link and lets answers depend a little on "
+        "earlier queries. null means 0.5 with codes, and 0 otherwise",
     ),
 ]
 Unretrieved = Annotated[
@@ -234,7 +233,7 @@ class RetrievalConfig(CompressorConfig):
 
     chunk_score: ChunkScore = "mean_max"
     chunk_size: ChunkSize = None
-    hysteresis: Hysteresis = 0.0
+    hysteresis: Hysteresis = None
     unretrieved: Unretrieved = "drop"
     prefetch: Prefetch = "off"
     prefetch_similarity: PrefetchSimilarity = 0.9
@@ -281,7 +280,10 @@ class RetrievalConfig(CompressorConfig):
         """The same for the kernels, with sinks and recent window in chunks, rounded up."""
         size = self.tokens_per_chunk
         sinks, recent = -(-self.num_sink_tokens // size), -(-self.recent_window // size)
-        return Retrieval(sinks, recent, self.chunk_score, size, self.estimates, self.hysteresis)
+        hysteresis = self.hysteresis
+        if hysteresis is None:
+            hysteresis = _HYSTERESIS if self.chunk_score in CODED_SCORES else 0.0
+        return Retrieval(sinks, recent, self.chunk_score, size, self.estimates, hysteresis)
 
     def summary_vectors(self, num_tokens: int) -> int:
         """Vectors of head_dim that describe `num_tokens`, whole pages, of a dynamic head on the device."""

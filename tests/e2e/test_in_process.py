@@ -11,6 +11,7 @@ from benchmarks.quality.cli import main
 from benchmarks.quality.store import read_answers
 
 ASKED = ["--compressors", "hybridkv", "--budgets", "0.1", "--scenes", "coherent", "--contexts", "400", "--n", "3"]
+ASKED += ["--variants", "{}"]
 
 
 def answers_of(out: Path, *how: str) -> dict[tuple[str, str], Any]:

@@ -69,7 +69,7 @@ def check_selection(pool, prompt, layer, q, before=None):
         chunks = prompt.keys[layer, head, :covered].view(-1, size, pool.shape.head_dim)
         scores = plain_scores(chunks, grouped[head], config.chunk_score, prompt.query_rms[layer, head])
         had = (before or {}).get(head, set())
-        scores = [score + config.hysteresis * (chunk in had) for chunk, score in enumerate(scores)]
+        scores = [score + config.retrieval.hysteresis * (chunk in had) for chunk, score in enumerate(scores)]
         chosen, dropped = held - forced, set(range(covered // size)) - held
         if chosen and dropped:
             assert min(scores[c] for c in chosen) >= max(scores[c] for c in dropped) - 1e-4
@@ -100,7 +100,7 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
         theta=st.sampled_from([0.0, 0.5, 1.01]),
         windows=st.sampled_from([(0, 0), (4, 16), (20, 40)]),
         group_size=st.sampled_from([1, 7]),
-        hysteresis=st.sampled_from([0.0, 0.5, 16.0]),
+        hysteresis=st.sampled_from([0.0, None, 16.0]),
     )
     def build(self, seed, budget, scored, theta, windows, group_size, hysteresis):
         how = {"budget": budget, "theta": theta, "chunk_score": scored[0], "chunk_size": scored[1]}
@@ -383,8 +383,7 @@ def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk
 
         monkeypatch.setattr(triton, "top_block", lambda num_chunks: block)
         monkeypatch.setattr(triton, "_TARGET_PROGRAMS", num_programs)
-    hysteresis = 0.5 if chunk_score in CODED_SCORES else 0.0
-    config = eager_config(budget=budget, chunk_score=chunk_score, hysteresis=hysteresis)
+    config = eager_config(budget=budget, chunk_score=chunk_score)
     pool = TinyPool(fresh_generator(), config, num_layers=1, num_kv_heads=2, pages=220, host_pages=80)
     prompt, before = pool.add_prompt(51 * P), torch.get_num_threads()
     pool.compress(prompt)
