@@ -1,5 +1,7 @@
 """Write docs/settings.md and docs/refusals.md from the code: ``python -m benchmarks.docs``.
 
+The tables of today's defaults in docs/quality.md come from the committed rows.
+
 ``tests/test_docs.py`` says whether the committed files are current.
 """
 
@@ -10,6 +12,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.quality.front_picture import MODELS, RESULTS, read_newest
+from benchmarks.quality.report import markdown
 from hybridkv_patches import server_args
 from hybridkv_patches.activation import SUPPORTED_SGLANG
 from sglang_hybridkv.compressors import BUILT_IN
@@ -19,6 +23,8 @@ from sglang_hybridkv.requests.admission import EXPLANATIONS
 from sglang_hybridkv.srt import refusals
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN_TABLES, END_TABLES = "<!-- tables of today's defaults -->", "<!-- end of the tables of today's defaults -->"
+TASKS_OF_BETTER_MODELS = ("pair", "hop", "tally")
 GENERATED = "<!-- Written from the code by `python -m benchmarks.docs`; do not edit. -->"
 
 SETTINGS = """# Settings
@@ -202,9 +208,23 @@ def refusals_page() -> str:
     )
 
 
+def quality_page() -> str:
+    """docs/quality.md with the tables of today's defaults, a section a model."""
+    head, begin, rest = (DOCS / "quality.md").read_text(encoding="utf-8").partition(BEGIN_TABLES)
+    _, end, tail = rest.partition(END_TABLES)
+    if not (begin and end):
+        raise ValueError(f"docs/quality.md: expected the marks {BEGIN_TABLES} and {END_TABLES}")
+    rows = [row for row in read_newest(RESULTS) if row["task"] not in TASKS_OF_BETTER_MODELS]
+    sections = [
+        f"### {name}\n\n{markdown([row for row in rows if row['model'] == model], '####')}"
+        for model, name in MODELS.items()
+    ]
+    return "\n".join([f"{head}{begin}\n", *sections, f"{end}{tail}"])
+
+
 def pages() -> dict[Path, str]:
     """Return the text of every generated file."""
-    texts = {"settings.md": settings_page(), "refusals.md": refusals_page()}
+    texts = {"settings.md": settings_page(), "refusals.md": refusals_page(), "quality.md": quality_page()}
     return {DOCS / name: text.rstrip() + "\n" for name, text in texts.items()}
 
 

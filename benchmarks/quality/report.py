@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -62,31 +62,44 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _mean_kl(rows: Iterable[Row], field: str) -> str:
+    values = [row[field] for row in rows if row[field] is not None]
+    return f"{fmean(values):.3f}" if values else ""
+
+
+def _table(rows: Sequence[Row], heading: str) -> list[str]:
     tasks = sorted({row["task"] for row in rows}, key=task_order)
     servers: dict[tuple[str, float | None], dict[str, Row]] = {}
     for row in rows:
         servers.setdefault((name_of(row), row["budget"]), {})[row["task"]] = row
     tokens = sorted({row["prompt_tokens"] for row in rows})
     between = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
-    lines = [f"### {title(rows[0])} ({between} prompt tokens)", ""]
-    lines.append(_line(["compressor", "budget", "n", *tasks, "resident"]))
-    lines.append(_line(["---"] * (4 + len(tasks))))
+    has_free = any(row["forced_kl"] is not None for row in rows)
+    divergences = ["KL", *(["KL of free text"] if has_free else [])]
+    lines = [f"{heading} {title(rows[0])} ({between} prompt tokens)", ""]
+    lines.append(_line(["compressor", "budget", "n", *tasks, *divergences, "resident"]))
+    lines.append(_line(["---"] * (4 + len(tasks) + len(divergences))))
     for (name, budget), by_task in servers.items():
         ratios = [row["resident_ratio"] for row in by_task.values() if row["resident_ratio"]]
         resident = fmean(ratios) if ratios else None
         counts = sorted({row["n"] for row in by_task.values()})
         n = "-".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         cells = [_cell(by_task.get(task)) for task in tasks]
+        answers = [row for row in by_task.values() if row["exact_match"] is not None]
+        free = [row for row in by_task.values() if row["exact_match"] is None]
+        cells += [_mean_kl(answers, "kl"), *([_mean_kl(free, "forced_kl")] if has_free else [])]
         lines.append(_line([name, "" if budget is None else f"{budget:g}", n, *cells, _percent(resident)]))
     return [*lines, ""]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return all tables. Exact match with its 95 % Wilson interval; ▼ where it is below full, paired, at 95 %."""
+def markdown(rows: Sequence[Row], heading: str = "###") -> str:
+    """Return all tables. Exact match with its 95 % Wilson interval; ▼ where it is below full, paired, at 95 %.
+
+    KL is the mean over the tasks, `kl` of those with an answer and `forced_kl` of free text.
+    """
     lines: list[str] = []
     for group in tables(rows).values():
-        lines += _table(group)
+        lines += _table(group, heading)
     return "\n".join(lines)
 
 

@@ -38,8 +38,8 @@ def test_tables_have_a_line_a_server_and_a_column_a_task(store: Path, capsys: py
     assert main(["report", "--out", str(store)]) == 0
     text = capsys.readouterr().out
     coherent, page = text.split("### ")[1:]
-    assert "| compressor | budget | n | get | list | resident |" in coherent
-    assert "| compressor | budget | n | read | resident |" in page
+    assert "| compressor | budget | n | get | list | KL | resident |" in coherent
+    assert "| compressor | budget | n | read | KL | resident |" in page
     lines = [line for line in coherent.splitlines() if line.startswith("| ")][2:]
     assert [line.split(" | ")[:2] for line in lines] == [
         ["| stock", ""],
