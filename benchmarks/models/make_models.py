@@ -80,6 +80,8 @@ SPECS = {
     "tiny-qwen2_5_vl-d128": ModelSpec("qwen2_5_vl", num_q_heads=4, num_kv_heads=2, head_dim=128, seed=2),
     "tiny-qwen2": ModelSpec("qwen2", seed=3),
     "tiny-llama": ModelSpec("llama", seed=4),
+    "tiny-qwen3": ModelSpec("qwen3", num_q_heads=6, num_kv_heads=2, seed=5),
+    "tiny-mistral": ModelSpec("mistral", num_q_heads=6, num_kv_heads=2, seed=6),
 }
 
 
@@ -123,6 +125,7 @@ def _text_config(spec: ModelSpec, tokenizer: Any) -> dict[str, Any]:
         "num_hidden_layers": spec.num_layers,
         "num_attention_heads": spec.num_q_heads,
         "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
@@ -167,20 +170,14 @@ def _vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
 
 
 def _build(spec: ModelSpec, tokenizer: Any) -> Any:
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-    )
+    import transformers
 
     if spec.family == "qwen2_5_vl":
-        return Qwen2_5_VLForConditionalGeneration(_vl_config(spec, tokenizer))
+        return transformers.Qwen2_5_VLForConditionalGeneration(_vl_config(spec, tokenizer))
+    name = {"qwen2": "Qwen2", "llama": "Llama", "qwen3": "Qwen3", "mistral": "Mistral"}[spec.family]
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    if spec.family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**_text_config(spec, tokenizer), **rope))
-    return LlamaForCausalLM(LlamaConfig(**_text_config(spec, tokenizer), **rope))
+    config = getattr(transformers, f"{name}Config")(**_text_config(spec, tokenizer), **rope, sliding_window=None)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
 def _initialise(model: Any, spec: ModelSpec) -> None:
@@ -201,11 +198,15 @@ def _initialise(model: Any, spec: ModelSpec) -> None:
 def _spread_heads(model: Any, spec: ModelSpec) -> None:
     """Scale the key weights of each KV head so that its scores spread by its value of `HEAD_SPREADS`.
 
-    Queries and keys have unit variance, so a score (q . k / sqrt(D)) does too before this factor.
+    Queries and keys have unit variance, so a score (q . k / sqrt(D)) does too before this factor. Where keys are
+    normalised the heads of a layer share the factor, and layers differ.
     """
     text = getattr(model.model, "language_model", model.model)
     for layer_id, layer in enumerate(text.layers):
         key = layer.self_attn.k_proj
+        if hasattr(layer.self_attn, "k_norm"):
+            layer.self_attn.k_norm.weight *= HEAD_SPREADS[layer_id % len(HEAD_SPREADS)]
+            continue
         for kv_head in range(spec.num_kv_heads):
             spread = HEAD_SPREADS[(kv_head * len(HEAD_SPREADS) // spec.num_kv_heads + layer_id) % len(HEAD_SPREADS)]
             rows = slice(kv_head * spec.head_dim, (kv_head + 1) * spec.head_dim)

@@ -29,7 +29,9 @@ KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16")
 # A model that writes the cache inside its RoPE kernel would bypass the observation, see models/utils.py.
 ARCHITECTURES = (
     "LlamaForCausalLM",
+    "MistralForCausalLM",
     "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
 )
