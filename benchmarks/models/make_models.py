@@ -29,6 +29,16 @@ LOGIT_STD = 3.0
 HEAD_SPREADS = (0.5, 1.5, 3.0, 9.0)
 """Standard deviation of the attention scores, one value per KV head; rotated by one head from layer to layer."""
 
+TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {}),
+    "llama": ("Llama", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+}
+"""Name in transformers, and settings that the others do not have."""
+VISION_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VL", 14), "qwen3_vl": ("Qwen3VL", 16)}
+"""Name of the processor, and pixels of a patch's side."""
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -82,6 +92,8 @@ SPECS = {
     "tiny-llama": ModelSpec("llama", seed=4),
     "tiny-qwen3": ModelSpec("qwen3", num_q_heads=6, num_kv_heads=2, seed=5),
     "tiny-mistral": ModelSpec("mistral", num_q_heads=6, num_kv_heads=2, seed=6),
+    "tiny-qwen3_moe": ModelSpec("qwen3_moe", num_q_heads=6, num_kv_heads=2, seed=7),
+    "tiny-qwen3_vl": ModelSpec("qwen3_vl", num_q_heads=6, num_kv_heads=2, seed=8),
 }
 
 
@@ -160,13 +172,42 @@ def _vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
             "tokens_per_second": 2,
             "hidden_act": "silu",
         },
-        **{f"{kind}_token_id": tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>") for kind in ("image", "video")},
-        **{
-            f"vision_{edge}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{edge}|>")
-            for edge in ("start", "end")
-        },
+        **_visual_token_ids(tokenizer),
         tie_word_embeddings=False,
     )
+
+
+def _qwen3_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import Qwen3VLConfig
+
+    half = spec.head_dim // 2
+    sides = half // 3
+    rope = {"rope_type": "default", "mrope_section": [half - 2 * sides, sides, sides], "mrope_interleaved": True}
+    return Qwen3VLConfig(
+        text_config={**_text_config(spec, tokenizer), "rope_parameters": {**rope, "rope_theta": 1e6}},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "in_channels": 3,
+            "out_hidden_size": spec.hidden_size,
+            "patch_size": VISION_FAMILIES["qwen3_vl"][1],
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 256,
+            "deepstack_visual_indexes": [0, 2],
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        **_visual_token_ids(tokenizer),
+        tie_word_embeddings=False,
+    )
+
+
+def _visual_token_ids(tokenizer: Any) -> dict[str, int]:
+    pads = {f"{kind}_token_id": f"<|{kind}_pad|>" for kind in ("image", "video")}
+    edges = {f"vision_{edge}_token_id": f"<|vision_{edge}|>" for edge in ("start", "end")}
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in (pads | edges).items()}
 
 
 def _build(spec: ModelSpec, tokenizer: Any) -> Any:
@@ -174,9 +215,11 @@ def _build(spec: ModelSpec, tokenizer: Any) -> Any:
 
     if spec.family == "qwen2_5_vl":
         return transformers.Qwen2_5_VLForConditionalGeneration(_vl_config(spec, tokenizer))
-    name = {"qwen2": "Qwen2", "llama": "Llama", "qwen3": "Qwen3", "mistral": "Mistral"}[spec.family]
+    if spec.family == "qwen3_vl":
+        return transformers.Qwen3VLForConditionalGeneration(_qwen3_vl_config(spec, tokenizer))
+    name, own = TEXT_FAMILIES[spec.family]
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    config = getattr(transformers, f"{name}Config")(**_text_config(spec, tokenizer), **rope, sliding_window=None)
+    config = getattr(transformers, f"{name}Config")(**_text_config(spec, tokenizer), **rope, **own)
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
@@ -188,7 +231,9 @@ def _initialise(model: Any, spec: ModelSpec) -> None:
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             if weight.ndim >= 2:
-                std = 1.0 if "embed_tokens" in name else 1.0 / math.sqrt(weight[0].numel())
+                # Experts lie one after the other in one tensor of three dimensions.
+                fan_in = weight.shape[-1] if weight.ndim == 3 else weight[0].numel()
+                std = 1.0 if "embed_tokens" in name else 1.0 / math.sqrt(fan_in)
                 weight.normal_(0.0, LOGIT_STD * std if "lm_head" in name else std, generator=generator)
             elif name.endswith("bias"):
                 weight.normal_(0.0, 0.2, generator=generator)
@@ -215,20 +260,20 @@ def _spread_heads(model: Any, spec: ModelSpec) -> None:
                 key.bias[rows] *= spread
 
 
-def _processors() -> dict[str, dict[str, Any]]:
+def _processors(name: str, patch_size: int) -> dict[str, dict[str, Any]]:
     pixels = {
-        "min_pixels": 4 * 784,
-        "max_pixels": 4096 * 784,
-        "patch_size": 14,
+        "min_pixels": 4 * (2 * patch_size) ** 2,
+        "max_pixels": 4096 * (2 * patch_size) ** 2,
+        "patch_size": patch_size,
         "temporal_patch_size": 2,
         "merge_size": 2,
     }
     sizes = {"size": {"shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
     colours = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    shared = {"processor_class": "Qwen2_5_VLProcessor", **pixels, **sizes, **colours}
+    shared = {"processor_class": f"{name}Processor", **pixels, **sizes, **colours}
     image = {"image_processor_type": "Qwen2VLImageProcessor", **shared}
     video = {
-        "video_processor_type": "Qwen2VLVideoProcessor",
+        "video_processor_type": "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor",
         "min_frames": 4,
         "max_frames": 768,
         "fps": 2.0,
@@ -256,7 +301,7 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path, processors: Mappin
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if processors:
-        settings["processor_class"] = "Qwen2_5_VLProcessor"
+        settings["processor_class"] = processors["preprocessor_config.json"]["processor_class"]
     for name, values in {"tokenizer_config.json": settings, **processors}.items():
         (folder / name).write_text(json.dumps(values, indent=1) + "\n")
 
@@ -290,7 +335,8 @@ def make_model(name: str, out_dir: Path = DEFAULT_DIR) -> Path:
         spec, tokenizer = SPECS[name], _tokenizer()
         model = _build(spec, tokenizer)
         _initialise(model, spec)
-        save_checkpoint(model, tokenizer, folder, _processors() if spec.family == "qwen2_5_vl" else {})
+        processors = _processors(*VISION_FAMILIES[spec.family]) if spec.family in VISION_FAMILIES else {}
+        save_checkpoint(model, tokenizer, folder, processors)
 
     return make_once(out_dir / name, _stamp(name), build)
 

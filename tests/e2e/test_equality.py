@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.harness import Server, parallel
-from benchmarks.models.make_models import SPECS
+from benchmarks.models.make_models import SPECS, make_model
 from tests.e2e.checks import (
     TOLERANCE,
     Answer,
@@ -30,8 +30,9 @@ NO_OVERLAP = "--disable-overlap-schedule"
 
 @dataclass(frozen=True)
 class Pair:
-    """A compressing server at budget 1.0 and stock answers of the same model."""
+    """A compressing server at budget 1.0 and stock answers of the same model, one of `SPECS`."""
 
+    model: str
     ours: Server
     stock: Reference
 
@@ -53,11 +54,12 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     theirs = None if model == VL else make_server(model, None, None, "--kv-compressor", "none", name="stock")
     reference = request.getfixturevalue("stock") if theirs is None else Reference(theirs)
     for _ in run_servers(*(server for server in (ours, theirs) if server is not None)):
-        yield Pair(ours, reference)
+        yield Pair(model, ours, reference)
         assert_nothing_lost(ours)
 
 
 VISION = [VL, (VL, NO_OVERLAP)]
+OTHER_VISION = ["tiny-qwen3_vl"]
 every_vision = pytest.mark.parametrize("pair", VISION, indirect=True, ids=["overlap", "no-overlap"])
 every_model = pytest.mark.parametrize("pair", [*VISION, *(name for name in SPECS if name != VL)], indirect=True)
 
@@ -103,6 +105,21 @@ SHOWN = {
 @pytest.mark.parametrize("show", SHOWN.values(), ids=SHOWN)
 def test_images_and_videos(pair: Pair, vision: Vision, show: Callable[[Vision], Prompt]) -> None:
     pair.check(show(vision))
+
+
+@pytest.mark.parametrize("pair", OTHER_VISION, indirect=True)
+def test_images_and_videos_of_other_models(pair: Pair) -> None:
+    """All that is shown above, then again from the cache, and a tenth of it."""
+    vision = Vision(make_model(pair.model))
+    for i, show in enumerate(SHOWN.values()):
+        prompt = text(2000 + i, 20) + show(vision)  # with fewer tokens it would be dense
+        pair.check(prompt)
+        pair.check(prompt)
+        long = text(3000 + i, 400) + show(vision)
+        answer = ask(pair.ours, long, sampling_params={"custom_params": {"kv_compressor": {"budget": 0.15}}})
+        assert_compressed(answer)
+        assert answer.record["resident_ratio"] < 0.3
+        assert pair.check(long).cached >= 400, "the prefix is exact, whatever was compressed"
 
 
 @every_vision
