@@ -35,9 +35,10 @@ TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "phi3": ("Phi3", {"sliding_window": None}),
 }
 """Name in transformers, and settings that the others do not have."""
-VISION_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VL", 14), "qwen3_vl": ("Qwen3VL", 16)}
+VISION_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VL", 14), "qwen3_vl": ("Qwen3VL", 16), "qwen3_vl_moe": ("Qwen3VL", 16)}
 """Name of the processor, and pixels of a patch's side."""
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -94,6 +95,8 @@ SPECS = {
     "tiny-mistral": ModelSpec("mistral", num_q_heads=6, num_kv_heads=2, seed=6),
     "tiny-qwen3_moe": ModelSpec("qwen3_moe", num_q_heads=6, num_kv_heads=2, seed=7),
     "tiny-qwen3_vl": ModelSpec("qwen3_vl", num_q_heads=6, num_kv_heads=2, seed=8),
+    "tiny-qwen3_vl_moe": ModelSpec("qwen3_vl_moe", num_q_heads=6, num_kv_heads=2, seed=9),
+    "tiny-phi3": ModelSpec("phi3", num_q_heads=6, num_kv_heads=2, seed=10),
 }
 
 
@@ -178,13 +181,15 @@ def _vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
 
 
 def _qwen3_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
-    from transformers import Qwen3VLConfig
+    from transformers import Qwen3VLConfig, Qwen3VLMoeConfig
 
+    is_moe = spec.family == "qwen3_vl_moe"
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96} if is_moe else {}
     half = spec.head_dim // 2
     sides = half // 3
     rope = {"rope_type": "default", "mrope_section": [half - 2 * sides, sides, sides], "mrope_interleaved": True}
-    return Qwen3VLConfig(
-        text_config={**_text_config(spec, tokenizer), "rope_parameters": {**rope, "rope_theta": 1e6}},
+    return (Qwen3VLMoeConfig if is_moe else Qwen3VLConfig)(
+        text_config={**_text_config(spec, tokenizer), "rope_parameters": {**rope, "rope_theta": 1e6}, **experts},
         vision_config={
             "depth": 3,
             "hidden_size": 64,
@@ -196,7 +201,7 @@ def _qwen3_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [0, 2],
+            "deepstack_visual_indexes": [0, 1, 2],
             "hidden_act": "gelu_pytorch_tanh",
         },
         **_visual_token_ids(tokenizer),
@@ -217,6 +222,8 @@ def _build(spec: ModelSpec, tokenizer: Any) -> Any:
         return transformers.Qwen2_5_VLForConditionalGeneration(_vl_config(spec, tokenizer))
     if spec.family == "qwen3_vl":
         return transformers.Qwen3VLForConditionalGeneration(_qwen3_vl_config(spec, tokenizer))
+    if spec.family == "qwen3_vl_moe":
+        return transformers.Qwen3VLMoeForConditionalGeneration(_qwen3_vl_config(spec, tokenizer))
     name, own = TEXT_FAMILIES[spec.family]
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     config = getattr(transformers, f"{name}Config")(**_text_config(spec, tokenizer), **rope, **own)
@@ -248,16 +255,25 @@ def _spread_heads(model: Any, spec: ModelSpec) -> None:
     """
     text = getattr(model.model, "language_model", model.model)
     for layer_id, layer in enumerate(text.layers):
-        key = layer.self_attn.k_proj
-        if hasattr(layer.self_attn, "k_norm"):
-            layer.self_attn.k_norm.weight *= HEAD_SPREADS[layer_id % len(HEAD_SPREADS)]
+        attention = layer.self_attn
+        if hasattr(attention, "k_norm"):
+            attention.k_norm.weight *= HEAD_SPREADS[layer_id % len(HEAD_SPREADS)]
             continue
+        is_fused = hasattr(attention, "qkv_proj")
+        key, first = (attention.qkv_proj, spec.num_q_heads * spec.head_dim) if is_fused else (attention.k_proj, 0)
         for kv_head in range(spec.num_kv_heads):
             spread = HEAD_SPREADS[(kv_head * len(HEAD_SPREADS) // spec.num_kv_heads + layer_id) % len(HEAD_SPREADS)]
-            rows = slice(kv_head * spec.head_dim, (kv_head + 1) * spec.head_dim)
+            rows = slice(first + kv_head * spec.head_dim, first + (kv_head + 1) * spec.head_dim)
             key.weight[rows] *= spread
             if key.bias is not None:
                 key.bias[rows] *= spread
+
+
+def _lay_out_experts(model: Any) -> None:
+    """Turn the experts' weights as published checkpoints of Qwen3-VL-MoE have them: [experts, in, out]."""
+    for name, weight in model.named_parameters():
+        if ".experts." in name:
+            weight.data = weight.data.transpose(1, 2).contiguous()
 
 
 def _processors(name: str, patch_size: int) -> dict[str, dict[str, Any]]:
@@ -335,6 +351,8 @@ def make_model(name: str, out_dir: Path = DEFAULT_DIR) -> Path:
         spec, tokenizer = SPECS[name], _tokenizer()
         model = _build(spec, tokenizer)
         _initialise(model, spec)
+        if spec.family == "qwen3_vl_moe":
+            _lay_out_experts(model)
         processors = _processors(*VISION_FAMILIES[spec.family]) if spec.family in VISION_FAMILIES else {}
         save_checkpoint(model, tokenizer, folder, processors)
 
