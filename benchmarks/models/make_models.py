@@ -38,7 +38,12 @@ TEXT_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {"sliding_window": None}),
 }
 """Name in transformers, and settings that the others do not have."""
-VISION_FAMILIES = {"qwen2_5_vl": ("Qwen2_5_VL", 14), "qwen3_vl": ("Qwen3VL", 16), "qwen3_vl_moe": ("Qwen3VL", 16)}
+VISION_FAMILIES = {
+    "qwen2_vl": ("Qwen2VL", 14),
+    "qwen2_5_vl": ("Qwen2_5_VL", 14),
+    "qwen3_vl": ("Qwen3VL", 16),
+    "qwen3_vl_moe": ("Qwen3VL", 16),
+}
 """Name of the processor, and pixels of a patch's side."""
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -97,6 +102,7 @@ SPECS = {
     "tiny-qwen3_vl": ModelSpec("qwen3_vl", num_q_heads=6, num_kv_heads=2, seed=8),
     "tiny-qwen3_vl_moe": ModelSpec("qwen3_vl_moe", num_q_heads=6, num_kv_heads=2, seed=9),
     "tiny-phi3": ModelSpec("phi3", num_q_heads=6, num_kv_heads=2, seed=10),
+    "tiny-qwen2_vl": ModelSpec("qwen2_vl", seed=11),
 }
 
 
@@ -152,14 +158,8 @@ def _text_config(spec: ModelSpec, tokenizer: Any) -> dict[str, Any]:
 def _vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
     from transformers import Qwen2_5_VLConfig
 
-    half = spec.head_dim // 2
-    temporal = half // 4
-    mrope = [temporal, (half - temporal) // 2, (half - temporal) // 2]
     return Qwen2_5_VLConfig(
-        text_config={
-            **_text_config(spec, tokenizer),
-            "rope_parameters": {"rope_type": "default", "mrope_section": mrope, "rope_theta": 1e6},
-        },
+        text_config={**_text_config(spec, tokenizer), "rope_parameters": _mrope(spec)},
         vision_config={
             "depth": 2,
             "hidden_size": 64,
@@ -178,6 +178,35 @@ def _vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
         **_visual_token_ids(tokenizer),
         tie_word_embeddings=False,
     )
+
+
+def _qwen2_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import Qwen2VLConfig
+
+    return Qwen2VLConfig(
+        text_config={**_text_config(spec, tokenizer), "rope_parameters": _mrope(spec)},
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": spec.hidden_size,
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "in_channels": 3,
+            "in_chans": 3,  # SGLang reads this one, as published checkpoints have it
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        **_visual_token_ids(tokenizer),
+        tie_word_embeddings=False,
+    )
+
+
+def _mrope(spec: ModelSpec) -> dict[str, Any]:
+    half = spec.head_dim // 2
+    temporal = half // 4
+    mrope = [temporal, (half - temporal) // 2, (half - temporal) // 2]
+    return {"rope_type": "default", "mrope_section": mrope, "rope_theta": 1e6}
 
 
 def _qwen3_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
@@ -220,6 +249,8 @@ def _build(spec: ModelSpec, tokenizer: Any) -> Any:
 
     if spec.family == "qwen2_5_vl":
         return transformers.Qwen2_5_VLForConditionalGeneration(_vl_config(spec, tokenizer))
+    if spec.family == "qwen2_vl":
+        return transformers.Qwen2VLForConditionalGeneration(_qwen2_vl_config(spec, tokenizer))
     if spec.family == "qwen3_vl":
         return transformers.Qwen3VLForConditionalGeneration(_qwen3_vl_config(spec, tokenizer))
     if spec.family == "qwen3_vl_moe":

@@ -59,7 +59,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 VISION = [VL, (VL, NO_OVERLAP)]
-OTHER_VISION = ["tiny-qwen3_vl", "tiny-qwen3_vl_moe"]
+OTHER_VISION = ["tiny-qwen2_vl", "tiny-qwen3_vl", "tiny-qwen3_vl_moe"]
 every_vision = pytest.mark.parametrize("pair", VISION, indirect=True, ids=["overlap", "no-overlap"])
 every_model = pytest.mark.parametrize("pair", [*VISION, *(name for name in SPECS if name != VL)], indirect=True)
 
