@@ -1,4 +1,4 @@
-"""Write docs/settings.md and docs/refusals.md from the code: ``python -m benchmarks.docs``.
+"""Write docs/settings.md, docs/refusals.md and docs/models.md from the code: ``python -m benchmarks.docs``.
 
 The tables of today's defaults in docs/quality.md come from the committed rows.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.quality.front_picture import MODELS, RESULTS, read_newest
@@ -76,6 +77,67 @@ These are `hybridkv` and `quest`. Their defaults are those below unless the comp
 Each table has the fields that only this compressor has, and those whose default differs from the two tables above.
 
 {others}"""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """An architecture that is served.
+
+    Attributes
+    ----------
+    published : models that have it.
+    sees : images and videos, or text alone.
+    checkpoints : tiny ones of `SPECS` that tests/e2e/test_equality.py asks.
+    """
+
+    published: str
+    sees: str
+    checkpoints: tuple[str, ...]
+
+
+_TEXT, _ALL = "text", "text, images, video"
+SERVED_MODELS = {
+    "LlamaForCausalLM": ServedModel("Llama 2, 3, 3.1, 3.2 (text)", _TEXT, ("tiny-llama",)),
+    "MistralForCausalLM": ServedModel("Mistral 7B, Mistral Nemo", _TEXT, ("tiny-mistral",)),
+    "Phi3ForCausalLM": ServedModel("Phi-3, Phi-4-mini, Phi-4", _TEXT, ("tiny-phi3",)),
+    "Qwen2ForCausalLM": ServedModel("Qwen2, Qwen2.5", _TEXT, ("tiny-qwen2",)),
+    "Qwen3ForCausalLM": ServedModel("Qwen3", _TEXT, ("tiny-qwen3",)),
+    "Qwen3MoeForCausalLM": ServedModel("Qwen3-30B-A3B, Qwen3-235B-A22B", _TEXT, ("tiny-qwen3_moe",)),
+    "Qwen2VLForConditionalGeneration": ServedModel("Qwen2-VL", _ALL, ("tiny-qwen2_vl",)),
+    "Qwen2_5_VLForConditionalGeneration": ServedModel(
+        "Qwen2.5-VL", _ALL, ("tiny-qwen2_5_vl", "tiny-qwen2_5_vl-g7", "tiny-qwen2_5_vl-d128")
+    ),
+    "Qwen3VLForConditionalGeneration": ServedModel("Qwen3-VL, dense", _ALL, ("tiny-qwen3_vl",)),
+    "Qwen3VLMoeForConditionalGeneration": ServedModel("Qwen3-VL, mixture of experts", _ALL, ("tiny-qwen3_vl_moe",)),
+}
+
+MODELS_PAGE = """# Models
+
+{generated}
+
+The architecture is the first entry of `architectures` in a checkpoint's `config.json`. Any other is refused at start-up
+in one sentence.
+
+{table}
+
+Each of these tests starts stock SGLang and a compressing server with a tiny checkpoint of random weights, on a CPU in
+fp32, and compares tokens and log-probabilities at budget 1.0 through the compressed path: prompts in one piece and in
+several, eight requests at once, and for models that see, images and videos of several shapes, across the border of a
+piece and from the cache. Then a smaller budget is asked for, and the exact prefix once more.
+
+```
+.venv/bin/python -m pytest tests/e2e/test_equality.py
+```
+
+What the tests do not say: the published checkpoints themselves were not run, but for SmolLM2-135M, which has Llama's
+architecture ([quality.md](quality.md)), and nothing in this table but Qwen2.5-VL's shape has run on a GPU
+([gpu.md](gpu.md)). On CUDA, models with experts write K to the pool inside their RoPE kernel. The observation reads K
+from the pool after the attention of a layer, so that this should not matter; it was read, not run.
+
+An architecture can be added when all of its layers attend through SGLang's RadixAttention with one head size and one
+number of KV heads, K goes to the pool after RoPE, and no layer has a sliding window, a latent cache (MLA) or a state in
+place of a cache. [CONTRIBUTING.md](../CONTRIBUTING.md) says how.
+"""
 
 REFUSALS = """# What is refused, and what is served without compression
 
@@ -222,9 +284,25 @@ def quality_page() -> str:
     return "\n".join([f"{head}{begin}\n", *sections, f"{end}{tail}"])
 
 
+def models_page() -> str:
+    """docs/models.md."""
+    tests = "tests/e2e/test_equality.py"
+    rows = [
+        (f"`{name}`", model.published, model.sees, ", ".join(f"`{one}`" for one in model.checkpoints))
+        for name, model in SERVED_MODELS.items()
+    ]
+    table = _table(["architecture", "models that have it", "what they see", f"checkpoints in {tests}"], rows)
+    return MODELS_PAGE.format(generated=GENERATED, table=table)
+
+
 def pages() -> dict[Path, str]:
     """Return the text of every generated file."""
-    texts = {"settings.md": settings_page(), "refusals.md": refusals_page(), "quality.md": quality_page()}
+    texts = {
+        "settings.md": settings_page(),
+        "refusals.md": refusals_page(),
+        "models.md": models_page(),
+        "quality.md": quality_page(),
+    }
     return {DOCS / name: text.rstrip() + "\n" for name, text in texts.items()}
 
 

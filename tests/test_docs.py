@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import docs
+from benchmarks.models.make_models import SPECS
 from benchmarks.quality import front_picture
 from sglang_hybridkv.cli import main as cli
 from sglang_hybridkv.compressors import BUILT_IN, get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, parse_config
 from sglang_hybridkv.requests.admission import DenseReason
+from sglang_hybridkv.srt import refusals
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -45,6 +47,12 @@ README = read(ROOT / "README.md")
 @pytest.mark.parametrize(("path", "text"), docs.pages().items(), ids=lambda value: getattr(value, "name", ""))
 def test_generated_pages_are_current(path, text):
     assert read(path) == text, f"{path.name} is not what the code says; run python -m benchmarks.docs"
+
+
+def test_every_architecture_is_in_the_table_of_models_and_every_checkpoint_stands_once():
+    assert set(docs.SERVED_MODELS) == set(refusals.ARCHITECTURES)
+    checkpoints = [name for model in docs.SERVED_MODELS.values() for name in model.checkpoints]
+    assert sorted(checkpoints) == sorted(SPECS)
 
 
 def test_settings_have_every_field_with_its_default():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
+from benchmarks.docs import SERVED_MODELS
 from benchmarks.harness import Server, parallel
 from benchmarks.models.make_models import SPECS, make_model
 from tests.e2e.checks import (
@@ -54,6 +56,8 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     theirs = None if model == VL else make_server(model, None, None, "--kv-compressor", "none", name="stock")
     reference = request.getfixturevalue("stock") if theirs is None else Reference(theirs)
     for _ in run_servers(*(server for server in (ours, theirs) if server is not None)):
+        [architecture] = json.loads((make_model(model) / "config.json").read_text())["architectures"]
+        assert model in SERVED_MODELS[architecture].checkpoints
         yield Pair(model, ours, reference)
         assert_nothing_lost(ours)
 
