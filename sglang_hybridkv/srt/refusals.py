@@ -25,8 +25,8 @@ ATTENTION_BACKENDS = {"cpu": (CPU_BACKEND,), "cuda": ("triton", FLASHINFER, "fa3
 DEVICES = tuple(ATTENTION_BACKENDS)
 DECODE_GRAPHS_ALLOWED = ("full", "disabled")
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16")
-# Read in sglang/srt/models: these hand K after RoPE to RadixAttention, which writes it through the attention backend, or
-# write it to the pool in their RoPE kernel before (models with experts, on CUDA). tests/e2e/test_equality.py asks each.
+# Read in sglang/srt/models: these hand K after RoPE to RadixAttention, which writes it through the attention backend;
+# or their RoPE kernel has written it before (models with experts, on CUDA). tests/e2e/test_equality.py asks each.
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
