@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -404,7 +405,7 @@ def _load(text: str | dict | None) -> dict[str, Any]:
         source = f"{CONFIG_FLAG} file {text[1:]!r}"
         try:
             text = Path(text[1:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or a path with a zero byte
             raise ValueError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         # Editors on Windows put a byte order mark before the text.
@@ -412,6 +413,8 @@ def _load(text: str | dict | None) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         expected = hint or 'expected an object such as {"budget": 0.1}'
         raise ValueError(f"{source} is not valid JSON ({error}); {expected}") from None
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply; expected one object") from None
     except ValueError as error:
         raise ValueError(f"{source} {error}; give it once") from None
     if not isinstance(values, dict):
@@ -421,7 +424,7 @@ def _load(text: str | dict | None) -> dict[str, Any]:
 
 def _file_hint(text: str) -> str | None:
     """What to write for a file whose @ was forgotten."""
-    looks_like_a_file = text.endswith(".json") or (len(text) < 1000 and "{" not in text and Path(text).is_file())
+    looks_like_a_file = text.endswith(".json") or (len(text) < 1000 and "{" not in text and os.path.isfile(text))
     return f"to read a file, write @{text}" if looks_like_a_file and not text.startswith("@") else None
 
 

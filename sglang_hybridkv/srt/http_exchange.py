@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from typing import Any
@@ -175,8 +176,8 @@ class _Object(dict):
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
-        names = [name for name, _ in pairs]
-        self.twice = [name for name in self if names.count(name) > 1] if len(self) < len(names) else []
+        counts = Counter(name for name, _ in pairs) if len(self) < len(pairs) else {}
+        self.twice = [name for name, count in counts.items() if count > 1]
 
 
 def _object(value: Any) -> _Object:
