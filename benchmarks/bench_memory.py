@@ -97,7 +97,8 @@ def resident_rows(model: Path, budgets: list[float], prompt_tokens: list[int], d
                 yield _resident_row(server, budget, length)
 
 
-def _admission_row(model: Path, budget: float | None, load: AdmissionLoad, dtype: str | None) -> Row:
+def admission_row(model: Path, budget: float | None, load: AdmissionLoad, dtype: str | None) -> Row:
+    """Return the row of stock SGLang (no budget) or of compression, of one server that is started for it."""
     pool = load.pool_tokens()
     recipe = engine_flags(
         max_total_tokens=pool, max_running_requests=load.requests + 4, chunked_prefill_size=2048, dtype=dtype
@@ -137,9 +138,9 @@ def _admission_row(model: Path, budget: float | None, load: AdmissionLoad, dtype
 
 def admission_rows(model: Path, load: AdmissionLoad, dtype: str | None = None) -> Iterator[Row]:
     """Yield a row for stock SGLang, one for compression, and their ratio."""
-    stock = _admission_row(model, None, load, dtype)
+    stock = admission_row(model, None, load, dtype)
     yield stock
-    compressed = _admission_row(model, ADMISSION_BUDGET, load, dtype)
+    compressed = admission_row(model, ADMISSION_BUDGET, load, dtype)
     yield compressed
     ratio = compressed["max_running"] / max(stock["max_running"], 1)
     yield {"bench": "admission", "server": "ratio", "budget": ADMISSION_BUDGET, "max_running_ratio": round(ratio, 2)}

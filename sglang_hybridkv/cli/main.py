@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     calibrate.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    _add_capacity(commands)
     config = commands.add_parser("config", help="settings of the compressors").add_subparsers(
         dest="config_command", required=True
     )
@@ -47,6 +50,65 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("name", metavar="NAME", help="value of --kv-compressor")
     explain.add_argument("field", metavar="FIELD", nargs="?", help="only this one")
     return parser
+
+
+def _add_capacity(commands: argparse._SubParsersAction) -> None:
+    capacity = commands.add_parser(
+        "capacity",
+        help="how many requests fit in a KV pool, and how fast they decode by the bytes they move",
+        description="Compare stock SGLang with a compressed KV cache, by arithmetic: no server is started. "
+        "docs/capacity.md explains each number.",
+    )
+    capacity.add_argument("--model-path", type=Path, required=True, metavar="DIR", help="checkpoint, or config.json")
+    capacity.add_argument("--weight-gb", type=float, metavar="GB", help="weights (size of the safetensors files)")
+    capacity.add_argument("--pool-tokens", type=int, required=True, metavar="N", help="max_total_num_tokens in the log")
+    capacity.add_argument(
+        "--load", action="append", required=True, metavar="P+N[:W]", help="tokens of prompt and answer; repeatable"
+    )
+    capacity.add_argument("--memory-gb-s", type=float, default=4000.0, metavar="X", help="of a copy (4000, an H200)")
+    capacity.add_argument("--link-gb-s", type=float, default=50.0, metavar="X", help="from host memory (50, PCIe 5)")
+    capacity.add_argument("--host-gb", type=float, metavar="GB", help="host store (as large as it needs to be)")
+    capacity.add_argument(
+        "--fetched-share",
+        type=float,
+        default=0.15,
+        metavar="X",
+        help="of a dynamic head's rows, what a step fetches: 1 - chunk_fetch_hit_rate of /server_info (0.15)",
+    )
+    capacity.add_argument("--price", type=float, metavar="X", help="of an hour of the machine")
+    capacity.add_argument("--kv-compressor", default="hybridkv", metavar="NAME")
+    capacity.add_argument("--kv-compressor-budget", type=float, metavar="B")
+    capacity.add_argument("--kv-compressor-config", metavar="JSON")
+    capacity.add_argument("--json", action="store_true", help="one JSON object, in bytes, milliseconds and tokens")
+
+
+def _capacity(args: argparse.Namespace) -> Iterator[str]:
+    from sglang_hybridkv.cli import capacity
+    from sglang_hybridkv.compressors import get_compressor
+    from sglang_hybridkv.config import parse_config
+
+    for flag, least in (("pool_tokens", 1), ("memory_gb_s", 0), ("link_gb_s", 0), ("weight_gb", 0), ("host_gb", 0)):
+        value = getattr(args, flag)
+        if value is not None and not (least <= value < float("inf") and value > 0):
+            raise ValueError(f"--{flag.replace('_', '-')} = {value}: expected a number above 0")
+    if not 0 <= args.fetched_share <= 1:
+        raise ValueError(f"--fetched-share = {args.fetched_share}: expected a number from 0 to 1")
+    if args.price is not None and not 0 <= args.price < float("inf"):
+        raise ValueError(f"--price = {args.price}: expected a number at least 0")
+    config_class = get_compressor(args.kv_compressor).config_class
+    config = parse_config(args.kv_compressor_config, config_class, budget=args.kv_compressor_budget)
+    shape = capacity.read_shape(args.model_path, None if args.weight_gb is None else int(1e9 * args.weight_gb))
+    host_bytes = None if args.host_gb is None else int(1e9 * args.host_gb)
+    machine = capacity.Machine(args.pool_tokens, args.memory_gb_s, args.link_gb_s, host_bytes, args.price)
+    loads = [capacity.parse_load(text) for text in args.load]
+    plans = {
+        "stock": capacity.plan_stock(shape, machine, loads),
+        args.kv_compressor: capacity.plan_compressed(shape, machine, loads, config, args.fetched_share),
+    }
+    if args.json:
+        yield json.dumps({name: dataclasses.asdict(plan) for name, plan in plans.items()})
+    else:
+        yield from capacity.as_table(plans)
 
 
 def _choose_samples(args: argparse.Namespace) -> SampleSource:
@@ -105,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from sglang_hybridkv.cli.explain import explain
 
             print("\n".join(explain(args.name, args.field)))
+        elif args.command == "capacity":
+            print("\n".join(_capacity(args)))
         else:
             _calibrate(args)
     except ValueError as error:

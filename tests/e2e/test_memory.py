@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.bench_memory import AdmissionLoad, admission_row
 from benchmarks.harness import Server
+from benchmarks.models.make_models import make_model
+from sglang_hybridkv.cli.capacity import Load, Machine, plan_compressed, read_shape
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from tests.e2e.checks import ask, assert_compressed, assert_nothing_lost
 from tests.e2e.prompts import text
 
@@ -23,3 +27,14 @@ def test_a_tenth_of_a_long_prompt_stays(tenth: Server, length: int) -> None:
     exact = answer.record["dynamic_heads"] * (length // 16 * 16) * 2 * 32 * 4
     assert exact <= answer.record["host_bytes"] < exact + page_bytes
     assert_nothing_lost(tenth)
+
+
+def test_as_many_requests_run_at_once_as_hybridkv_capacity_says() -> None:
+    load = AdmissionLoad(requests=60, prompt_tokens=1024, new_tokens=96, stock_requests=6)
+    model = make_model("tiny-qwen2")
+    row = admission_row(model, 0.1, load, None)
+    machine, kind = Machine(load.pool_tokens(), 1.0, 1.0), Load(load.prompt_tokens, load.new_tokens)
+    plan = plan_compressed(read_shape(model), machine, [kind], HybridKVConfig(), 0.0)
+    assert row["max_running"] == pytest.approx(plan.requests_at_once, rel=0.05)
+    assert row["compressed_requests"] == load.requests
+    assert row["retractions"] == 0
