@@ -11,41 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.harness import compression_flags, engine_flags
-from benchmarks.models.make_models import make_model
 from tests.builders import LAWS
-from tests.e2e.conftest import CONFIG, STRICT_ENV
-from tests.e2e.stepped import MOST_STEPS, SteppedScheduler, Steps
+from tests.e2e.stepped import MOST_STEPS, SteppedScheduler, Steps, make_scheduler, prompt
 
 pytestmark = pytest.mark.server
 
 LONG_PAGES = 64
 NUM_INTERLEAVINGS = int(os.environ.get("HYBRIDKV_INTERLEAVINGS", 25))  # of each kind; more for a soak
-
-
-def make_scheduler(budget, pool_tokens, *flags, chunk_tokens=128, max_running=4, env=None, **config):
-    recipe = engine_flags(
-        "cpu",
-        max_total_tokens=pool_tokens,
-        max_running_requests=max_running,
-        chunked_prefill_size=chunk_tokens,
-        dtype="float32",
-    )
-    # An idle scheduler would wait there for sockets that nobody writes to.
-    recipe_flags = [flag for flag in recipe.flags if flag != "--sleep-on-idle"]
-    compression = compression_flags(budget, {**CONFIG, **config})
-    model = ["--model-path", str(make_model("tiny-qwen2"))]
-    return SteppedScheduler([*model, *recipe_flags, *compression, *flags], {**recipe.env, **STRICT_ENV, **(env or {})})
-
-
-def prompt(seed: int, num_tokens: int) -> list[int]:
-    """Random tokens."""
-    return np.random.default_rng(seed).integers(0, 256, num_tokens).tolist()
 
 
 def some(steps: int) -> Iterator[None]:
