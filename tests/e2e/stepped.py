@@ -147,7 +147,7 @@ class Steps:
         self.breaks = False
         self._counted_before = self._counted()
 
-    def submit(self, rid: str, ids: Sequence[int], new_tokens: int, *, custom_params: Any = None, **fields: Any) -> None:
+    def submit(self, rid: str, ids: Sequence[int], new_tokens: int, custom_params: Any = None, **fields: Any) -> None:
         """A request arrives; `fields` are those of SGLang's TokenizedGenerateReqInput."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams

@@ -7,7 +7,6 @@ as it does on stock SGLang. An error while a prompt is compressed does not.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -35,11 +34,28 @@ COMPRESSION = [
 ]
 
 
-@pytest.fixture(scope="module", params=[(), ("--disable-overlap-schedule",)], ids=["overlap", "no-overlap"])
-def scheduler(request: pytest.FixtureRequest) -> Iterator[SteppedScheduler]:
-    scheduler = make_scheduler(0.2, 1200, *request.param, page_size=8, min_head_pages=1, min_prompt_tokens=32)
+def small_scheduler(*flags: str) -> SteppedScheduler:
+    return make_scheduler(0.2, 1200, *flags, page_size=8, min_head_pages=1, min_prompt_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[SteppedScheduler]:
+    scheduler = small_scheduler()
     yield scheduler
     scheduler.stop()
+
+
+@pytest.fixture(scope="module")
+def no_overlap() -> Iterator[SteppedScheduler]:
+    scheduler = small_scheduler("--disable-overlap-schedule")
+    yield scheduler
+    scheduler.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(scheduler: SteppedScheduler) -> dict[str, list[int]]:
+    """Tokens of each prompt, exact, and compressed with a mark behind its name."""
+    return scheduler.run(quiet)
 
 
 class Breaking:
@@ -72,7 +88,6 @@ def asked(steps: Steps, suffix: str, *rids: str, **fields) -> None:
 
 
 def quiet(steps: Steps) -> Iterator[None]:
-    """Tokens of each prompt, exact and compressed."""
     asked(steps, "", custom_params=DENSE)
     asked(steps, "!")
     yield from steps.until(steps.all_ended)
@@ -92,12 +107,15 @@ def breaks(steps: Steps, name: str, nth_call: int) -> Iterator[None]:
     return steps.tokens, {rid: record["reason"] for rid, record in steps.records.items()}
 
 
-@pytest.mark.parametrize(("name", "nth_call"), COMPRESSION)
+@pytest.mark.parametrize(
+    ("which", "name", "nth_call"),
+    [*(("scheduler", *row) for row in COMPRESSION), *(("no_overlap", *row) for row in COMPRESSION[::5])],
+)
 def test_a_prompt_that_cannot_be_compressed_is_served_dense(
-    scheduler: SteppedScheduler, name: str, nth_call: int
+    request: pytest.FixtureRequest, expected: dict[str, list[int]], which: str, name: str, nth_call: int
 ) -> None:
     """Exactly as one that asks not to be compressed; the one beside it and the one that runs notice nothing."""
-    expected = scheduler.run(quiet)
+    scheduler = request.getfixturevalue(which)
     tokens, reasons = scheduler.run(breaks, name, nth_call)
     failed = [rid for rid, reason in reasons.items() if reason is not None]
     assert failed in (["first"], ["second"]), reasons
@@ -105,3 +123,18 @@ def test_a_prompt_that_cannot_be_compressed_is_served_dense(
     for rid, generated in tokens.items():
         assert generated == expected[rid if rid in failed else rid.rstrip("!") + "!"], rid
     assert "RuntimeError: injected" in scheduler.log.read_text()
+
+
+def breaks_for_all(steps: Steps, name: str) -> Iterator[None]:
+    asked(steps, "")
+    yield from steps.until(lambda: len(steps.in_hands()["runs"].output_ids) > 3)
+    with breaking(name, 1):
+        asked(steps, "!")
+        yield from steps.until(steps.all_ended)
+
+
+@pytest.mark.parametrize("name", ["cache.compressed_cache.decode_attn", "srt.compression.Compression.prepare"])
+def test_an_error_that_concerns_all_ends_the_scheduler(scheduler: SteppedScheduler, name: str) -> None:
+    """In a kernel of a decode step, or in a hook: nobody is answered with what may be wrong."""
+    with pytest.raises(Crashed, match="RuntimeError: injected"):
+        scheduler.run(breaks_for_all, name)
