@@ -178,6 +178,18 @@ class CompressedCache:
             retrieval=self.retrieval,
         )
 
+    def give_up(self, row: int) -> None:
+        """After an error in `observe`: `row` stays dense, whatever was written; see `Reservation.failed`."""
+        self.observer.drop(row)
+        if row in self.bound:
+            self.bound[row].failed = True
+            self.memory.table.clear(row)
+
+    def readable(self, row: int) -> Reservation | None:
+        """What a decode step reads for `row` besides its dense tail; None for a dense row."""
+        reservation = self.bound.get(row)
+        return None if reservation is None or reservation.failed else reservation
+
     def release(self, row: int) -> None:
         """Make `row` dense again; its pages are the caller's to free."""
         self.observer.drop(row)
@@ -197,4 +209,5 @@ class CompressedCache:
         """AssertionError unless table and host store hold exactly what the bound rows reserved."""
         self.memory.store.check_integrity([reservation.host_pages for reservation in self.bound.values()])
         rows = set(self.memory.table.num_pages.nonzero().flatten().tolist())
-        assert rows == set(self.bound), f"the table binds rows {rows}, the cache {set(self.bound)}"
+        bound = {row for row, reservation in self.bound.items() if not reservation.failed}
+        assert rows == bound, f"the table binds rows {rows}, the cache {bound}"

@@ -24,6 +24,7 @@ class DenseReason(str, enum.Enum):
     POOL_TOO_SMALL = "pool_too_small"
     NO_FREE_PAGES = "no_free_pages"
     HOST_STORE_FULL = "host_store_full"
+    COMPRESSOR_FAILED = "compressor_failed"
     NOT_PREFILLED = "not_prefilled"
     REQUEST_DISABLED = "request_disabled"
 
@@ -38,6 +39,7 @@ EXPLANATIONS = {
     DenseReason.POOL_TOO_SMALL: "its compressed pages never fit the pool beside its prompt or its answer",
     DenseReason.NO_FREE_PAGES: "the pool has no free pages beside the prompt, even after eviction",
     DenseReason.HOST_STORE_FULL: "the host store has no room for its rows; raise host_store_bytes",
+    DenseReason.COMPRESSOR_FAILED: "an error came up while its prompt was compressed; the log has its traceback",
     DenseReason.NOT_PREFILLED: "the request ended before its prompt was processed",
     DenseReason.REQUEST_DISABLED: "the request asked for it, with enabled = false in custom_params.kv_compressor",
 }

@@ -29,6 +29,8 @@ class Reservation:
     digest : [], int64, on the CPU. `digest_plan` of what is kept, from the forward; read at the commit.
     seconds : set by the forward; what its plan and its copies took, None while that is not known.
     written : set by the forward where it writes `outcome`, `head_counts` and `digest` without waiting.
+    failed : set by the forward when it could not compress. Nothing reads the pages then; they go back in place of the
+        commit, and the prompt stays exact in the request's row.
     """
 
     geometry: PromptGeometry
@@ -43,6 +45,7 @@ class Reservation:
     digest: torch.Tensor | None = None
     seconds: Callable[[], float | None] = lambda: None
     written: torch.cuda.Event | None = None
+    failed: bool = False
 
     def head_counts_on_host(self) -> torch.Tensor:
         """`head_counts`, after waiting for the forward that writes them; an error before that one was launched."""

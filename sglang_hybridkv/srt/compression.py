@@ -127,6 +127,9 @@ class Compression:
         """Before a part of the prefill of `req` is launched: observe, and on the final one reserve."""
         row = req.kv.req_pool_idx
         assert row is not None, "prefilled without a row"
+        # SGLang keeps the prompt of a bootstrap request out of the tree. Without disaggregation, which is refused, that
+        # loses its pages; the tokenizer's process refuses such requests, but the scheduler has no other way to know.
+        req.skip_radix_cache_insert = False
         if req.to_finish is not None:
             # Refused, and then one token stands for the prompt, or aborted in the queue: nothing is decoded.
             self.cache.observer.drop(row)
@@ -207,25 +210,40 @@ class Compression:
             self.metrics.observe_compression(seconds)
         self.update_metrics()
 
+    def give_up(self, req: Request) -> None:
+        """In place of a commit, when the forward could not compress: the request goes on as a dense one."""
+        row = req.kv.req_pool_idx
+        assert row is not None, "given up without a row"
+        self._give_back(row)
+        self.ledger.freed_memory = True
+        self._record_dense(req, DenseReason.COMPRESSOR_FAILED)
+
     def release(self, req: Request) -> None:
         """The request gives its row back: finished, aborted or retracted."""
         row = req.kv.req_pool_idx
         if row is None:
             return
-        self.cache.release(row)
-        reservation = self.ledger.close(row)
-        self._kv_by_row.pop(row, None)
-        if reservation is not None:
-            self.allocator.free_page_ids(reservation.unlisted_pages)
-            self.store.free(reservation.host_pages)
+        reservation = self._give_back(row)
         # A retraction is not an answer: the request comes back.
         if not req.finished() or (reservation is not None and reservation.committed):
             return
-        aborted = isinstance(req.finished_reason, FINISH_ABORT)
-        if reservation is not None:
-            self._record_dense(req, DenseReason.ABORTED if aborted else DenseReason.NO_DECODE)
-        else:
+        if reservation is None:
             self.record_unprefilled(req)
+        elif reservation.failed:
+            self._record_dense(req, DenseReason.COMPRESSOR_FAILED)
+        else:
+            aborted = isinstance(req.finished_reason, FINISH_ABORT)
+            self._record_dense(req, DenseReason.ABORTED if aborted else DenseReason.NO_DECODE)
+
+    def _give_back(self, row: int) -> Reservation | None:
+        """Free what the ledger holds for `row`, and forget it."""
+        self.cache.release(row)
+        self._kv_by_row.pop(row, None)
+        reservation = self.ledger.close(row)
+        if reservation is not None:
+            self.allocator.free_page_ids(reservation.unlisted_pages)
+            self.store.free(reservation.host_pages)
+        return reservation
 
     def record_unprefilled(self, req: Request) -> None:
         """The request ends in a queue or between two parts of its prefill; what it was before a retraction stays."""

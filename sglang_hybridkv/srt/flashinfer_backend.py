@@ -72,10 +72,10 @@ class HybridFlashInferMixin(HybridAttnMixin):
 
     def _compose(self, forward_batch: Batch, rows: list[int], *, in_graph: bool) -> None:
         """Find out what is compressed, and plan the head pages if that is not what they are planned for."""
-        batch_size, bound = forward_batch.batch_size, self.token_to_kv_pool.cache.bound
+        batch_size, cache = forward_batch.batch_size, self.token_to_kv_pool.cache
         assert len(rows) <= batch_size, f"{len(rows)} rows were launched in a batch of {batch_size}"
         padded = rows + [0] * (batch_size - len(rows))
-        composition = _Composition(tuple(bound.get(row) for row in padded), in_graph)
+        composition = _Composition(tuple(cache.readable(row) for row in padded), in_graph)
         covered = [0 if held is None else held.geometry.covered for held in composition.reservations]
         self._covered = torch.tensor(covered, dtype=torch.int64)
         self._any_compressed = in_graph or any(held is not None for held in composition.reservations)

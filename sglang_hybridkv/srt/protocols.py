@@ -39,6 +39,7 @@ class Request(Protocol):
     full_untruncated_fill_ids : what prefill computes in all, after a retraction more than the prompt.
     to_finish, finished_reason : how it will end, when that is decided early, and how it has ended; else None.
     extend_range : tokens of this part of the prefill.
+    skip_radix_cache_insert : whether the tree is kept from adopting what is computed.
     prefix_indices, last_node, lock_receipt : what the radix tree has given the request, and holds for it.
     """
 
@@ -52,6 +53,7 @@ class Request(Protocol):
     extend_range: _ExtendRange
     sampling_params: _SamplingParams
     multimodal_inputs: Any
+    skip_radix_cache_insert: bool
     prefix_indices: torch.Tensor
     last_node: Any
     lock_receipt: Any

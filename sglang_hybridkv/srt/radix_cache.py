@@ -47,7 +47,11 @@ class HybridRadixCache(UnifiedRadixCache):
     def cache_unfinished_req(self, req: Request, chunked=False, **kwargs):
         super().cache_unfinished_req(req, chunked=chunked, **kwargs)
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
-        if not chunked and reservation is not None:
+        if chunked or reservation is None:
+            return
+        if reservation.failed:
+            self.compression.give_up(req)
+        else:
             self._commit(req, reservation)
 
     def _insertable(self, req: Request, insert_params, token_ids_len, is_finished):
@@ -60,7 +64,7 @@ class HybridRadixCache(UnifiedRadixCache):
             return None
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
         if reservation is not None:
-            return reservation.geometry.covered
+            return None if reservation.failed else reservation.geometry.covered
         geometry = self.compression.planned(req) if insert_params.chunked else None
         return None if geometry is None else geometry.covered
 

@@ -20,6 +20,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+from benchmarks.harness import compression_flags, engine_flags
+from benchmarks.models.make_models import make_model
+from tests.e2e.conftest import CONFIG, STRICT_ENV
+
 READY_SECONDS = 180
 SCRIPT_SECONDS = 200
 MOST_STEPS = 5000  # of one script, its end included: what goes on for longer hangs
@@ -82,6 +88,27 @@ class SteppedScheduler:
         return "failed", f"no word within {seconds:.0f} s; the log ends:\n{self.log.read_text()[-3000:]}"
 
 
+def make_scheduler(budget, pool_tokens, *flags, chunk_tokens=128, max_running=4, env=None, **config):
+    """A scheduler of tiny-qwen2, not started yet; stock for budget None. `config` is the compressor's."""
+    recipe = engine_flags(
+        "cpu",
+        max_total_tokens=pool_tokens,
+        max_running_requests=max_running,
+        chunked_prefill_size=chunk_tokens,
+        dtype="float32",
+    )
+    # An idle scheduler would wait there for sockets that nobody writes to.
+    recipe_flags = [flag for flag in recipe.flags if flag != "--sleep-on-idle"]
+    compression = compression_flags(budget, {**CONFIG, **config})
+    model = ["--model-path", str(make_model("tiny-qwen2"))]
+    return SteppedScheduler([*model, *recipe_flags, *compression, *flags], {**recipe.env, **STRICT_ENV, **(env or {})})
+
+
+def prompt(seed: int, num_tokens: int) -> list[int]:
+    """Random tokens."""
+    return np.random.default_rng(seed).integers(0, 256, num_tokens).tolist()
+
+
 class Steps:
     """What a script may do with the scheduler, and what it can see.
 
@@ -92,6 +119,7 @@ class Steps:
     tokens, records : of each request that has an end, what it generated and its compression record.
     plans : by whatever a script keys them with, over all scripts.
     reasons : of each request that has an end, its finish reason.
+    breaks : whether the script lets compressions fail.
     """
 
     def __init__(self, scheduler: Any):
@@ -116,14 +144,15 @@ class Steps:
         self.reasons: dict[str, dict[str, Any]] = {}
         self.retractions: dict[str, int] = {}
         self.answers: list[Any] = []
+        self.breaks = False
         self._counted_before = self._counted()
 
-    def submit(self, rid: str, ids: Sequence[int], new_tokens: int, **fields: Any) -> None:
+    def submit(self, rid: str, ids: Sequence[int], new_tokens: int, custom_params: Any = None, **fields: Any) -> None:
         """A request arrives; `fields` are those of SGLang's TokenizedGenerateReqInput."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        sampling = SamplingParams(**GREEDY, max_new_tokens=new_tokens)
+        sampling = SamplingParams(**GREEDY, max_new_tokens=new_tokens, custom_params=custom_params)
         sampling.normalize(None)
         sampling.verify(self.scheduler.model_config.vocab_size)
         values: dict[str, Any] = {
@@ -237,6 +266,7 @@ class Steps:
             record = self.records.get(rid)
             assert record is not None, f"{rid} has no record"
             assert record["compressed"] == (record["reason"] is None), record
+            assert self.breaks or record["reason"] != "compressor_failed", f"see {rid} in the log"
         counted = self._counted() - self._counted_before
         assert counted == len(self.accepted), f"{len(self.accepted)} requests, of which {counted} were counted"
 

@@ -11,41 +11,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.harness import compression_flags, engine_flags
-from benchmarks.models.make_models import make_model
 from tests.builders import LAWS
-from tests.e2e.conftest import CONFIG, STRICT_ENV
-from tests.e2e.stepped import MOST_STEPS, SteppedScheduler, Steps
+from tests.e2e.stepped import MOST_STEPS, SteppedScheduler, Steps, make_scheduler, prompt
 
 pytestmark = pytest.mark.server
 
 LONG_PAGES = 64
+LONG_PROMPTS = (2047, 2048, 2049, 2057)  # of parts of 512 tokens and pages of 16; all from 2,047 to 2,057 passed once
 NUM_INTERLEAVINGS = int(os.environ.get("HYBRIDKV_INTERLEAVINGS", 25))  # of each kind; more for a soak
-
-
-def make_scheduler(budget, pool_tokens, *flags, chunk_tokens=128, max_running=4, env=None, **config):
-    recipe = engine_flags(
-        "cpu",
-        max_total_tokens=pool_tokens,
-        max_running_requests=max_running,
-        chunked_prefill_size=chunk_tokens,
-        dtype="float32",
-    )
-    # An idle scheduler would wait there for sockets that nobody writes to.
-    recipe_flags = [flag for flag in recipe.flags if flag != "--sleep-on-idle"]
-    compression = compression_flags(budget, {**CONFIG, **config})
-    model = ["--model-path", str(make_model("tiny-qwen2"))]
-    return SteppedScheduler([*model, *recipe_flags, *compression, *flags], {**recipe.env, **STRICT_ENV, **(env or {})})
-
-
-def prompt(seed: int, num_tokens: int) -> list[int]:
-    """Random tokens."""
-    return np.random.default_rng(seed).integers(0, 256, num_tokens).tolist()
 
 
 def some(steps: int) -> Iterator[None]:
@@ -156,6 +133,56 @@ def test_a_request_that_is_aborted_at_any_step_says_where_it_stood(small: Steppe
     seen = [small.run(aborts_at, at_step) for at_step in range(19)]
     stages = [("abort", "not_prefilled"), ("abort", "aborted"), ("abort", None), ("length", None)]
     assert list(dict.fromkeys(seen)) == stages, seen
+
+
+@pytest.fixture(scope="module")
+def with_parts() -> Iterator[SteppedScheduler]:
+    """Prompts of four parts, and a fifth of a few tokens."""
+    scheduler = make_scheduler(0.1, 6000, chunk_tokens=512, page_size=16)
+    yield scheduler
+    scheduler.stop()
+
+
+def aborts_after_part(steps: Steps, length: int, num_parts: int, beside: int) -> Iterator[None]:
+    """Of two that begin alike, the first is aborted, and the second finds in the tree what there is of it."""
+    if beside:
+        steps.submit("beside", prompt(8, beside), 2)
+    steps.submit("gone", prompt(7, length), 4)
+    for _ in range(num_parts):
+        yield
+        steps.check()
+    steps.abort("gone")
+    steps.submit("again", prompt(7, length), 4)
+    yield from steps.until(steps.all_ended)
+    plan = steps.records["again"]["plan"]
+    assert plan == steps.plans.setdefault(length, plan)
+    return steps.tokens["again"], steps.records["gone"]["reason"]
+
+
+def test_a_prompt_that_is_aborted_after_any_part_is_served_when_it_comes_again(with_parts: SteppedScheduler) -> None:
+    """Also where another one has moved the borders of its parts, and the last part is less than a page.
+
+    The requests that come again have the same plan and the same answer.
+    """
+    reasons = set()
+    for i, length in enumerate(LONG_PROMPTS):
+        # The first is done by then; the others are in the queue, and between two parts.
+        parts = [(6, 0), *((num_parts, 37 + 10 * num_parts) for num_parts in range(i % 3, 6, 3))]
+        outcomes = [with_parts.run(aborts_after_part, length, *how) for how in parts]
+        assert all(tokens == outcomes[0][0] for tokens, _ in outcomes), length
+        reasons |= {reason for _, reason in outcomes}
+    assert reasons >= {"not_prefilled", "aborted"}
+
+
+def bootstraps(steps: Steps, host: str | None) -> Iterator[None]:
+    steps.submit("bootstraps", prompt(5, 300), 9, bootstrap_host=host, bootstrap_room=None if host is None else 3)
+    yield from steps.until(steps.all_ended)
+    return steps.tokens, steps.records["bootstraps"]
+
+
+def test_a_bootstrap_host_that_reaches_the_scheduler_is_nothing_to_it(small: SteppedScheduler) -> None:
+    """SGLang would keep its prompt out of the tree, lose its pages, and end."""
+    assert small.run(bootstraps, "2.2.2.2") == small.run(bootstraps, None)
 
 
 def under_pressure(steps: Steps, num_requests: int, length: int, new_tokens: int) -> Iterator[None]:

@@ -1,0 +1,140 @@
+"""Errors that are injected: who is contained is served dense, the others go on, and nothing is held.
+
+An error of an attention kernel in a decode step, or in what a scheduler decides, ends the scheduler with a traceback,
+as it does on stock SGLang. An error while a prompt is compressed does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+
+from tests.e2e.stepped import Crashed, SteppedScheduler, Steps, make_scheduler, prompt
+
+pytestmark = pytest.mark.server
+
+DENSE = {"kv_compressor": {"enabled": False}}
+# Its observed queries are in two parts of its prefill.
+PROMPTS = {"runs": (1, 200, 60), "first": (2, 270, 12), "second": (3, 90, 12)}
+COMPRESSION = [
+    ("cache.observation.PromptObserver.gather", 6),  # in the part before the last
+    ("cache.observation.PromptObserver.gather", 10),
+    ("cache.observation.PromptObserver.score", 3),
+    ("cache.observation.PromptObserver.finish", 1),
+    ("compressors.hybridkv.score_heads", 2),
+    ("compressors.hybridkv.HybridKV.plan", 1),
+    ("compressors.hybridkv.HybridKV.rank_tokens", 2),
+    ("cache.compress.place_heads", 1),
+    ("cache.compress.compact_kv", 2),
+    ("cache.compress.summarize_heads", 2),
+    ("cache.compress._write_summaries", 1),
+    ("cache.compress.digest_plan", 1),
+]
+
+
+def small_scheduler(*flags: str) -> SteppedScheduler:
+    return make_scheduler(0.2, 1200, *flags, page_size=8, min_head_pages=1, min_prompt_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[SteppedScheduler]:
+    scheduler = small_scheduler()
+    yield scheduler
+    scheduler.stop()
+
+
+@pytest.fixture(scope="module")
+def no_overlap() -> Iterator[SteppedScheduler]:
+    scheduler = small_scheduler("--disable-overlap-schedule")
+    yield scheduler
+    scheduler.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(scheduler: SteppedScheduler) -> dict[str, list[int]]:
+    """Tokens of each prompt, exact, and compressed with a mark behind its name."""
+    return scheduler.run(quiet)
+
+
+class Breaking:
+    """Calls `function`, and on the n-th call raises afterwards, when what it does is done."""
+
+    def __init__(self, function, nth_call: int):
+        self.function, self.left = function, nth_call
+
+    def __call__(self, *args, **kwargs):
+        result = self.function(*args, **kwargs)
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("injected")
+        return result
+
+
+def breaking(name: str, nth_call: int) -> mock._patch:
+    """`sglang_hybridkv.{name}` for a `with` block, broken."""
+    import pkgutil
+
+    breaking = Breaking(pkgutil.resolve_name(f"sglang_hybridkv.{name}"), nth_call)
+    # A function, so that a method of that name is bound.
+    return mock.patch(f"sglang_hybridkv.{name}", lambda *args, **kwargs: breaking(*args, **kwargs))
+
+
+def asked(steps: Steps, suffix: str, *rids: str, **fields) -> None:
+    for rid in rids or PROMPTS:
+        seed, length, new_tokens = PROMPTS[rid]
+        steps.submit(rid + suffix, prompt(seed, length), new_tokens, **fields)
+
+
+def quiet(steps: Steps) -> Iterator[None]:
+    asked(steps, "", custom_params=DENSE)
+    asked(steps, "!")
+    yield from steps.until(steps.all_ended)
+    return dict(steps.tokens)
+
+
+def breaks(steps: Steps, name: str, nth_call: int) -> Iterator[None]:
+    """One is decoding, compressed, while of two others one fails; then they are asked again."""
+    steps.breaks = True
+    asked(steps, "", "runs")
+    yield from steps.until(lambda: len(steps.in_hands()["runs"].output_ids) > 3)
+    with breaking(name, nth_call):
+        asked(steps, "", "first", "second")
+        yield from steps.until(steps.all_ended)
+    asked(steps, "!")
+    yield from steps.until(steps.all_ended)
+    return steps.tokens, {rid: record["reason"] for rid, record in steps.records.items()}
+
+
+@pytest.mark.parametrize(
+    ("which", "name", "nth_call"),
+    [*(("scheduler", *row) for row in COMPRESSION), *(("no_overlap", *row) for row in COMPRESSION[::5])],
+)
+def test_a_prompt_that_cannot_be_compressed_is_served_dense(
+    request: pytest.FixtureRequest, expected: dict[str, list[int]], which: str, name: str, nth_call: int
+) -> None:
+    """Exactly as one that asks not to be compressed; the one beside it and the one that runs notice nothing."""
+    scheduler = request.getfixturevalue(which)
+    tokens, reasons = scheduler.run(breaks, name, nth_call)
+    failed = [rid for rid, reason in reasons.items() if reason is not None]
+    assert failed in (["first"], ["second"]), reasons
+    assert reasons[failed[0]] == "compressor_failed"
+    for rid, generated in tokens.items():
+        assert generated == expected[rid if rid in failed else rid.rstrip("!") + "!"], rid
+    assert "RuntimeError: injected" in scheduler.log.read_text()
+
+
+def breaks_for_all(steps: Steps, name: str) -> Iterator[None]:
+    asked(steps, "")
+    yield from steps.until(lambda: len(steps.in_hands()["runs"].output_ids) > 3)
+    with breaking(name, 1):
+        asked(steps, "!")
+        yield from steps.until(steps.all_ended)
+
+
+@pytest.mark.parametrize("name", ["cache.compressed_cache.decode_attn", "srt.compression.Compression.prepare"])
+def test_an_error_that_concerns_all_ends_the_scheduler(scheduler: SteppedScheduler, name: str) -> None:
+    """In a kernel of a decode step, or in a hook: nobody is answered with what may be wrong."""
+    with pytest.raises(Crashed, match="RuntimeError: injected"):
+        scheduler.run(breaks_for_all, name)
