@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,22 @@ if TYPE_CHECKING:
 DEFAULT_PAGES = 100
 
 
+class _Version(argparse.Action):
+    """Prints the installed versions without importing any of the packages."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        def version_of(name: str) -> str:
+            try:
+                return f"{name} {metadata.version(name)}"
+            except metadata.PackageNotFoundError:
+                return f"{name} is not installed"
+
+        parser.exit(message=", ".join(map(version_of, ("sglang-hybridkv", "sglang", "torch"))) + "\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hybridkv", description="Tools of the SGLang plugin sglang-hybridkv.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="versions of this plugin, SGLang and torch")
     commands = parser.add_subparsers(dest="command", required=True)
     calibrate = commands.add_parser(
         "calibrate",
@@ -49,7 +64,29 @@ def _parser() -> argparse.ArgumentParser:
     explain = config.add_parser("explain", help="legal values, default and meaning of the fields of a compressor")
     explain.add_argument("name", metavar="NAME", help="value of --kv-compressor")
     explain.add_argument("field", metavar="FIELD", nargs="?", help="only this one")
+    show = config.add_parser("print", help="all fields as a server would have them, as JSON")
+    validate = config.add_parser("validate", help="exit status 2 and one sentence where a server would not start")
+    for command in (show, validate):
+        command.add_argument("name", metavar="NAME", help="value of --kv-compressor")
+        command.add_argument("given", metavar="JSON", nargs="?", help="value of --kv-compressor-config, or @file")
+        command.add_argument("--budget", type=float, metavar="B", help="value of --kv-compressor-budget")
     return parser
+
+
+def _config(args: argparse.Namespace) -> Iterator[str]:
+    if args.config_command == "explain":
+        from sglang_hybridkv.cli.explain import explain
+
+        yield from explain(args.name, args.field)
+        return
+    from sglang_hybridkv.compressors import get_compressor
+    from sglang_hybridkv.config import parse_config
+
+    config = parse_config(args.given, get_compressor(args.name).config_class, budget=args.budget)
+    if args.config_command == "print":
+        yield json.dumps(config.model_dump(), indent=1)
+    else:
+        yield f"{args.name} with budget {config.budget:g}: the settings are valid"
 
 
 def _add_capacity(commands: argparse._SubParsersAction) -> None:
@@ -164,9 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.command == "config":
-            from sglang_hybridkv.cli.explain import explain
-
-            print("\n".join(explain(args.name, args.field)))
+            print("\n".join(_config(args)))
         elif args.command == "capacity":
             print("\n".join(_capacity(args)))
         else:
