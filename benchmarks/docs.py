@@ -43,9 +43,9 @@ python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-comp
 {budget_flag} is a short form of the field `budget`. {config_flag} takes a JSON object, or `@` and the path of a file
 that holds one. In Python, `sglang.Engine` takes `kv_compressor`, `kv_compressor_budget` and `kv_compressor_config`; the
 last may be a dict. A field that the chosen compressor does not have ends the server with one sentence, and so does a
-value outside the legal ones. `hybridkv config explain NAME FIELD` prints what stands here, `hybridkv config validate NAME
-JSON` says whether a server would take the settings, and `hybridkv config print NAME JSON` shows all of them. Some fields may also be set
-by a single request, see [requests.md](requests.md).
+value outside the legal ones. `hybridkv config explain NAME FIELD` prints what stands here, `hybridkv config validate
+NAME JSON` says whether a server would take the settings, and `hybridkv config print NAME JSON` shows all of them. Some
+fields may also be set by a single request, see [requests.md](requests.md).
 
 Words such as page, chunk, static and dynamic head are explained in [architecture.md](architecture.md#vocabulary). Where
 each compressor comes from stands in [compressors.md](compressors.md).

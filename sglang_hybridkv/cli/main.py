@@ -28,7 +28,8 @@ class _Version(argparse.Action):
             except metadata.PackageNotFoundError:
                 return f"{name} is not installed"
 
-        parser.exit(message=", ".join(map(version_of, ("sglang-hybridkv", "sglang", "torch"))) + "\n")
+        print(", ".join(map(version_of, ("sglang-hybridkv", "sglang", "torch"))))
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
