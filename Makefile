@@ -8,7 +8,7 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve quality gpu-check models models-real train-tiny test test-fast test-sanitize kernels-compile lint format clean
+.PHONY: help setup demo serve quality gpu-check models models-real train-tiny test test-fast soak test-sanitize kernels-compile lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ test: $(ENVIRONMENT) ## all tests: the fast ones first, then those that start SG
 
 test-fast: $(ENVIRONMENT) ## the tests that start no server and take less than ten seconds each
 	$(PYTEST) -m "not server and not slow" $(ARGS)
+
+soak: $(ENVIRONMENT) ## ask one server everything at once for MINUTES=60, or REQUESTS=20000; SEED=1 asks the same again
+	$(PYTHON) -m tests.e2e.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REQUESTS),--requests $(REQUESTS)) \
+		$(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # The C++ kernels' tests against a library that AddressSanitizer and UBSan watch; both have to be there before Python
 # is. Leaks are those of the interpreter.

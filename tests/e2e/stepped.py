@@ -119,6 +119,7 @@ class Steps:
     tokens, records : of each request that has an end, what it generated and its compression record.
     plans : by whatever a script keys them with, over all scripts.
     reasons : of each request that has an end, its finish reason.
+    hidden_states : of each request that asked for them, one element for its prompt and one for each token but the last.
     breaks : whether the script lets compressions fail.
     """
 
@@ -143,6 +144,7 @@ class Steps:
         self.records: dict[str, dict[str, Any] | None] = {}
         self.reasons: dict[str, dict[str, Any]] = {}
         self.retractions: dict[str, int] = {}
+        self.hidden_states: dict[str, list[Any]] = {}
         self.answers: list[Any] = []
         self.breaks = False
         self._counted_before = self._counted()
@@ -290,6 +292,8 @@ class Steps:
                 self.tokens.setdefault(rid, []).extend(output.output_ids[i])
                 self.retractions[rid] = output.retraction_counts[i]
                 self.records[rid] = None if records is None else records[i]
+                if output.output_hidden_states is not None and output.output_hidden_states[i] is not None:
+                    self.hidden_states[rid] = output.output_hidden_states[i]
                 if output.finished_reasons[i] is not None:
                     self._end(rid, output.finished_reasons[i])
         else:

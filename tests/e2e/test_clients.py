@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.harness import Server
@@ -17,6 +20,7 @@ from tests.e2e.checks import (
     assert_nothing_lost,
     assert_same_first_token,
     flush_cache,
+    loads,
     read_answer,
     request_body,
     settle,
@@ -120,4 +124,64 @@ def test_giving_up_and_asking_again_under_a_shared_prefix(tenth: Server, vision:
     assert [plans[i : i + 3] for i in range(0, 12, 3)] == [plans[:3]] * 4
     assert len(set(plans)) == 3
     assert not settle(tenth)
+    assert_nothing_lost(tenth)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no picture", "no base64"])
+def test_a_damaged_image_is_refused_and_those_beside_it_go_on(tenth: Server, vision: Vision, damage: str) -> None:
+    seed = next(_seeds)
+    prompt = text(seed, 200) + vision.image(seed) + text(seed + 1, 60)
+    head, data = prompt.images[0].split(",")
+    damaged = {"truncated": data[: len(data) // 8 * 4], "no picture": "AAEC" * 400, "no base64": "#" + data}[damage]
+    body = request_body(prompt, 8) | {"image_data": [f"{head},{damaged}"]}
+    with tenth.stream("/generate", request_body(text(seed + 2, 500), 60)) as answers:
+        next(answers)
+        response = tenth.client.post("/generate", json=body)
+        assert response.status_code == 400
+        assert "IMAGE data at index 0" in response.text
+        *_, last = answers
+    assert last["meta_info"]["completion_tokens"] == 60
+    assert_compressed(ask(tenth, prompt, 8))
+    assert_nothing_lost(tenth)
+
+
+def test_requests_with_images_that_never_decode_hold_no_memory(tenth: Server, vision: Vision) -> None:
+    """Of 800 the scheduler's memory stayed within four mebibytes; what one image becomes is one."""
+
+    def ask_for_one_token(i: int) -> None:
+        prompt = text(seed + 10 + i, 300) + vision.images(seed + i % 4, 2) + text(seed, 60)
+        assert ask(tenth, prompt, 1).record["reason"] == "no_decode"
+
+    seed = next(_seeds)
+    [scheduler] = [child for child in psutil.Process(tenth.process.pid).children() if "scheduler" in child.name()]
+    resident = []
+    for first in (0, 40):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(ask_for_one_token, range(first, 2 * first + 40)))
+        resident.append(scheduler.memory_info().rss)
+    assert resident[1] - resident[0] < 20 * 2**20
+    assert_nothing_lost(tenth)
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_weights_are_updated_while_compressed_streams_run(tenth: Server, vl_model: Path, mode: str) -> None:
+    """With the same ones, so that what was compressed before and what is computed after belong together."""
+    seed = next(_seeds)
+    prompts = [text(seed + i, 500 + 60 * i) for i in range(3)]
+    quiet = [ask(tenth, prompt, 120) for prompt in prompts]
+    tenth.client.post("/flush_cache").raise_for_status()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        running = [pool.submit(ask, tenth, prompt, 120) for prompt in prompts]
+        while loads(tenth)["num_running_reqs"] < len(prompts):
+            time.sleep(0.01)
+        tenth.client.post("/pause_generation", json={"mode": mode}).raise_for_status()
+        update = {"model_path": str(vl_model), "flush_cache": mode == "retract"}
+        tenth.client.post("/update_weights_from_disk", json=update).raise_for_status()
+        tenth.client.post("/continue_generation", json={}).raise_for_status()
+        answers = [future.result() for future in running]
+    for answer, before in zip(answers, quiet, strict=True):
+        assert answer.record["plan"] == before.record["plan"] is not None
+        assert answer.meta["completion_tokens"] == 120
+        # What a retracted request has generated is computed again, exactly.
+        assert answer.ids == before.ids or mode == "retract"
     assert_nothing_lost(tenth)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -138,7 +139,7 @@ def test_a_request_that_is_aborted_at_any_step_says_where_it_stood(small: Steppe
 @pytest.fixture(scope="module")
 def with_parts() -> Iterator[SteppedScheduler]:
     """Prompts of four parts, and a fifth of a few tokens."""
-    scheduler = make_scheduler(0.1, 6000, chunk_tokens=512, page_size=16)
+    scheduler = make_scheduler(0.1, 6000, "--enable-return-hidden-states", chunk_tokens=512, page_size=16)
     yield scheduler
     scheduler.stop()
 
@@ -172,6 +173,28 @@ def test_a_prompt_that_is_aborted_after_any_part_is_served_when_it_comes_again(w
         assert all(tokens == outcomes[0][0] for tokens, _ in outcomes), length
         reasons |= {reason for _, reason in outcomes}
     assert reasons >= {"not_prefilled", "aborted"}
+
+
+def shows_states(steps: Steps) -> Iterator[None]:
+    """Three together, twice, and once more each as a dense request."""
+    for suffix, params in (("a", None), ("b", None), ("c", {"kv_compressor": {"enabled": False}})):
+        for i, length in enumerate((300, 40, 700)):
+            steps.submit(f"{i}{suffix}", prompt(20 + i, length), 6, return_hidden_states=True, custom_params=params)
+        yield from steps.until(steps.all_ended)
+    return steps.hidden_states, steps.tokens
+
+
+def test_hidden_states_of_a_batch_are_each_request_s_own(with_parts: SteppedScheduler) -> None:
+    """The last of the prompt are those of a dense request, and those of the answer the same when it is sent again."""
+    states, tokens = with_parts.run(shows_states)
+    for i in range(3):
+        first, again, dense = (states[f"{i}{suffix}"] for suffix in "abc")
+        assert tokens[f"{i}a"] == tokens[f"{i}b"]
+        for one in (again, dense):
+            np.testing.assert_allclose(first[0][-1], one[0][-1], rtol=0, atol=1e-4)
+        assert len(first) == len(again) == 6
+        np.testing.assert_allclose(first[1:], again[1:], rtol=0, atol=1e-4)
+    assert not np.allclose(states["0a"][0][-1], states["2a"][0][-1], atol=1e-2)
 
 
 def bootstraps(steps: Steps, host: str | None) -> Iterator[None]:

@@ -14,7 +14,7 @@ from sglang_hybridkv.srt.backends import decodes_by_flashinfer, make_hybrid
 from sglang_hybridkv.srt.flashinfer_backend import HybridFlashInferMixin
 from tests.builders import forced_kernels
 from tests.flashinfer_double import BatchDecodeDouble
-from tests.srt.serving import BACKENDS, ROWS, Graph, Serving, needs_twins
+from tests.srt.serving import BACKENDS, ROWS, Graph, Serving, make_request, needs_twins
 
 CLOSE = {"atol": 2e-2, "rtol": 2e-2}
 
@@ -162,6 +162,17 @@ def test_a_request_must_be_compressed_before_flashinfer_decodes_it(monkeypatch):
     serving.compression.ledger.by_row[3].head_counts = None
     with pytest.raises(AssertionError, match="decoded before it was compressed"):
         step(serving, [3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prompt_whose_compression_failed_is_decoded_as_a_dense_one(backend, monkeypatch):
+    serving = Serving(backend, monkeypatch)
+    serving.add(5, 6 * 8)
+    serving.add(3, 80, compressed=False)
+    serving.compression.prepare(make_request(3, 80, max_new_tokens=99), None)
+    serving.cache.give_up(3)
+    serving.compression.check_integrity()
+    step(serving, [3, 5])
 
 
 def test_flashinfer_waits_once_for_a_request_that_joins(monkeypatch):
