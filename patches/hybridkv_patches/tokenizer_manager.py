@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from hybridkv_patches.hook import Hook
-from sglang_hybridkv.requests.settings import KEY, WARM_UP, read_settings
+from sglang_hybridkv.requests.settings import KEY, WARM_UP, params_by_name, read_settings
 from sglang_hybridkv.requests.stats import META_INFO_KEY
 from sglang_hybridkv.srt.http_exchange import current_exchange
 from sglang_hybridkv.srt.settings import settings_of
@@ -25,7 +25,7 @@ def add_settings(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> Non
     if settings is None:
         return
     sampling, exchange = tokenized.sampling_params, current_exchange()
-    theirs = sampling.custom_params or {}
+    theirs = params_by_name(sampling.custom_params)
     own = {name: value for name, value in theirs.items() if name != WARM_UP}  # or a client would not be counted
     if exchange is not None and exchange.given is not None:
         own[KEY] = exchange.given
