@@ -299,10 +299,8 @@ def parse_config(text: str | dict | None, config_class: type[Config], *, budget:
     if from_flag:
         values["budget"] = budget
     elif budget is not None and values["budget"] != budget:
-        raise ValueError(
-            f"{BUDGET_FLAG} {in_json_words(budget)} and budget {in_json_words(values['budget'])} of {CONFIG_FLAG} differ; "
-            "give only one of them"
-        )
+        flag, field = in_json_words(budget), in_json_words(values["budget"])
+        raise ValueError(f"{BUDGET_FLAG} {flag} and budget {field} of {CONFIG_FLAG} differ; give only one of them")
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -439,7 +437,8 @@ def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], 
     name = str(first["loc"][0])
     fields = config_class.model_fields
     if name not in fields:
-        return f"{CONFIG_FLAG} has no field {in_json_words(name)}{did_you_mean(name, fields)}; known fields: {', '.join(fields)}"
+        unknown = in_json_words(name) + did_you_mean(name, fields)
+        return f"{CONFIG_FLAG} has no field {unknown}; known fields: {', '.join(fields)}"
     if first["type"] == "missing":
         return f"{CONFIG_FLAG} needs the field {name!r}: {fields[name].description}"
     given = BUDGET_FLAG if name == "budget" and budget_from_flag else f"{CONFIG_FLAG} {name}"

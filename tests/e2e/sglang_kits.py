@@ -87,14 +87,14 @@ def _import(module: str) -> Any:
 
 
 class RadixTree:
-    """`radix_cache_server_kit` is a function; its prompts have 32,000 tokens, of which the tiny model knows a few hundred."""
+    """`radix_cache_server_kit` is a function; the tiny model knows few of the 32,000 tokens of its prompts."""
 
     def test_radix_attention(self) -> None:
         kit = _import("kits.radix_cache_server_kit")
         nodes = kit.gen_radix_tree()
         for node in nodes:
             node["input_ids"] = [token % 256 for token in node["input_ids"]]
-        with mock.patch.object(kit, "gen_radix_tree", lambda: nodes):
+        with mock.patch.object(kit, "gen_radix_tree", return_value=nodes):
             kit.run_radix_attention_test(self.base_url)
 
 
