@@ -265,7 +265,8 @@ def refusals_page() -> str:
         arguments=_table(["argument", "what to do instead"], given),
         conditions=_table(["argument", "refused when", "what to do instead"], several),
         requests=_table(
-            ["field", "what to do instead"], [(f"`{row.field}`", row.recipe) for row in refusals.REQUEST_REFUSALS]
+            ["field", "what to do instead"],
+            [(f"`{row.field}`", row.recipe) for row in (*refusals.REQUEST_REFUSALS, refusals.SCORE_EXTRACTION)],
         ),
         reasons=_table(["reason", "meaning"], [(f"`{reason}`", words) for reason, words in EXPLANATIONS.items()]),
     )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
+import os.path
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -22,6 +22,7 @@ BUDGET_FLAG = "--kv-compressor-budget"
 CONFIG_FLAG = "--kv-compressor-config"
 
 _HYSTERESIS = 0.5  # with a chunk_score of codes
+_MOST_DIGITS = 4000  # of an integer; Python itself reads 4,300
 _LONGEST_VALUE = 80  # characters of a bad value that a sentence repeats
 # Words for the types of JSON Schema.
 _KINDS = {
@@ -317,10 +318,8 @@ def parse_config(text: str | dict | None, config_class: type[Config], *, budget:
     if from_flag:
         values["budget"] = budget
     elif budget is not None and values["budget"] != budget:
-        raise ValueError(
-            f"{BUDGET_FLAG} {budget} and budget {in_json_words(values['budget'])} of {CONFIG_FLAG} differ; "
-            "give only one of them"
-        )
+        flag, field = in_json_words(budget), in_json_words(values["budget"])
+        raise ValueError(f"{BUDGET_FLAG} {flag} and budget {field} of {CONFIG_FLAG} differ; give only one of them")
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -358,7 +357,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def in_json_words(value: Any) -> str:
     """A value as its writer, who wrote JSON, knows it: null, true and false, the rest as Python has it, cut if long."""
-    words = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    try:
+        words = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    except ValueError:  # what Python says of an integer of more digits than it writes
+        return "a number of thousands of digits"
     return words if len(words) <= _LONGEST_VALUE else words[:_LONGEST_VALUE] + "..."
 
 
@@ -380,10 +382,28 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def load_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]]) -> Any:
+    """``json.loads`` whose objects `pairs` makes; an integer of more digits than Python reads is infinite.
+
+    Raises
+    ------
+    ValueError
+        It is no JSON, or `pairs` says so.
+    RecursionError
+        It is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=pairs, parse_int=_parse_int)
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < _MOST_DIGITS else float(digits)
+
+
 def not_allowed(given: str, value: Any, legal: str) -> str:
     """The sentence about a bad value: what was given, what is legal, and what a text with a unit means in numbers."""
     sentence = f"{given} = {in_json_words(value)} is not allowed; legal: {legal}"
-    number = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kKmMgGtT]i?[bB])\s*", value) if isinstance(value, str) else None
+    is_short = isinstance(value, str) and len(value) <= _LONGEST_VALUE
+    number = re.fullmatch(r"\s*([0-9.]+)\s*(%|[kKmMgGtT]i?[bB])\s*", value) if is_short else None
     if number is None or number[1].count(".") > 1 or number[1] == ".":
         return sentence
     amount, unit = float(number[1]), number[2]
@@ -402,19 +422,19 @@ def _load(text: str | dict | None) -> dict[str, Any]:
         raise ValueError(f"{CONFIG_FLAG} must be a JSON object, @file or a dict, got {kind_of(text)}")
     source, hint = CONFIG_FLAG, _file_hint(text)
     if text.startswith("@"):
-        source = f"{CONFIG_FLAG} file {text[1:]!r}"
+        source = f"{CONFIG_FLAG} file {in_json_words(text[1:])}"
         try:
             text = Path(text[1:]).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:  # ValueError: bytes that are no text, or a path with a zero byte
+        except (OSError, ValueError) as error:  # ValueError: bytes that are no UTF-8, or a name that none can have
             raise ValueError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         # Editors on Windows put a byte order mark before the text.
-        values = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=unique_keys)
+        values = load_json(text.removeprefix("\ufeff"), unique_keys)
+    except RecursionError:
+        raise ValueError(f"{source} is nested too deeply; no field takes more than a number or a text") from None
     except json.JSONDecodeError as error:
         expected = hint or 'expected an object such as {"budget": 0.1}'
         raise ValueError(f"{source} is not valid JSON ({error}); {expected}") from None
-    except RecursionError:
-        raise ValueError(f"{source} is nested too deeply; expected one object") from None
     except ValueError as error:
         raise ValueError(f"{source} {error}; give it once") from None
     if not isinstance(values, dict):
@@ -424,8 +444,9 @@ def _load(text: str | dict | None) -> dict[str, Any]:
 
 def _file_hint(text: str) -> str | None:
     """What to write for a file whose @ was forgotten."""
-    looks_like_a_file = text.endswith(".json") or (len(text) < 1000 and "{" not in text and os.path.isfile(text))
-    return f"to read a file, write @{text}" if looks_like_a_file and not text.startswith("@") else None
+    is_name = len(text) < 500 and text.isprintable() and not text.startswith("@")
+    looks_like_a_file = is_name and (text.endswith(".json") or ("{" not in text and os.path.isfile(text)))
+    return f"to read a file, write @{text}" if looks_like_a_file else None
 
 
 def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], *, budget_from_flag: bool) -> str:
@@ -435,7 +456,8 @@ def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], 
     name = str(first["loc"][0])
     fields = config_class.model_fields
     if name not in fields:
-        return f"{CONFIG_FLAG} has no field {name!r}{did_you_mean(name, fields)}; known fields: {', '.join(fields)}"
+        unknown = in_json_words(name) + did_you_mean(name, fields)
+        return f"{CONFIG_FLAG} has no field {unknown}; known fields: {', '.join(fields)}"
     if first["type"] == "missing":
         return f"{CONFIG_FLAG} needs the field {name!r}: {fields[name].description}"
     given = BUDGET_FLAG if name == "budget" and budget_from_flag else f"{CONFIG_FLAG} {name}"

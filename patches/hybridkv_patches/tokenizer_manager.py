@@ -7,9 +7,10 @@ import sys
 from typing import Any
 
 from hybridkv_patches.hook import Hook
-from sglang_hybridkv.requests.settings import KEY, WARM_UP, read_settings
+from sglang_hybridkv.requests.settings import KEY, WARM_UP, params_by_name, read_settings
 from sglang_hybridkv.requests.stats import META_INFO_KEY
 from sglang_hybridkv.srt.http_exchange import current_exchange
+from sglang_hybridkv.srt.refusals import SCORE_EXTRACTION, refused_request
 from sglang_hybridkv.srt.settings import settings_of
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -25,7 +26,7 @@ def add_settings(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> Non
     if settings is None:
         return
     sampling, exchange = tokenized.sampling_params, current_exchange()
-    theirs = sampling.custom_params or {}
+    theirs = params_by_name(sampling.custom_params)
     own = {name: value for name, value in theirs.items() if name != WARM_UP}  # or a client would not be counted
     if exchange is not None and exchange.given is not None:
         own[KEY] = exchange.given
@@ -75,7 +76,21 @@ def add_record_of_abort(original, manager, recv_obj):
         state.out_list[-1]["meta_info"][META_INFO_KEY] = record
 
 
+def refuse_score_extraction(manager: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE _validate_score_extraction, which would hint at flags that are refused; ValueError is the answer."""
+    settings = settings_of(manager.server_args)
+    if settings is not None:
+        raise refused_request(SCORE_EXTRACTION, settings)
+
+
 ENTRIES = (
+    Hook(
+        target="sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin._validate_score_extraction",
+        kind="before",
+        function=refuse_score_extraction,
+        why="SGLang's sentence asks for flags that are refused",
+        until="plugins can refuse a request",
+    ),
     Hook(
         target=f"{_MANAGER}._create_tokenized_object",
         kind="after",

@@ -31,6 +31,11 @@ class RequestSettings:
     enabled: bool = True
 
 
+def params_by_name(custom_params: Any) -> dict[str, Any]:
+    """A request's custom parameters; SGLang takes any JSON value there, and what is no object names none."""
+    return custom_params if isinstance(custom_params, dict) else {}
+
+
 def read_settings(given: Any, config: CompressorConfig) -> RequestSettings:
     """Settings of a request that has `given` under `KEY` in its custom_params, on a server with `config`.
 
@@ -46,7 +51,7 @@ def read_settings(given: Any, config: CompressorConfig) -> RequestSettings:
         raise ValueError(f"{NAME} is not allowed: this server has request_override = false")
     for name in given:
         if name not in legal:
-            raise ValueError(_unknown(str(name), legal, config))
+            raise ValueError(_unknown(name, legal, config))
     enabled, values = given.get(ENABLED, True), {name: given[name] for name in given if name != ENABLED}
     if not isinstance(enabled, bool):
         raise ValueError(not_allowed(f"{NAME}.{ENABLED}", enabled, "true or false"))
@@ -75,7 +80,8 @@ def _legal(name: str, config: CompressorConfig) -> str:
     return f"{legal}, on this server {words}" if words and name == "budget" else legal
 
 
-def _unknown(name: str, legal: tuple[str, ...], config: CompressorConfig) -> str:
+def _unknown(name: Any, legal: tuple[str, ...], config: CompressorConfig) -> str:
     if name in type(config).model_fields:
         return f"{NAME}.{name} is set for the whole server only; a request may set {', '.join(legal)}"
-    return f"{NAME} has no field {in_json_words(name)}{did_you_mean(name, legal)}; a request may set {', '.join(legal)}"
+    hint = did_you_mean(name, legal) if isinstance(name, str) else ""
+    return f"{NAME} has no field {in_json_words(name)}{hint}; a request may set {', '.join(legal)}"

@@ -17,7 +17,7 @@ from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Ledger, Reservation
-from sglang_hybridkv.requests.settings import KEY, WARM_UP, RequestSettings, read_settings
+from sglang_hybridkv.requests.settings import KEY, WARM_UP, RequestSettings, params_by_name, read_settings
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 from sglang_hybridkv.requests.stats import CompressionStats, HeldBytes, RequestRecord
 from sglang_hybridkv.srt.allocator import HybridAllocator
@@ -94,7 +94,7 @@ class Compression:
         """The server's settings with what the request set itself; the tokenizer's process has checked it."""
         settings = getattr(req, _SETTINGS, None)
         if settings is None:
-            custom_params = req.sampling_params.custom_params or {}
+            custom_params = params_by_name(req.sampling_params.custom_params)
             settings = self.server_settings
             if KEY in custom_params:
                 settings = read_settings(custom_params[KEY], self.config)
@@ -359,7 +359,7 @@ def _is_from_a_user(req: Request) -> bool:
     """Whether it is not a health check, a warm-up, or SGLang's own prefill of a prompt before its `n` samples."""
     params = req.sampling_params
     is_prefill_of_samples = params.max_new_tokens == 0 and params.n > 1
-    is_warm_up = WARM_UP in (params.custom_params or {})
+    is_warm_up = WARM_UP in params_by_name(params.custom_params)
     return not (is_warm_up or is_prefill_of_samples or req.rid.startswith(_HEALTH_CHECK_PREFIX))
 
 

@@ -6,14 +6,14 @@ record. Here a request's settings are read and checked before its API sees it, a
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import json
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing
 from typing import Any
 
-from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.config import CompressorConfig, load_json
 from sglang_hybridkv.requests.settings import KEY, NAME, read_settings
 from sglang_hybridkv.requests.stats import META_INFO_KEY
 
@@ -149,9 +149,14 @@ def settings_in_body(body: bytes, config: CompressorConfig) -> dict[str, Any] | 
     if _MARK not in body and _ESCAPE not in body:
         return None
     try:
-        values = json.loads(body, object_pairs_hook=_Object)
-    except (ValueError, RecursionError):
+        values = load_json(body, _Object)
+    except ValueError:
         return None
+    except RecursionError:
+        if _MARK not in body:
+            return None
+        # SGLang's own reader may go deeper, and several APIs would drop what was not read here.
+        raise ValueError(f"{NAME} cannot be read: the body is nested too deeply") from None
     values = _object(values)
     if KEY in values or KEY in _object(values.get("extra_body")):
         raise ValueError(f"{KEY} belongs into custom_params: {NAME}")
@@ -176,7 +181,7 @@ class _Object(dict):
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
-        counts = Counter(name for name, _ in pairs) if len(self) < len(pairs) else {}
+        counts = collections.Counter(name for name, _ in pairs) if len(self) < len(pairs) else {}
         self.twice = [name for name, count in counts.items() if count > 1]
 
 

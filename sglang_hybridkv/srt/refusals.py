@@ -242,6 +242,8 @@ REQUEST_REFUSALS: tuple[RequestRefusal, ...] = (
     RequestRefusal("input_embeds", lambda value: value is not None, "send text or input_ids"),
     RequestRefusal("beam_width", _above_one, "leave it out or use 1"),
 )
+# Of /v1/score alone; the same hint.
+SCORE_EXTRACTION = RequestRefusal("score_extraction_token", _is_set, "leave it out and send each item by itself")
 CONDITIONS: tuple[Condition, ...] = (
     OTHER_MODEL,
     OTHER_DEVICE,
@@ -300,7 +302,12 @@ def check_request(request: Any, settings: Settings) -> None:
         value = getattr(request, row.field, None)
         given = [*(value if isinstance(value, list) else [value]), *(params.get(row.field) for params in sampling)]
         if any(row.applies(one) for one in given):
-            raise ValueError(f"{row.field} is not served with --kv-compressor {settings.name}; {row.recipe}")
+            raise refused_request(row, settings)
+
+
+def refused_request(row: RequestRefusal, settings: Settings) -> ValueError:
+    """What a client is told of a field that is not served."""
+    return ValueError(f"{row.field} is not served with --kv-compressor {settings.name}; {row.recipe}")
 
 
 def check_server_args(view: Any, settings: Settings) -> None:

@@ -1,0 +1,262 @@
+"""SGLang's own test kits, those of its wheel, on a stock server and on two compressing ones: ``make test-sglang-kits``.
+
+The kits are mixins that ask a server over HTTP. Their tests are theirs; here stand the server that each wants, and the
+tests that must fail: those that stock fails, too, and those whose answer compression changes, as is documented.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import unittest
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from benchmarks.harness import Server, compression_flags, engine_flags
+from benchmarks.models.make_models import make_model
+from benchmarks.models.real_models import smollm2_folder
+from tests.e2e.checks import assert_nothing_lost
+from tests.e2e.conftest import STRICT_ENV, VL
+from tests.e2e.prompts import image_url, text
+
+TINY, TRAINED = "tiny-qwen2", "smollm2"
+BUDGETS = {"stock": None, "1.0": 1.0, "0.1": 0.1}
+COMPRESSED = ("1.0", "0.1")
+# Kits ask short questions: with small pages and windows as many of them as can be are compressed.
+CONFIG = {"min_prompt_tokens": 1, "page_size": 8, "min_head_pages": 1, "recent_window": 8}
+PAGE_TOKENS = {"stock": 1, "1.0": 8, "0.1": 8}
+UNCACHED = "outputs are not cached (architecture.md)"
+INEXACT = "answers over a compressed prompt have other log-probs"
+UNTRAINED = "asks what a larger model knows"
+
+
+@dataclass(frozen=True)
+class ServerKind:
+    """A server that kits ask, stock or compressing."""
+
+    model: str = TINY
+    running: int = 32
+    env: tuple[tuple[str, str], ...] = ()
+
+
+LARGE, LEARNED, SEEING = ServerKind(), ServerKind(TRAINED), ServerKind(VL)
+IMPATIENT_QUEUE = ServerKind(running=1, env=(("SGLANG_REQ_WAITING_TIMEOUT", "0.01"),))
+IMPATIENT = ServerKind(env=(("SGLANG_REQ_RUNNING_TIMEOUT", "1"),))
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A test class of SGLang's wheel.
+
+    Attributes
+    ----------
+    path : module in sglang.test, and class.
+    kind : the server that it asks.
+    values : attributes that the kit wants of its host.
+    tests : names of the tests that apply; all of the class when empty.
+    fails : tests that have to fail, on the servers named first, and why.
+    """
+
+    path: str
+    kind: ServerKind = LARGE
+    values: dict[str, Any] = field(default_factory=dict)
+    tests: tuple[str, ...] = ()
+    fails: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+
+    def load(self) -> type:
+        """The class, of the wheel or of this module."""
+        module, _, name = self.path.rpartition(".")
+        return getattr(_import(module), name) if module else globals()[name]
+
+
+def _import(module: str) -> Any:
+    """A module of sglang.test; some import `datasets`, which the CPU engine lacks and which no test here needs."""
+    missing = importlib.util.find_spec("datasets") is None
+    if missing:
+        sys.modules["datasets"] = mock.Mock()
+    try:
+        return importlib.import_module(f"sglang.test.{module}")
+    finally:
+        if missing:
+            del sys.modules["datasets"]
+
+
+class RadixTree:
+    """`radix_cache_server_kit` is a function; the tiny model knows few of the 32,000 tokens of its prompts."""
+
+    def test_radix_attention(self) -> None:
+        kit = _import("kits.radix_cache_server_kit")
+        nodes = kit.gen_radix_tree()
+        for node in nodes:
+            node["input_ids"] = [token % 256 for token in node["input_ids"]]
+        with mock.patch.object(kit, "gen_radix_tree", return_value=nodes):
+            kit.run_radix_attention_test(self.base_url)
+
+
+class CacheHit:
+    """`cache_hit_kit` is a function; its conversations are ours, for it would download some."""
+
+    def test_outputs_are_cached(self) -> None:
+        self._run(miss_tolerance=1)
+
+    def test_prompts_are_cached(self) -> None:
+        self._run(miss_tolerance=32)  # the whole answer
+
+    def _run(self, **options: int) -> None:
+        kit = _import("kits.cache_hit_kit")
+        rows = [SimpleNamespace(prompt=list(text(seed, 256).ids)) for seed in range(16)]
+        with mock.patch.object(kit, "sample_random_requests", lambda num_prompts, **_: rows[:num_prompts]):
+            kit.run_multiturn_cache_hit_test(self.base_url, str(self.model), output_length=32, **options)
+
+
+def cached_prompt_only(result: dict[str, Any], history: int, output: int, label: str) -> None:
+    """What a next turn finds in the cache: on stock the answer, too, with compression whole pages of the prompt."""
+    cached = result["meta_info"]["cached_tokens"]
+    compressed = "kv_compressor" in result["meta_info"]
+    assert cached == (history // 8 * 8 if compressed else history + output), label
+
+
+def cached_prefix(result: dict[str, Any], prefix: int, label: str) -> None:
+    """Stock's law in whole pages; the prefix has 512 tokens."""
+    assert result["meta_info"]["cached_tokens"] == prefix, label
+
+
+_PROMPTS = [list(text(seed, 700).ids) for seed in range(48)]
+_KL = {"kl_div_thres": 0.002, "kl_div_max_samples": 16, "kl_div_prefill_max_new_tokens": 128}
+_TURNS = {
+    "input_ids": _PROMPTS,
+    "max_new_tokens": 64,
+    "sampling_temperature": 0,
+    "prefill_cache_assert": staticmethod(cached_prefix),
+    "decode_cache_assert": staticmethod(cached_prompt_only),
+}
+_INEXACT = (("0.1",), INEXACT)
+
+KITS = (
+    Kit("RadixTree"),
+    Kit("CacheHit", fails={"test_outputs_are_cached": (COMPRESSED, UNCACHED)}),
+    Kit(
+        "kits.kl_divergence_kit.KLDivergenceMixin",
+        values=_KL | {"kl_div_decode_max_new_tokens": 128},
+        fails={
+            "test_input_output_logprobs_match_prefill_cache_hit": _INEXACT,
+            "test_input_output_logprobs_match_decode_cache_hit": (COMPRESSED, UNCACHED),
+        },
+    ),
+    Kit(
+        "kits.unified_radix_cache_kit.UnifiedRadixTreeTestMixin",
+        values=_TURNS,
+        tests=(
+            "test_multiturn_logprobs_match",
+            "test_multiturn_prefill_cache_hit_branching",
+            "test_multiturn_decode_cache_hit_branching",
+        ),
+        fails={
+            "test_multiturn_logprobs_match": _INEXACT,
+            "test_multiturn_prefill_cache_hit_branching": _INEXACT,
+            "test_multiturn_decode_cache_hit_branching": _INEXACT,
+        },
+    ),
+    Kit("kits.abort_timeout_kit.AbortAllMixin"),
+    Kit("kits.abort_timeout_kit.WaitingTimeoutMixin", IMPATIENT_QUEUE),
+    Kit("kits.abort_timeout_kit.RunningTimeoutTwoWaveMixin", IMPATIENT, {"running_timeout_sleep": 1}),
+    Kit("kits.pause_generation_kit.PauseResumeInPlaceMixin", values={"pause_ignore_eos": True}),
+    Kit("kits.basic_api_contract_kit.BasicAPIContractMixin"),
+    Kit("kits.basic_decode_correctness_kit.BasicDecodeCorrectnessMixin", LEARNED),
+    Kit("kits.basic_scheduler_stress_kit.BasicSchedulerStressMixin", LEARNED),
+    Kit("kits.matched_stop_kit.MatchedStopMixin", LEARNED),
+    Kit("kits.json_mode_kit.JSONModeMixin", LEARNED),
+    Kit("kits.json_constrained_kit.JSONConstrainedMixin", LEARNED),
+    Kit("kits.regex_constrained_kit.RegexConstrainedMixin", LEARNED),
+    Kit("kits.ebnf_constrained_kit.EBNFConstrainedMixin", LEARNED),
+    Kit("vlm_utils.ImageOpenAITestMixin", SEEING, tests=("test_mixed_batch", "test_image_prefix_cache_reuse")),
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each of the kits' tests and each server; those of one server stand together."""
+    params = []
+    for kind in sorted({kit.kind for kit in KITS}, key=repr):
+        for budget in BUDGETS:
+            for kit in (kit for kit in KITS if kit.kind == kind):
+                for name in kit.tests or unittest.TestLoader().getTestCaseNames(_case(kit)):
+                    servers, why = kit.fails.get(name, ((), ""))
+                    marks = [pytest.mark.xfail(strict=True, reason=why)] if budget in servers else []
+                    place = f"{budget}-{kit.path.rpartition('.')[2]}-{name}"
+                    params.append(pytest.param(budget, kit, name, marks=marks, id=place))
+    metafunc.parametrize(("budget", "kit", "name"), params)
+
+
+def _case(kit: Kit) -> type[unittest.TestCase]:
+    """The kit's mixin as unittest wants it; a class that starts a server of its own loses that."""
+    nothing = classmethod(lambda cls: None)
+    body = {"setUpClass": nothing, "tearDownClass": nothing}
+    return type(f"{kit.path.rpartition('.')[2]}Case", (kit.load(), unittest.TestCase), body)
+
+
+class Servers:
+    """One server at a time; the next test that wants another one ends it."""
+
+    def __init__(self) -> None:
+        self.key: tuple[ServerKind, str] | None = None
+        self.server: Server | None = None
+
+    def get(self, kind: ServerKind, budget: str) -> Server:
+        if self.key != (kind, budget):
+            self.stop()
+            model = smollm2_folder() if kind.model == TRAINED else make_model(kind.model)
+            sizes = {"max_total_tokens": 60000, "max_running_requests": kind.running, "chunked_prefill_size": 1024}
+            recipe = engine_flags("cpu", dtype="float32", **sizes)
+            flags = [*recipe.flags, *compression_flags(BUDGETS[budget], CONFIG)]
+            server = Server(model, flags, {**recipe.env, **STRICT_ENV, **dict(kind.env)}, name=f"kits-{budget}")
+            server.start()
+            self.key, self.server = (kind, budget), server
+        assert self.server is not None
+        return self.server
+
+    def stop(self) -> None:
+        """End the server, which has to have compressed something if it was to."""
+        server, self.key, self.server = self.server, None, None
+        if server is not None:
+            try:
+                state = server.compressor_state()
+            finally:
+                server.stop()
+            assert state is None or state["compressed_requests"] > 0
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    servers = Servers()
+    yield servers
+    servers.stop()
+
+
+def test_kit(servers: Servers, budget: str, kit: Kit, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kit's test passes, and the server holds nothing after it."""
+    import openai
+
+    server = servers.get(kit.kind, budget)
+    assert (server.compressor_state() is None) == (budget == "stock")
+    model = server.command[server.command.index("--model-path") + 1]
+    lengths = _import("kl_test_utils")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setitem(lengths._cached_input_ids, f"{model}_3000_48", _PROMPTS)
+    images = _import("vlm_utils")
+    monkeypatch.setattr(images, "IMAGE_MAN_IRONING_URL", image_url(1))
+    monkeypatch.setattr(images, "IMAGE_SGL_LOGO_URL", image_url(2, 112, 112))
+    url = server.url + ("/v1" if kit.kind is SEEING else "")
+    host = {"base_url": url, "model": model, "process": server.process, "api_key": "none"}
+    host["client"] = openai.Client(api_key="none", base_url=f"{server.url}/v1")
+    case = _case(kit)
+    for attribute, value in (host | kit.values).items():
+        setattr(case, attribute, value)
+    try:
+        case(name).debug()
+    finally:
+        assert_nothing_lost(server)
