@@ -29,7 +29,6 @@ PROMPTS = {"runs": (1, 200, 30), "first": (2, 270, 12), "second": (3, 90, 12)}
 COMPRESSION = [
     ("cache.observation.PromptObserver.gather", 6),  # in the part before the last
     ("cache.observation.PromptObserver.gather", 10),
-    ("cache.observation.PromptObserver.score", 3),
     ("compressors.hybridkv.score_heads", 2),
     ("compressors.hybridkv.HybridKV.plan", 1),
     ("compressors.hybridkv.HybridKV.rank_tokens", 2),
