@@ -118,12 +118,13 @@ class Steps:
         self.answers: list[Any] = []
         self._counted_before = self._counted()
 
-    def submit(self, rid: str, ids: Sequence[int], new_tokens: int, **fields: Any) -> None:
-        """A request arrives; `fields` are those of SGLang's TokenizedGenerateReqInput."""
+    def submit(self, rid: str, ids: Sequence[int], new_tokens: int, budget: float | None = None, **fields: Any) -> None:
+        """A request arrives, with a budget of its own or the server's; `fields` as in TokenizedGenerateReqInput."""
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        sampling = SamplingParams(**GREEDY, max_new_tokens=new_tokens)
+        own = None if budget is None else {"kv_compressor": {"budget": budget}}
+        sampling = SamplingParams(**GREEDY, max_new_tokens=new_tokens, custom_params=own)
         sampling.normalize(None)
         sampling.verify(self.scheduler.model_config.vocab_size)
         values: dict[str, Any] = {
