@@ -179,6 +179,11 @@ def test_every_api_answers_a_bad_setting_with_status_400(limited: Server, path: 
         ('{"enabled": false, "budget": 0.3}', "budget would change nothing with enabled = false"),
         ("null", "must be an object"),
         ("[0.3]", "must be an object"),
+        (r'{"\ud800\u0000": 1}', r"has no field '\ud800\x00'; "),
+        pytest.param('{"budget": %s}' % ("9" * 5000), "budget = inf is not allowed", id="5,000 digits"),
+        pytest.param('{"budget": "%s"}' % ("9" * 2**20), "999... is not allowed", id="a megabyte"),
+        pytest.param('{"%s": 0.3}' % ("x" * 2**20), "xxx... a request may set", id="a megabyte of name"),
+        pytest.param('{"budget": %s}' % ("[" * 5000 + "]" * 5000), "is nested too deeply", id="nested"),
     ],
 )
 def test_bad_settings_disturb_nobody(limited: Server, given: str, complaint: str) -> None:
@@ -194,6 +199,13 @@ def test_bad_settings_disturb_nobody(limited: Server, given: str, complaint: str
     assert bad.status_code == 400
     assert complaint in bad.json()["message"]
     assert_same(again, good)
+
+
+@pytest.mark.parametrize("given", [["kv_compressor"], "kv_compressor", 5, {"kv_compressors": {"a": {"b": [1]}}}])
+def test_custom_parameters_that_name_no_settings_are_sglang_s(limited: Server, given: Any) -> None:
+    """SGLang takes any JSON value there."""
+    answer = ask(limited, text(31035, 640), 2, sampling_params={"custom_params": given})
+    assert answer.record["request_settings"] is None
 
 
 @pytest.mark.parametrize("where", ["kv_compressor", "extra_body"])
