@@ -1,4 +1,4 @@
-"""Write docs/settings.md and docs/refusals.md from the code: ``python -m benchmarks.docs``.
+"""Write docs/settings.md, docs/refusals.md and a table of docs/reliability.md: ``python -m benchmarks.docs``.
 
 ``tests/test_docs.py`` says whether the committed files are current.
 """
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks import sglang_kits
 from hybridkv_patches import server_args
 from hybridkv_patches.activation import SUPPORTED_SGLANG
 from sglang_hybridkv.compressors import BUILT_IN
@@ -19,6 +20,8 @@ from sglang_hybridkv.requests.admission import EXPLANATIONS
 from sglang_hybridkv.srt import refusals
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+KITS_BEGIN = "<!-- The table is written by `python -m benchmarks.docs` from benchmarks/results/sglang_kits.jsonl. -->"
+KITS_END = "<!-- End of the table. -->"
 GENERATED = "<!-- Written from the code by `python -m benchmarks.docs`; do not edit. -->"
 
 SETTINGS = """# Settings
@@ -203,18 +206,30 @@ def refusals_page() -> str:
     )
 
 
+def reliability_page() -> str:
+    """Return docs/reliability.md with the table of SGLang's kits between its two marks."""
+    before, _, rest = (DOCS / "reliability.md").read_text(encoding="utf-8").partition(KITS_BEGIN)
+    table = sglang_kits.table(sglang_kits.read_results())
+    return f"{before}{KITS_BEGIN}\n\n{table}\n\n{KITS_END}{rest.partition(KITS_END)[2]}"
+
+
 def pages() -> dict[Path, str]:
     """Return the text of every generated file."""
-    texts = {"settings.md": settings_page(), "refusals.md": refusals_page()}
+    texts = {"settings.md": settings_page(), "refusals.md": refusals_page(), "reliability.md": reliability_page()}
     return {DOCS / name: text.rstrip() + "\n" for name, text in texts.items()}
 
 
-def main() -> None:
+def write() -> None:
     """Write all files."""
-    argparse.ArgumentParser(prog="python -m benchmarks.docs", description=__doc__).parse_args()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(DOCS.parent))
+
+
+def main() -> None:
+    """Command line."""
+    argparse.ArgumentParser(prog="python -m benchmarks.docs", description=__doc__).parse_args()
+    write()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import unittest
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -43,9 +44,11 @@ class ServerKind:
     model: str = TINY
     running: int = 32
     env: tuple[tuple[str, str], ...] = ()
+    flags: tuple[str, ...] = ()
 
 
-LARGE, LEARNED, SEEING = ServerKind(), ServerKind(TRAINED), ServerKind(VL)
+LARGE = ServerKind(flags=("--enable-return-hidden-states",))
+LEARNED, SEEING = ServerKind(TRAINED), ServerKind(VL)
 IMPATIENT_QUEUE = ServerKind(running=1, env=(("SGLANG_REQ_WAITING_TIMEOUT", "0.01"),))
 IMPATIENT = ServerKind(env=(("SGLANG_REQ_RUNNING_TIMEOUT", "1"),))
 
@@ -180,12 +183,34 @@ KITS = (
     Kit("kits.json_constrained_kit.JSONConstrainedMixin", LEARNED),
     Kit("kits.regex_constrained_kit.RegexConstrainedMixin", LEARNED),
     Kit("kits.ebnf_constrained_kit.EBNFConstrainedMixin", LEARNED),
+    Kit(
+        "kits.spec_server_kits.SpecLogprobKit",
+        LEARNED,
+        tests=(
+            "test_logprob_start_len",
+            "test_logprob_match",
+            "test_logprob_decode_match_prefill",
+            "test_token_ids_logprob_ragged",
+        ),
+    ),
+    Kit("kits.spec_server_kits.SpecHiddenStatesKit"),
     Kit("vlm_utils.ImageOpenAITestMixin", SEEING, tests=("test_mixed_batch", "test_image_prefix_cache_reuse")),
 )
 
 
+def test_every_kit_is_run_or_said_not_to_apply() -> None:
+    """In docs/reliability.md, by the name of its file."""
+    page = (Path(__file__).parents[2] / "docs/reliability.md").read_text()
+    files = {path.stem for path in Path(_import("kits").__path__[0]).glob("*_kit*.py")}
+    run = {kit.path.split(".")[1] for kit in KITS if kit.path.startswith("kits.")}
+    run |= {"radix_cache_server_kit", "cache_hit_kit"}  # their functions
+    assert not {name for name in files - run if f"`{name}`" not in page}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each of the kits' tests and each server; those of one server stand together."""
+    if metafunc.function is not test_kit:
+        return
     params = []
     for kind in sorted({kit.kind for kit in KITS}, key=repr):
         for budget in BUDGETS:
@@ -218,7 +243,7 @@ class Servers:
             model = smollm2_folder() if kind.model == TRAINED else make_model(kind.model)
             sizes = {"max_total_tokens": 60000, "max_running_requests": kind.running, "chunked_prefill_size": 1024}
             recipe = engine_flags("cpu", dtype="float32", **sizes)
-            flags = [*recipe.flags, *compression_flags(BUDGETS[budget], CONFIG)]
+            flags = [*recipe.flags, *kind.flags, *compression_flags(BUDGETS[budget], CONFIG)]
             server = Server(model, flags, {**recipe.env, **STRICT_ENV, **dict(kind.env)}, name=f"kits-{budget}")
             server.start()
             self.key, self.server = (kind, budget), server

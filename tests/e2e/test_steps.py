@@ -270,7 +270,7 @@ def growing(steps: Steps, lengths: list[int], new_tokens: int, budget: float | N
     return [(steps.tokens[f"{place}"], steps.records[f"{place}"]) for place in range(len(lengths))]
 
 
-@settings(LAWS, max_examples=NUM_INTERLEAVINGS)
+@settings(LAWS, max_examples=NUM_INTERLEAVINGS // 2)
 @given(st.lists(BORDERS, min_size=1, max_size=4), st.sampled_from([1, 2, 8, 9]))
 def test_lengths_around_every_border(
     small: SteppedScheduler, stock_steps: SteppedScheduler, lengths: list[int], new_tokens: int
