@@ -6,6 +6,7 @@ tests that must fail: those that stock fails, too, and those whose answer compre
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 import sys
@@ -31,10 +32,6 @@ BUDGETS = {"stock": None, "1.0": 1.0, "0.1": 0.1}
 COMPRESSED = ("1.0", "0.1")
 # Kits ask short questions: with small pages and windows as many of them as can be are compressed.
 CONFIG = {"min_prompt_tokens": 1, "page_size": 8, "min_head_pages": 1, "recent_window": 8}
-PAGE_TOKENS = {"stock": 1, "1.0": 8, "0.1": 8}
-UNCACHED = "outputs are not cached (architecture.md)"
-INEXACT = "answers over a compressed prompt have other log-probs"
-UNTRAINED = "asks what a larger model knows"
 
 
 @dataclass(frozen=True)
@@ -63,14 +60,14 @@ class Kit:
     kind : the server that it asks.
     values : attributes that the kit wants of its host.
     tests : names of the tests that apply; all of the class when empty.
-    fails : tests that have to fail, on the servers named first, and why.
+    fails : tests that have to fail: on which servers, a pattern of the failure, and why.
     """
 
     path: str
     kind: ServerKind = LARGE
     values: dict[str, Any] = field(default_factory=dict)
     tests: tuple[str, ...] = ()
-    fails: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    fails: dict[str, tuple[tuple[str, ...], str, str]] = field(default_factory=dict)
 
     def load(self) -> type:
         """The class, of the wheel or of this module."""
@@ -124,10 +121,13 @@ class CacheHit:
 
 
 def cached_prompt_only(result: dict[str, Any], history: int, output: int, label: str) -> None:
-    """What a next turn finds in the cache: on stock the answer, too, with compression whole pages of the prompt."""
+    """What a next turn finds: on stock the answer, too, with compression the prompt, in whole pages.
+
+    More than that is what another request with the same beginning has sent as its prompt.
+    """
     cached = result["meta_info"]["cached_tokens"]
-    compressed = "kv_compressor" in result["meta_info"]
-    assert cached == (history // 8 * 8 if compressed else history + output), label
+    least = history // 8 * 8 if "kv_compressor" in result["meta_info"] else history + output
+    assert least <= cached <= history + output, label
 
 
 def cached_prefix(result: dict[str, Any], prefix: int, label: str) -> None:
@@ -144,17 +144,22 @@ _TURNS = {
     "prefill_cache_assert": staticmethod(cached_prefix),
     "decode_cache_assert": staticmethod(cached_prompt_only),
 }
-_INEXACT = (("0.1",), INEXACT)
+_INEXACT = (("0.1",), "^avg_kl_div=", "answers over a compressed prompt have other log-probs")
+_UNCACHED = (COMPRESSED, r"^(assert \d+ >= \d+|$|Too few decode cache hits: 0/16)", "outputs are not cached")
 
 KITS = (
     Kit("RadixTree"),
-    Kit("CacheHit", fails={"test_outputs_are_cached": (COMPRESSED, UNCACHED)}),
+    Kit("CacheHit", fails={"test_outputs_are_cached": _UNCACHED}),
     Kit(
         "kits.kl_divergence_kit.KLDivergenceMixin",
         values=_KL | {"kl_div_decode_max_new_tokens": 128},
         fails={
             "test_input_output_logprobs_match_prefill_cache_hit": _INEXACT,
-            "test_input_output_logprobs_match_decode_cache_hit": (COMPRESSED, UNCACHED),
+            "test_input_output_logprobs_match_decode_cache_hit": (
+                COMPRESSED,
+                "Too few decode cache hits: 0/16",
+                _UNCACHED,
+            ),
         },
     ),
     Kit(
@@ -216,10 +221,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for budget in BUDGETS:
             for kit in (kit for kit in KITS if kit.kind == kind):
                 for name in kit.tests or unittest.TestLoader().getTestCaseNames(_case(kit)):
-                    servers, why = kit.fails.get(name, ((), ""))
-                    marks = [pytest.mark.xfail(strict=True, reason=why)] if budget in servers else []
                     place = f"{budget}-{kit.path.rpartition('.')[2]}-{name}"
-                    params.append(pytest.param(budget, kit, name, marks=marks, id=place))
+                    params.append(pytest.param(budget, kit, name, id=place))
     metafunc.parametrize(("budget", "kit", "name"), params)
 
 
@@ -289,7 +292,12 @@ def test_kit(servers: Servers, budget: str, kit: Kit, name: str, monkeypatch: py
     case = _case(kit)
     for attribute, value in (host | kit.values).items():
         setattr(case, attribute, value)
+    on, words, why = kit.fails.get(name, ((), "", ""))
+    fails = budget in on
     try:
-        case(name).debug()
+        with pytest.raises(Exception, match=words) if fails else contextlib.nullcontext():
+            case(name).debug()
     finally:
         assert_nothing_lost(server)
+    if fails:
+        pytest.xfail(why)

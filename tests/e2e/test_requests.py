@@ -138,7 +138,8 @@ PATHS = tuple(apis(""))
 def test_every_api_takes_settings_and_gives_the_record(limited: Server, path: str, stream: bool) -> None:
     model = limited.client.get("/v1/models").json()["data"][0]["id"]
     body = {**apis(model)[path], **own(budget=0.4), "stream": stream}
-    answer = limited.client.post(path, json=body).raise_for_status()
+    headers = {"accept": "text/event-stream"} if stream else {}
+    answer = limited.client.post(path, json=body, headers=headers).raise_for_status()
     proofs = [answer.headers.get(HEADER)]
     if stream:
         proofs.append(answer.text.strip().splitlines()[-1].removeprefix(f": {HEADER} "))
@@ -206,6 +207,25 @@ def test_custom_parameters_that_name_no_settings_are_sglang_s(limited: Server, g
     """SGLang takes any JSON value there."""
     answer = ask(limited, text(31035, 640), 2, sampling_params={"custom_params": given})
     assert answer.record["request_settings"] is None
+
+
+SCORED = {"query": "a", "items": ["b"], "label_token_ids": [5], "model": "default"}
+
+
+@pytest.mark.parametrize(
+    "path, body, field",
+    [
+        ("/generate", {"input_embeds": [[0.5]]}, "input_embeds"),
+        ("/generate", {"text": "a", "sampling_params": {"beam_width": 2}}, "beam_width"),
+        ("/v1/score", {**SCORED, "score_extraction_token": "b"}, "score_extraction_token"),
+    ],
+)
+def test_what_is_not_served_is_refused_without_a_hint_to_refused_flags(limited, path, body, field) -> None:
+    response = limited.client.post(path, json=body)
+    assert response.status_code == 400
+    assert f"{field} is not served with --kv-compressor hybridkv; " in response.text
+    assert "disable" not in response.text
+    limited.client.post("/v1/score", json=SCORED).raise_for_status()
 
 
 @pytest.mark.parametrize("where", ["kv_compressor", "extra_body"])
