@@ -183,7 +183,7 @@ def test_every_api_answers_a_bad_setting_with_status_400(limited: Server, path: 
         (r'{"\ud800\u0000": 1}', r"has no field '\ud800\x00'; "),
         pytest.param('{"budget": %s}' % ("9" * 5000), "budget = inf is not allowed", id="5,000 digits"),
         pytest.param('{"budget": "%s"}' % ("9" * 2**20), "999... is not allowed", id="a megabyte"),
-        pytest.param('{"%s": 0.3}' % ("x" * 2**20), "xxx... a request may set", id="a megabyte of name"),
+        pytest.param('{"%s": 0.3}' % ("x" * 2**20), "xxx...; a request may set", id="a megabyte of name"),
         pytest.param('{"budget": %s}' % ("[" * 5000 + "]" * 5000), "is nested too deeply", id="nested"),
     ],
 )
