@@ -8,10 +8,10 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve quality gpu-check models models-real train-tiny test test-fast soak test-sanitize kernels-compile lint format clean
+.PHONY: help setup demo serve quality gpu-check models models-real train-tiny test test-fast soak test-sanitize test-sglang-kits kernels-compile lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## make .venv with SGLang on the CPU engine (a few minutes; nothing to do the second time)
 	@$(BOOTSTRAP_PYTHON) tests/cpu_engine/setup_env.py
@@ -70,6 +70,11 @@ $(SANITIZED): $(wildcard $(KERNELS_CPP)/*.* kernels/hybridkv_kernels/*/cpu.h)
 test-sanitize: $(ENVIRONMENT) $(SANITIZED) ## the C++ kernels' tests under AddressSanitizer and UBSan (minutes)
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(PYTHON) -m pytest --cpu-library=$(SANITIZED) -k "not triton" $(SANITIZED_TESTS) $(ARGS)
+
+# A quarter of an hour and more: fifteen servers, and a pretrained model that make models-real writes.
+KITS_REPORT = build/sglang-kits.xml
+test-sglang-kits: $(ENVIRONMENT) ## SGLang's own test kits on a stock server and at budgets 1.0 and 0.1; ARGS="-k 0.1"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --junitxml=$(KITS_REPORT) tests/e2e/sglang_kits.py $(ARGS)
 
 kernels-compile: $(ENVIRONMENT) ## compile the Triton kernels for sm_80, sm_90, sm_100 without a GPU; registers and spills
 	PYTHONPATH=kernels:$$PYTHONPATH $(PYTHON) -m benchmarks.compile_kernels $(ARGS)

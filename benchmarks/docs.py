@@ -1,6 +1,7 @@
 """Write docs/settings.md, docs/refusals.md and docs/models.md from the code: ``python -m benchmarks.docs``.
 
-The tables of today's defaults in docs/quality.md come from the committed rows.
+The tables of today's defaults in docs/quality.md, and that of SGLang's kits in docs/reliability.md, come from the
+committed rows.
 
 ``tests/test_docs.py`` says whether the committed files are current.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import sglang_kits
 from benchmarks.quality.front_picture import MODELS, RESULTS, read_newest
 from benchmarks.quality.report import markdown
 from hybridkv_patches import server_args
@@ -26,6 +28,8 @@ from sglang_hybridkv.srt import refusals
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN_TABLES, END_TABLES = "<!-- tables of today's defaults -->", "<!-- end of the tables of today's defaults -->"
 TASKS_OF_BETTER_MODELS = ("pair", "hop", "tally")
+KITS_BEGIN = "<!-- The table is written by `python -m benchmarks.docs` from benchmarks/results/sglang_kits.jsonl. -->"
+KITS_END = "<!-- End of the table. -->"
 GENERATED = "<!-- Written from the code by `python -m benchmarks.docs`; do not edit. -->"
 
 SETTINGS = """# Settings
@@ -297,6 +301,13 @@ def models_page() -> str:
     return MODELS_PAGE.format(generated=GENERATED, table=table)
 
 
+def reliability_page() -> str:
+    """Return docs/reliability.md with the table of SGLang's kits between its two marks."""
+    before, _, rest = (DOCS / "reliability.md").read_text(encoding="utf-8").partition(KITS_BEGIN)
+    table = sglang_kits.table(sglang_kits.read_results())
+    return f"{before}{KITS_BEGIN}\n\n{table}\n\n{KITS_END}{rest.partition(KITS_END)[2]}"
+
+
 def pages() -> dict[Path, str]:
     """Return the text of every generated file."""
     texts = {
@@ -305,15 +316,22 @@ def pages() -> dict[Path, str]:
         "models.md": models_page(),
         "quality.md": quality_page(),
     }
+    if sglang_kits.RESULTS.is_file():  # rows of a whole run of the kits
+        texts["reliability.md"] = reliability_page()
     return {DOCS / name: text.rstrip() + "\n" for name, text in texts.items()}
 
 
-def main() -> None:
+def write() -> None:
     """Write all files."""
-    argparse.ArgumentParser(prog="python -m benchmarks.docs", description=__doc__).parse_args()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(DOCS.parent))
+
+
+def main() -> None:
+    """Command line."""
+    argparse.ArgumentParser(prog="python -m benchmarks.docs", description=__doc__).parse_args()
+    write()
 
 
 if __name__ == "__main__":

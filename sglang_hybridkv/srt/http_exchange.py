@@ -21,6 +21,7 @@ HEADER = "x-kv-compressor"
 _MOST_RECORDS = 16  # of one header: a client's limit for all of them may be 16 KiB
 _MARK = f'"{KEY}"'.encode()
 _ESCAPE = rb"\u00"
+_EVENTS = b"text/event-stream"
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -88,25 +89,30 @@ class ExchangeMiddleware:
             except ValueError as error:
                 await (await self.refuse(scope, str(error)))(scope, receive, send)
                 return
+        reads_events = _EVENTS in dict(scope["headers"]).get(b"accept", b"")
         token = _current.set(exchange)
         try:
-            await self.app(scope, receive, _Sender(exchange, send))
+            await self.app(scope, receive, _Sender(exchange, send, reads_events))
         finally:
             _current.reset(token)
 
 
 class _Sender:
-    """Holds the head of an answer until its first part: by then most records are known."""
+    """Holds the head of an answer until its first part: by then most records are known.
 
-    def __init__(self, exchange: HttpExchange, send: Send):
-        self.exchange, self.send = exchange, send
+    A stream of events ends with a comment, for a client that says it reads events: others, SGLang's own benchmark of
+    servers among them, take each line for JSON.
+    """
+
+    def __init__(self, exchange: HttpExchange, send: Send, reads_events: bool):
+        self.exchange, self.send, self.reads_events = exchange, send, reads_events
         self.head: Message | None = None
         self.is_event_stream = False
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             content_type = dict(message.get("headers", ())).get(b"content-type", b"")
-            self.head, self.is_event_stream = message, content_type.startswith(b"text/event-stream")
+            self.head, self.is_event_stream = message, content_type.startswith(_EVENTS)
             return
         record = self.exchange.record
         words = b"" if record is None else json.dumps(record, separators=(",", ":")).encode()
@@ -114,8 +120,7 @@ class _Sender:
             headers = [*self.head.get("headers", ()), *([(HEADER.encode(), words)] if words else [])]
             await self.send({**self.head, "headers": headers})
             self.head = None
-        if words and self.is_event_stream and not message.get("more_body", False):
-            # A comment: readers of events skip it.
+        if words and self.is_event_stream and self.reads_events and not message.get("more_body", False):
             comment = b": " + HEADER.encode() + b" " + words + b"\n\n"
             message = {**message, "body": bytes(message.get("body", b"")) + comment}
         await self.send(message)

@@ -18,6 +18,7 @@ from tests.e2e.checks import (
     ask,
     assert_compressed,
     assert_nothing_lost,
+    assert_same,
     assert_same_first_token,
     flush_cache,
     loads,
@@ -41,6 +42,24 @@ def test_what_one_key_has_cached_is_not_another_s(tenth: Server, key: str) -> No
     assert (first.cached, other.cached, again.cached) == (0, 0, 640 - OBSERVED_ROWS)
     assert first.record["plan"] == other.record["plan"] == again.record["plan"] is not None
     assert first.ids == other.ids == again.ids
+
+
+@pytest.mark.parametrize("key", ["cache_salt", "extra_key"])
+def test_under_every_key_the_answer_is_stock_s(tenth: Server, stock: Reference, vision: Vision, key: str) -> None:
+    """At budget 1 and without compression, with an image, and whatever the others have left in the cache."""
+    seed = next(_seeds)
+    prompt = text(seed, 300) + vision.image(seed) + text(seed + 1, 60)
+    expected = stock.ask(prompt)
+    for value, own in (("a", {"budget": 0.1}), ("b", {"budget": 1.0}), ("c", {"enabled": False}), ("d", None)):
+        params = {} if own is None else {"custom_params": {"kv_compressor": own}}
+        answer = ask(tenth, prompt, sampling_params=params, **{key: value})
+        assert answer.cached == 0
+        if value in "bc":
+            assert_same(answer, expected)
+        else:
+            assert_compressed(answer)
+            assert_same_first_token(answer, expected)
+    assert ask(tenth, prompt, **{key: "c"}).cached > 0
 
 
 @pytest.mark.parametrize("parts_read", [0, 1, 6, 40])

@@ -138,7 +138,8 @@ PATHS = tuple(apis(""))
 def test_every_api_takes_settings_and_gives_the_record(limited: Server, path: str, stream: bool) -> None:
     model = limited.client.get("/v1/models").json()["data"][0]["id"]
     body = {**apis(model)[path], **own(budget=0.4), "stream": stream}
-    answer = limited.client.post(path, json=body).raise_for_status()
+    headers = {"accept": "text/event-stream"} if stream else {}
+    answer = limited.client.post(path, json=body, headers=headers).raise_for_status()
     proofs = [answer.headers.get(HEADER)]
     if stream:
         proofs.append(answer.text.strip().splitlines()[-1].removeprefix(f": {HEADER} "))
@@ -179,6 +180,11 @@ def test_every_api_answers_a_bad_setting_with_status_400(limited: Server, path: 
         ('{"enabled": false, "budget": 0.3}', "budget would change nothing with enabled = false"),
         ("null", "must be an object"),
         ("[0.3]", "must be an object"),
+        (r'{"\ud800\u0000": 1}', r"has no field '\ud800\x00'; "),
+        pytest.param('{"budget": %s}' % ("9" * 5000), "budget = inf is not allowed", id="5,000 digits"),
+        pytest.param('{"budget": "%s"}' % ("9" * 2**20), "999... is not allowed", id="a megabyte"),
+        pytest.param('{"%s": 0.3}' % ("x" * 2**20), "xxx...; a request may set", id="a megabyte of name"),
+        pytest.param('{"budget": %s}' % ("[" * 5000 + "]" * 5000), "is nested too deeply", id="nested"),
     ],
 )
 def test_bad_settings_disturb_nobody(limited: Server, given: str, complaint: str) -> None:
@@ -194,6 +200,32 @@ def test_bad_settings_disturb_nobody(limited: Server, given: str, complaint: str
     assert bad.status_code == 400
     assert complaint in bad.json()["message"]
     assert_same(again, good)
+
+
+@pytest.mark.parametrize("given", [["kv_compressor"], "kv_compressor", 5, {"kv_compressors": {"a": {"b": [1]}}}])
+def test_custom_parameters_that_name_no_settings_are_sglang_s(limited: Server, given: Any) -> None:
+    """SGLang takes any JSON value there."""
+    answer = ask(limited, text(31035, 640), 2, sampling_params={"custom_params": given})
+    assert answer.record["request_settings"] is None
+
+
+SCORED = {"query": "a", "items": ["b"], "label_token_ids": [5], "model": "default"}
+
+
+@pytest.mark.parametrize(
+    "path, body, field",
+    [
+        ("/generate", {"input_embeds": [[0.5]]}, "input_embeds"),
+        ("/generate", {"text": "a", "sampling_params": {"beam_width": 2}}, "beam_width"),
+        ("/v1/score", {**SCORED, "score_extraction_token": "b"}, "score_extraction_token"),
+    ],
+)
+def test_what_is_not_served_is_refused_without_a_hint_to_refused_flags(limited, path, body, field) -> None:
+    response = limited.client.post(path, json=body)
+    assert response.status_code == 400
+    assert f"{field} is not served with --kv-compressor hybridkv; " in response.text
+    assert "disable" not in response.text
+    limited.client.post("/v1/score", json=SCORED).raise_for_status()
 
 
 @pytest.mark.parametrize("where", ["kv_compressor", "extra_body"])

@@ -302,3 +302,40 @@ def test_interleavings(small: SteppedScheduler, events: list[tuple]) -> None:
 @given(st.lists(EVENTS, min_size=3, max_size=40))
 def test_interleavings_with_priorities_and_a_full_host_store(narrow: SteppedScheduler, events: list[tuple]) -> None:
     narrow.run(interleaved, events)
+
+
+# Around the first pages of eight tokens, min_prompt_tokens and the observed window (32), and parts of a prefill (64).
+BORDERS = st.builds(
+    lambda border, beside: border + beside,
+    st.sampled_from([8, 16, 32, 40, 64, 96, 128, 192]),
+    st.sampled_from([-7, -1, 0, 1, 7]),
+)
+
+
+def growing(steps: Steps, lengths: list[int], new_tokens: int, budget: float | None) -> Iterator[None]:
+    """Prompts of which each begins as the others do, one after another, so that later ones find a part in the tree."""
+    own = None if budget is None else {"kv_compressor": {"budget": budget}}
+    for place, length in enumerate(lengths):
+        steps.submit(f"{place}", prompt(77, 200)[:length], new_tokens, own)
+        yield from steps.until(steps.all_ended)
+    return [(steps.tokens[f"{place}"], steps.records[f"{place}"]) for place in range(len(lengths))]
+
+
+@settings(LAWS, max_examples=NUM_INTERLEAVINGS // 2)
+@given(st.lists(BORDERS, min_size=1, max_size=4), st.sampled_from([1, 2, 8, 9]))
+def test_lengths_around_every_border(
+    small: SteppedScheduler, stock_steps: SteppedScheduler, lengths: list[int], new_tokens: int
+) -> None:
+    """Budget 1 writes stock's tokens, and a prompt has its plan, whatever part of it was cached."""
+    exact = small.run(growing, lengths, new_tokens, 1.0)
+    assert [tokens for tokens, _ in exact] == [
+        tokens for tokens, _ in stock_steps.run(growing, lengths, new_tokens, None)
+    ]
+    for length, (_, record) in zip(lengths, exact, strict=True):
+        reason = "prompt_too_short" if length < 32 else "no_decode" if new_tokens == 1 else None
+        assert record["reason"] == reason, length
+    pruned = small.run(growing, lengths, new_tokens, None)
+    alone = [small.run(growing, [length], new_tokens, None)[0] for length in lengths]
+    assert [(tokens, record["plan"]) for tokens, record in pruned] == [
+        (tokens, record["plan"]) for tokens, record in alone
+    ]

@@ -1,9 +1,10 @@
 """Whatever stands in a configuration or in a request gives settings or one sentence, and nothing else."""
 
 import json
+import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("sglang")
@@ -15,6 +16,7 @@ from sglang_hybridkv.requests.settings import NAME, read_settings
 from sglang_hybridkv.srt.http_exchange import settings_in_body
 from tests.builders import LAWS
 
+FUZZ = settings(LAWS, max_examples=int(os.environ.get("HYBRIDKV_EXAMPLES", 80)))  # of each kind
 LIMITED = HybridKVConfig(request_budget_min=0.2, request_budget_max=0.5)
 FIELDS = sorted({name for compressor in BUILT_IN.values() for name in compressor.config_class.model_fields})
 PREFIXES = (BUDGET_FLAG, CONFIG_FLAG, NAME, "kv_compressor belongs")
@@ -56,7 +58,7 @@ def body_of(given):
     return json.dumps({"custom_params": {"kv_compressor": given}}).encode()
 
 
-@LAWS
+@FUZZ
 @given(objects, st.sampled_from(sorted(BUILT_IN)), st.none() | values)
 def test_a_configuration(given, name, budget):
     config_class = BUILT_IN[name].config_class
@@ -65,7 +67,7 @@ def test_a_configuration(given, name, budget):
     assert settings_or_a_sentence(parse_config, json.dumps(given), config_class, budget=budget) == config
 
 
-@LAWS
+@FUZZ
 @given(st.sampled_from(["", "@", "{", '{"budget": ']), words | values | st.binary())
 def test_a_configuration_that_is_no_object(start, rest):
     given = start + rest if isinstance(rest, str) else rest
@@ -73,7 +75,7 @@ def test_a_configuration_that_is_no_object(start, rest):
         settings_or_a_sentence(parse_config, given, HybridKVConfig)
 
 
-@LAWS
+@FUZZ
 @given(asked | values, st.sampled_from([HybridKVConfig(), LIMITED]))
 def test_a_request(given, config):
     own = settings_or_a_sentence(read_settings, given, config)

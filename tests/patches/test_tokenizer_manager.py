@@ -96,3 +96,10 @@ def test_an_abort_of_a_request_that_is_gone_is_stock_s(manager):
     sent = AbortReq(rid="a", finished_reason={META_INFO_KEY: "{}"})
     tokenizer_manager.add_record_of_abort(lambda manager, recv_obj: seen.append(recv_obj), manager, sent)
     assert [one.finished_reason for one in seen] == [None]
+
+
+def test_score_extraction_is_refused_by_name(manager):
+    assert tokenizer_manager.refuse_score_extraction(manager, True, False) is None
+    settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
+    with pytest.raises(ValueError, match="^score_extraction_token is not served with --kv-compressor hybridkv; "):
+        tokenizer_manager.refuse_score_extraction(manager, True, False)

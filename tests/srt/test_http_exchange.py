@@ -96,13 +96,22 @@ def test_the_record_of_a_whole_answer_is_in_the_head():
     assert [message.get("body") for message in client.sent[1:]] == [b"first", b"last"]
 
 
-def test_a_stream_ends_with_the_record_as_a_comment():
+@pytest.mark.parametrize(
+    ("accept", "comment"),
+    [
+        (b"text/event-stream", b': x-kv-compressor {"budget":0.2}\n\n'),
+        (b"application/json, text/event-stream;q=0.9", b': x-kv-compressor {"budget":0.2}\n\n'),
+        (b"*/*", b""),  # SGLang's benchmark takes each line for JSON
+        (None, b""),
+    ],
+)
+def test_a_stream_ends_with_the_record_as_a_comment_for_those_who_read_events(accept, comment):
     async def app(exchange, receive, send):
         await answer(exchange, receive, send, kind=b"text/event-stream; charset=utf-8")
 
-    client = Client(app)
+    client = Client(app, headers=[*JSON_TYPE, *([(b"accept", accept)] if accept else [])])
     assert [json.loads(value) for value in client.header] == [{"budget": 0.2}]
-    assert client.sent[-1]["body"] == b'last: x-kv-compressor {"budget":0.2}\n\n'
+    assert client.sent[-1]["body"] == b"last" + comment
 
 
 @pytest.mark.parametrize(("num_records", "listed"), [(0, None), (2, 2), (16, 16), (17, 16)])

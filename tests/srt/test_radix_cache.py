@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE, Req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -30,9 +30,15 @@ class Tree:
         params = CacheInitParams(False, self.rows, self.compression.allocator, P, tree_components=(ComponentType.FULL,))
         self.cache = HybridRadixCache(params)
 
-    def request(self, rid, prompt_len, num_generated=0, *, max_new_tokens=50):
-        """A request in the waiting queue; with generated tokens, one that was retracted."""
-        req = Req(rid, "", array("q", range(prompt_len)), SamplingParams(max_new_tokens=max_new_tokens))
+    def request(self, rid, prompt_len, num_generated=0, *, max_new_tokens=50, pad_value=None, **keys):
+        """A request in the waiting queue; with generated tokens, one that was retracted.
+
+        With `pad_value`, that number of SGLang's stands for an image from token 4 P + 1 to 6 P.
+        """
+        ids = array("q", range(prompt_len))
+        if pad_value is not None:
+            ids[4 * P + 1 : 6 * P] = array("q", [pad_value] * (2 * P - 1))
+        req = Req(rid, "", ids, SamplingParams(max_new_tokens=max_new_tokens), **keys)
         req.output_ids.extend(range(1000, 1000 + num_generated))
         req.sampling_params.max_new_tokens += num_generated
         return req
@@ -162,3 +168,25 @@ def test_a_request_that_is_served_dense_finds_all_that_stock_finds():
     tree = Tree()
     tree.prefill(tree.request("first", PROMPT + 20))
     assert tree.prefill(tree.request("one-token", 10 * P + 1, max_new_tokens=1)) == 10 * P
+
+
+@pytest.mark.parametrize("max_new_tokens", [50, 1])
+@pytest.mark.parametrize("name", ["extra_key", "cache_salt"])
+def test_nothing_is_found_under_another_key(name, max_new_tokens):
+    """Compressed or served dense, and while the first request still runs, too."""
+    tree = Tree()
+    tree.prefill(tree.request("first", PROMPT, **{name: "a"}))
+    for place, keys in enumerate(({name: "b"}, {}, {"extra_key": "a", "cache_salt": "a"})):
+        assert tree.prefill(tree.request(f"other {place}", PROMPT, max_new_tokens=max_new_tokens, **keys)) == 0
+        assert len(tree.compression.ledger.by_row) == 1 + (place + 1) * (max_new_tokens > 1)
+
+
+@pytest.mark.parametrize("bit", range(30))
+def test_an_image_is_told_apart_by_every_bit_of_its_number(bit):
+    """SGLang keeps 30 bits of an image's hash, and none of them is lost here: a hit ends where the image begins."""
+    pad_value = MM_PAD_SHIFT_VALUE + 0x2AAAAAAA
+    tree = Tree()
+    tree.prefill(tree.request("first", PROMPT, pad_value=pad_value))
+    assert tree.prefill(tree.request("same", PROMPT, pad_value=pad_value)) == (PROMPT - WINDOW) // P * P
+    other = MM_PAD_SHIFT_VALUE + (0x2AAAAAAA ^ (1 << bit))
+    assert tree.prefill(tree.request("other", PROMPT, pad_value=other)) == 4 * P
