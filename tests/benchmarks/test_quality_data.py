@@ -146,8 +146,8 @@ def test_the_report_has_a_table_and_plots_of_the_collection(launched, endpoint, 
     assert main(["report", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert "### milebench (1610 prompt tokens)" in text
-    assert f"| compressor | budget | n | {OPEN} | {CHOICE} | resident |" in text
-    assert "| hybridkv | 0.1 | 3 | 0.333 contains | 0.667 [0.21, 0.94] | 25.0 % |" in text
+    assert f"| compressor | budget | n | {OPEN} | {CHOICE} | KL | resident |" in text
+    assert "| hybridkv | 0.1 | 3 | 0.333 contains | 0.667 [0.21, 0.94] | 0.000 | 25.0 % |" in text
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     by_task = {f"accuracy-milebench-{task.removeprefix('milebench/')}.png" for task in (OPEN, CHOICE)}
     assert names == {"accuracy-milebench.png", "memory-milebench.png"} | by_task
