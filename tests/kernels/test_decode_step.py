@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_check.step import DecodeStep
 from tests.builders import TinyPool, eager_config, fresh_generator
-from tests.kernels.test_retrieve_chunks import check_attention, check_buffer, check_selection
+from tests.kernels.test_retrieve_chunks import check_attention, check_buffer, check_selection, held_by
 
 BATCH_SIZE, MOST_RUNNING, PROMPT_PAGES = 5, 6, 12
 
@@ -54,13 +54,15 @@ def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype
         batch = traffic.next_batch()
         compositions.add(tuple((prompt.row, prompt.seq_len) for prompt in batch))
         step.load(batch)
+        places = [(layer, i) for layer in range(pool.layout.num_layers) for i in range(len(batch))]
+        had = {(layer, i): held_by(pool, batch[i], layer) for layer, i in places if batch[i].reservation}
         step.run()
-        for layer, i in [(layer, i) for layer in range(pool.layout.num_layers) for i in range(len(batch))]:
+        for layer, i in places:
             prompt, q = batch[i], step.q[layer, i]
             if prompt.reservation:
                 for head in range(pool.layout.num_kv_heads):
                     check_buffer(pool, prompt, layer, head)
                 if dtype == torch.float32:  # the summaries of other types are rounded
-                    check_selection(pool, prompt, layer, q)
+                    check_selection(pool, prompt, layer, q, had[layer, i])
             check_attention(pool, prompt, layer, q, step.out[layer, i])
     assert len(compositions) > num_steps // 2, "the batches were composed alike"

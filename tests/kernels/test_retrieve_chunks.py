@@ -452,9 +452,9 @@ def test_padding_rows_dense_requests_and_static_heads_are_left_alone(dtype, thet
     pool = dynamic_pool(theta=theta)
     compressed, dense = pool.add_prompt(20 * P), pool.add_prompt(6 * P)
     pool.compress(compressed)
-    q = pool.queries(4)
+    q, had = pool.queries(4), held_by(pool, compressed, 0)
     pool.retrieve([compressed], 0, q[1:2])
-    check_selection(pool, compressed, 0, q[1])
+    check_selection(pool, compressed, 0, q[1], had)
     before, chosen = State.of(pool), int(pool.counters[0])
     assert (chosen > 0) == (theta > 0)
     q[0] = NAN
