@@ -29,7 +29,8 @@ from tests.e2e.prompts import image_url, text
 
 TINY, TRAINED = "tiny-qwen2", "smollm2"
 BUDGETS = {"stock": None, "1.0": 1.0, "0.1": 0.1}
-COMPRESSED = ("1.0", "0.1")
+ALL, COMPRESSED = tuple(BUDGETS), ("1.0", "0.1")
+SMALL_MODEL = "this model is too small for it"
 # Kits ask short questions: with small pages and windows as many of them as can be are compressed.
 CONFIG = {"min_prompt_tokens": 1, "page_size": 8, "min_head_pages": 1, "recent_window": 8}
 
@@ -155,11 +156,7 @@ KITS = (
         values=_KL | {"kl_div_decode_max_new_tokens": 128},
         fails={
             "test_input_output_logprobs_match_prefill_cache_hit": _INEXACT,
-            "test_input_output_logprobs_match_decode_cache_hit": (
-                COMPRESSED,
-                "Too few decode cache hits: 0/16",
-                _UNCACHED,
-            ),
+            "test_input_output_logprobs_match_decode_cache_hit": _UNCACHED,
         },
     ),
     Kit(
@@ -181,13 +178,21 @@ KITS = (
     Kit("kits.abort_timeout_kit.RunningTimeoutTwoWaveMixin", IMPATIENT, {"running_timeout_sleep": 1}),
     Kit("kits.pause_generation_kit.PauseResumeInPlaceMixin", values={"pause_ignore_eos": True}),
     Kit("kits.basic_api_contract_kit.BasicAPIContractMixin"),
-    Kit("kits.basic_decode_correctness_kit.BasicDecodeCorrectnessMixin", LEARNED),
-    Kit("kits.basic_scheduler_stress_kit.BasicSchedulerStressMixin", LEARNED),
+    Kit(
+        "kits.basic_decode_correctness_kit.BasicDecodeCorrectnessMixin",
+        LEARNED,
+        fails={"test_basic_math": (ALL, "^'391' not found", SMALL_MODEL)},
+    ),
+    Kit(
+        "kits.basic_scheduler_stress_kit.BasicSchedulerStressMixin",
+        LEARNED,
+        fails={"test_concurrent_requests": (ALL, "^0 not greater than or equal to 7", SMALL_MODEL)},
+    ),
     Kit("kits.matched_stop_kit.MatchedStopMixin", LEARNED),
     Kit("kits.json_mode_kit.JSONModeMixin", LEARNED),
     Kit("kits.json_constrained_kit.JSONConstrainedMixin", LEARNED),
-    Kit("kits.regex_constrained_kit.RegexConstrainedMixin", LEARNED),
-    Kit("kits.ebnf_constrained_kit.EBNFConstrainedMixin", LEARNED),
+    Kit("kits.regex_constrained_kit.RegexConstrainedMixin"),
+    Kit("kits.ebnf_constrained_kit.EBNFConstrainedMixin"),
     Kit(
         "kits.spec_server_kits.SpecLogprobKit",
         LEARNED,
@@ -283,6 +288,8 @@ def test_kit(servers: Servers, budget: str, kit: Kit, name: str, monkeypatch: py
     monkeypatch.setitem(lengths._cached_input_ids, f"{model}_3000_48", _PROMPTS)
     for module in ("radix_cache_server_kit", "unified_radix_cache_kit"):
         monkeypatch.setattr(_import(f"kits.{module}"), "random", Dice(1))
+    # Eight thousand tokens take a small CPU longer than two minutes.
+    monkeypatch.setattr(_import("kits.basic_scheduler_stress_kit"), "_REQUEST_TIMEOUT", 600)
     images = _import("vlm_utils")
     monkeypatch.setattr(images, "IMAGE_MAN_IRONING_URL", image_url(1))
     monkeypatch.setattr(images, "IMAGE_SGL_LOGO_URL", image_url(2, 112, 112))
