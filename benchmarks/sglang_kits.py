@@ -45,16 +45,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for kit in dict.fromkeys(row["kit"] for row in rows):
         found = {row["server"]: row for row in rows if row["kit"] == kit}
         count = max(row["passed"] + len(row["failed"]) for row in found.values())
+        passed = [str(found[server]["passed"]) if server in found else "not run" for server in SERVERS]
         whys: dict[str, dict[str, list[str]]] = {}
         for server in SERVERS:
-            for test, why in found[server]["failed"].items():
+            for test, why in found.get(server, {"failed": {}})["failed"].items():
                 whys.setdefault(why, {}).setdefault(f"`{test}`", []).append(server)
         words = [
             f"{', '.join(tests)} ({'on stock, too' if 'stock' in servers else 'on ' + ' and '.join(servers)}): {why}"
             for why, tests in whys.items()
             for servers in [sorted({server for names in tests.values() for server in names}, reverse=True)]
         ]
-        cells = [f"`{kit}`", str(count), *(str(found[server]["passed"]) for server in SERVERS), "; ".join(words)]
+        cells = [f"`{kit}`", str(count), *passed, "; ".join(words)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
