@@ -28,7 +28,7 @@ from sglang_hybridkv.srt import refusals
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN_TABLES, END_TABLES = "<!-- tables of today's defaults -->", "<!-- end of the tables of today's defaults -->"
 TASKS_OF_BETTER_MODELS = ("pair", "hop", "tally")
-KITS_BEGIN = "<!-- The table is written by `python -m benchmarks.docs` from benchmarks/results/sglang_kits.jsonl. -->"
+KITS_BEGIN = "<!-- The table is written by `python -m benchmarks.docs` from the rows of the kits. -->"
 KITS_END = "<!-- End of the table. -->"
 GENERATED = "<!-- Written from the code by `python -m benchmarks.docs`; do not edit. -->"
 
