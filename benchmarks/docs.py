@@ -21,7 +21,7 @@ from sglang_hybridkv.compressors import BUILT_IN
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, RetrievalConfig, legal_values
 from sglang_hybridkv.requests.admission import EXPLANATIONS
-from sglang_hybridkv.srt import refusals
+from sglang_hybridkv.srt import model_requirements, refusals, self_test
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN_TABLES, END_TABLES = "<!-- tables of today's defaults -->", "<!-- end of the tables of today's defaults -->"
@@ -116,8 +116,11 @@ MODELS_PAGE = """# Models
 
 {generated}
 
-The architecture is the first entry of `architectures` in a checkpoint's `config.json`. Any other is refused at start-up
-in one sentence.
+The architecture is the first entry of `architectures` in a checkpoint's `config.json`.
+
+## Verified
+
+Tests of this project compare these with stock SGLang.
 
 {table}
 
@@ -135,9 +138,37 @@ architecture ([quality.md](quality.md)), and nothing in this table but Qwen2.5-V
 ([gpu.md](gpu.md)). On CUDA, models with experts write K to the pool inside their RoPE kernel. The observation reads K
 from the pool after the attention of a layer, so that this should not matter; it was read, not run.
 
-An architecture can be added when all of its layers attend through SGLang's RadixAttention with one head size and one
-number of KV heads, K goes to the pool after RoPE, and no layer has a sliding window, a latent cache (MLA) or a state in
-place of a cache. [CONTRIBUTING.md](../CONTRIBUTING.md) says how.
+## Any other: by self-test
+
+A server with another architecture starts only with `{{"unverified_model": true}}` in `--kv-compressor-config`. What
+proves it then is a check of the loaded model, and the self-test below. It asks in text: nothing proves images, videos
+and audio of such a model. `/server_info` says under `kv_compressor.model` whether the architecture is verified and what
+the self-test gave, and so does the line of the log that says that compression is active.
+
+Compression needs:
+
+{requirements}
+- {no_other_inputs};
+- keys in the cache as attention reads them, after RoPE. This one only the self-test sees.
+
+A model that does not meet one of them is refused after it was loaded, in one sentence that repeats the words above. The
+last but one is seen when attention first runs.
+
+## The self-test
+
+Every compressing server asks its own model before it serves, a verified one, too: one prompt of random tokens and an
+answer of {steps} tokens. The dense side is the prefill of SGLang's attention backend, which computes the prompt and
+each token of the answer anew. The compressed side decodes this answer at budget 1.0, with the server's own pages, tree,
+compressor, kernels and CUDA graphs. Of each step the log-probs of the ten best tokens are compared. The server ends
+with one sentence when the largest difference, in the median step, is above {fp32:g} nats in fp32, and {half:g} in half
+precision. Nothing of it is left in pool, tree, counters or metrics.
+
+On the tiny models of the tests it takes 0.1 to 0.9 s on a busy CPU, and the log-probs differ by 0.06 nats in bfloat16.
+What SGLang compiles when a model is asked for the first time is compiled then: once 15 s for the choice of
+experts of GLM-4.5V on a CPU, which the first request would wait for otherwise.
+
+When the prompt cannot be compressed, for instance because pool or host store are too small, an unverified model is
+refused, and for a verified one the log and `/server_info` say that the self-test was not run.
 """
 
 REFUSALS = """# What is refused, and what is served without compression
@@ -154,7 +185,9 @@ SGLang {sglang} is supported; any other version is refused. Values of the flags 
 against [settings.md](settings.md). After start-up the server also checks that every hook is in place, that pool,
 allocator, radix tree and attention backend are those of this plugin, and that the cache is not quantized.
 
-Served are the architectures {architectures}, on `--device` {devices}.
+Served are the architectures {architectures}, and any other
+with `unverified_model` that meets the requirements and passes the self-test ([models.md](models.md)). The places are
+`--device` {devices}.
 
 ## Server arguments
 
@@ -292,8 +325,15 @@ def models_page() -> str:
         (f"`{name}`", model.published, model.sees, ", ".join(f"`{one}`" for one in model.checkpoints))
         for name, model in SERVED_MODELS.items()
     ]
-    table = _table(["architecture", "models that have it", "what they see", f"checkpoints in {tests}"], rows)
-    return MODELS_PAGE.format(generated=GENERATED, table=table)
+    return MODELS_PAGE.format(
+        generated=GENERATED,
+        table=_table(["architecture", "models that have it", "what they see", f"checkpoints in {tests}"], rows),
+        requirements="\n".join(f"- {one.words};" for one in model_requirements.REQUIREMENTS),
+        no_other_inputs=model_requirements.NO_OTHER_INPUTS,
+        steps=self_test.NUM_STEPS,
+        fp32=self_test.FP32_LIMIT,
+        half=self_test.HALF_LIMIT,
+    )
 
 
 def pages() -> dict[Path, str]:
