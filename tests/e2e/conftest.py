@@ -23,7 +23,7 @@ STRICT_ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_K
 
 
 def make_server(
-    model: str,
+    model: str | Path,
     budget: float | None = None,
     config: dict[str, Any] | None = None,
     *flags: str,
@@ -31,12 +31,16 @@ def make_server(
     name: str = "stock",
     **sizes: int,
 ) -> Server:
-    """A server that is not started yet; stock without a budget. `sizes` are of SGLang's pool and prefill."""
+    """A server that is not started yet; stock without a budget. `sizes` are of SGLang's pool and prefill.
+
+    model : name of a tiny one, or a folder.
+    """
     sizes = {"max_total_tokens": POOL_TOKENS, "chunked_prefill_size": CHUNK_TOKENS} | sizes
     recipe = engine_flags("cpu", dtype="float32", **sizes)
     compression = compression_flags(budget, {**CONFIG, **(config or {})})
     env = {**recipe.env, **STRICT_ENV, **(env or {})}
-    return Server(make_model(model), [*recipe.flags, *compression, *flags], env, name=name)
+    folder = model if isinstance(model, Path) else make_model(model)
+    return Server(folder, [*recipe.flags, *compression, *flags], env, name=name)
 
 
 def run_servers(*servers: Server) -> Iterator[list[Server]]:
