@@ -96,8 +96,10 @@ class ServedModel:
     checkpoints: tuple[str, ...]
 
 
-_TEXT, _ALL = "text", "text, images, video"
+_TEXT, _IMAGES, _ALL = "text", "text, images", "text, images, video"
 SERVED_MODELS = {
+    "Glm4vMoeForConditionalGeneration": ServedModel("GLM-4.5V, GLM-4.6V", _IMAGES, ("tiny-glm4v_moe",)),
+    "InternVLChatModel": ServedModel("InternVL 3 and 3.5, with a language model of Qwen", _IMAGES, ("tiny-internvl",)),
     "LlamaForCausalLM": ServedModel("Llama 2, 3, 3.1, 3.2 (text)", _TEXT, ("tiny-llama",)),
     "MistralForCausalLM": ServedModel("Mistral 7B, Mistral Nemo", _TEXT, ("tiny-mistral",)),
     "Phi3ForCausalLM": ServedModel("Phi-3, Phi-4-mini, Phi-4", _TEXT, ("tiny-phi3",)),
@@ -134,9 +136,19 @@ piece and from the cache. Then a smaller budget is asked for, and the exact pref
 ```
 
 What the tests do not say: the published checkpoints themselves were not run, but for SmolLM2-135M, which has Llama's
-architecture ([quality.md](quality.md)), and nothing in this table but Qwen2.5-VL's shape has run on a GPU
-([gpu.md](gpu.md)). On CUDA, models with experts write K to the pool inside their RoPE kernel. The observation reads K
-from the pool after the attention of a layer, so that this should not matter; it was read, not run.
+architecture (`make test-pretrained` compares 20 prompts; [quality.md](quality.md) has more), and nothing in this table
+but Qwen2.5-VL's shape has run on a GPU ([gpu.md](gpu.md)). On CUDA, models with experts write K to the pool inside
+their RoPE kernel. The observation reads K from the pool after the attention of a layer, so that this should not matter;
+it was read, not run.
+
+Not verified, and what stops it:
+
+- LLaVA-OneVision as transformers has it (`LlavaOnevisionForConditionalGeneration`): SGLang 0.5.21 does not have it.
+- LLaVA and LLaVA-OneVision as their authors published them (`LlavaLlamaForCausalLM`, `LlavaQwenForCausalLM`,
+  `LlavaMistralForCausalLM`): SGLang loads their vision tower in float16 whatever `--dtype` says, so that stock cannot
+  answer in fp32. It marks their images in another way, too, and the observation would take them for text.
+- LLaVA 1.5 as transformers has it (`LlavaForConditionalGeneration`): SGLang 0.5.21 has no class for its vision tower.
+- Videos of GLM and InternVL were not tried.
 
 ## Any other: by self-test
 
@@ -152,7 +164,8 @@ Compression needs:
 - keys in the cache as attention reads them, after RoPE. This one only the self-test sees.
 
 A model that does not meet one of them is refused after it was loaded, in one sentence that repeats the words above. The
-last but one is seen when attention first runs.
+last but one is seen when attention first runs. Seen once, on tiny checkpoints of random weights: Granite and OLMo 2
+start so, and Gemma 3 is refused for its sliding window.
 
 ## The self-test
 
@@ -164,8 +177,8 @@ with one sentence when the largest difference, in the median step, is above {fp3
 precision. Nothing of it is left in pool, tree, counters or metrics.
 
 On the tiny models of the tests it takes 0.1 to 0.9 s on a busy CPU, and the log-probs differ by 0.06 nats in bfloat16.
-What SGLang compiles when a model is asked for the first time is compiled then: once 15 s for the choice of
-experts of GLM-4.5V on a CPU, which the first request would wait for otherwise.
+What SGLang compiles when a model is asked for the first time is compiled then: 15 s for GLM-4.5V's choice of experts on
+a CPU, which the first request would wait for otherwise.
 
 When the prompt cannot be compressed, for instance because pool or host store are too small, an unverified model is
 refused, and for a verified one the log and `/server_info` say that the self-test was not run.

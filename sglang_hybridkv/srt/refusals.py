@@ -28,6 +28,8 @@ KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16")
 # Read in sglang/srt/models: these hand K after RoPE to RadixAttention, which writes it through the attention backend;
 # or their RoPE kernel has written it before (models with experts, on CUDA). tests/e2e/test_equality.py asks each.
 ARCHITECTURES = (
+    "Glm4vMoeForConditionalGeneration",
+    "InternVLChatModel",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Phi3ForCausalLM",

@@ -1,4 +1,7 @@
-"""A pretrained model, SmolLM2-135M-Instruct of `make models-real`: its self-test, and 20 prompts beside stock."""
+"""A pretrained model, SmolLM2-135M-Instruct of `make models-real`: its self-test, and 20 prompts beside stock.
+
+`make test-pretrained` runs it; `make test` does not.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,7 @@ SMOLLM2 = DEFAULT_DIR / "smollm2"
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 160, 8
 DOCS = Path(__file__).parents[2] / "docs"
 
-pytestmark = [
-    pytest.mark.server,
-    pytest.mark.slow,
-    pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="make models-real was not run"),
-]
+pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
