@@ -8,7 +8,7 @@ BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve quality gpu-check models models-real train-tiny test test-fast soak test-sanitize test-sglang-kits kernels-compile lint format clean
+.PHONY: help setup demo serve quality gpu-check models models-real train-tiny test test-fast test-pretrained soak test-sanitize test-sglang-kits kernels-compile lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test-fast: $(ENVIRONMENT) ## the tests that start no server and take less than t
 soak: $(ENVIRONMENT) ## ask one server everything at once for MINUTES=60, or REQUESTS=20000; SEED=1 asks the same again
 	$(PYTHON) -m tests.e2e.soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(REQUESTS),--requests $(REQUESTS)) \
 		$(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test-pretrained: $(ENVIRONMENT) models-real ## 20 prompts of SmolLM2-135M-Instruct beside stock SGLang, after make models-real
+	$(PYTHON) -m pytest -q tests/e2e/pretrained.py $(ARGS)
 
 # The C++ kernels' tests against a library that AddressSanitizer and UBSan watch; both have to be there before Python
 # is. Leaks are those of the interpreter.

@@ -23,7 +23,7 @@ from sglang_hybridkv.compressors import BUILT_IN
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, RetrievalConfig, legal_values
 from sglang_hybridkv.requests.admission import EXPLANATIONS
-from sglang_hybridkv.srt import refusals
+from sglang_hybridkv.srt import model_requirements, refusals, self_test
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN_TABLES, END_TABLES = "<!-- tables of today's defaults -->", "<!-- end of the tables of today's defaults -->"
@@ -100,8 +100,10 @@ class ServedModel:
     checkpoints: tuple[str, ...]
 
 
-_TEXT, _ALL = "text", "text, images, video"
+_TEXT, _IMAGES, _ALL = "text", "text, images", "text, images, video"
 SERVED_MODELS = {
+    "Glm4vMoeForConditionalGeneration": ServedModel("GLM-4.5V, GLM-4.6V", _IMAGES, ("tiny-glm4v_moe",)),
+    "InternVLChatModel": ServedModel("InternVL 3 and 3.5, with a language model of Qwen", _IMAGES, ("tiny-internvl",)),
     "LlamaForCausalLM": ServedModel("Llama 2, 3, 3.1, 3.2 (text)", _TEXT, ("tiny-llama",)),
     "MistralForCausalLM": ServedModel("Mistral 7B, Mistral Nemo", _TEXT, ("tiny-mistral",)),
     "Phi3ForCausalLM": ServedModel("Phi-3, Phi-4-mini, Phi-4", _TEXT, ("tiny-phi3",)),
@@ -120,8 +122,11 @@ MODELS_PAGE = """# Models
 
 {generated}
 
-The architecture is the first entry of `architectures` in a checkpoint's `config.json`. Any other is refused at start-up
-in one sentence.
+The architecture is the first entry of `architectures` in a checkpoint's `config.json`.
+
+## Verified
+
+Tests of this project compare these with stock SGLang.
 
 {table}
 
@@ -135,13 +140,52 @@ piece and from the cache. Then a smaller budget is asked for, and the exact pref
 ```
 
 What the tests do not say: the published checkpoints themselves were not run, but for SmolLM2-135M, which has Llama's
-architecture ([quality.md](quality.md)), and nothing in this table but Qwen2.5-VL's shape has run on a GPU
-([gpu.md](gpu.md)). On CUDA, models with experts write K to the pool inside their RoPE kernel. The observation reads K
-from the pool after the attention of a layer, so that this should not matter; it was read, not run.
+architecture (`make test-pretrained` compares 20 prompts; [quality.md](quality.md) has more), and nothing in this table
+but Qwen2.5-VL's shape has run on a GPU ([gpu.md](gpu.md)). On CUDA, models with experts write K to the pool inside
+their RoPE kernel. The observation reads K from the pool after the attention of a layer, so that this should not matter;
+it was read, not run.
 
-An architecture can be added when all of its layers attend through SGLang's RadixAttention with one head size and one
-number of KV heads, K goes to the pool after RoPE, and no layer has a sliding window, a latent cache (MLA) or a state in
-place of a cache. [CONTRIBUTING.md](../CONTRIBUTING.md) says how.
+Not verified, and what stops it:
+
+- LLaVA-OneVision as transformers has it (`LlavaOnevisionForConditionalGeneration`): SGLang 0.5.21 does not have it.
+- LLaVA and LLaVA-OneVision as their authors published them (`LlavaLlamaForCausalLM`, `LlavaQwenForCausalLM`,
+  `LlavaMistralForCausalLM`): SGLang loads their vision tower in float16 whatever `--dtype` says, so that stock cannot
+  answer in fp32. It marks their images in another way, too, and the observation would take them for text.
+- LLaVA 1.5 as transformers has it (`LlavaForConditionalGeneration`): SGLang 0.5.21 has no class for its vision tower.
+- Videos of GLM and InternVL were not tried.
+
+## Any other: by self-test
+
+A server with another architecture starts only with `{{"unverified_model": true}}` in `--kv-compressor-config`. What
+proves it then is a check of the loaded model, and the self-test below. It asks in text: nothing proves images, videos
+and audio of such a model. `/server_info` says under `kv_compressor.model` whether the architecture is verified and what
+the self-test gave, and so does the line of the log that says that compression is active.
+
+Compression needs:
+
+{requirements}
+- {no_other_inputs};
+- keys in the cache as attention reads them, after RoPE. This one only the self-test sees.
+
+A model that does not meet one of them is refused after it was loaded, in one sentence that repeats the words above. The
+last but one is seen when attention first runs. Seen once, on tiny checkpoints of random weights: Granite and OLMo 2
+start so, and Gemma 3 is refused for its sliding window.
+
+## The self-test
+
+Every compressing server asks its own model before it serves, a verified one, too: one prompt of random tokens and an
+answer of {steps} tokens. The dense side is the prefill of SGLang's attention backend, which computes the prompt and
+each token of the answer anew. The compressed side decodes this answer at budget 1.0, with the server's own pages, tree,
+compressor, kernels and CUDA graphs. Of each step the log-probs of the ten best tokens are compared. The server ends
+with one sentence when the largest difference, in the median step, is above {fp32:g} nats in fp32, and {half:g} in half
+precision. Nothing of it is left in pool, tree, counters or metrics.
+
+On the tiny models of the tests it takes 0.1 to 0.9 s on a busy CPU, and the log-probs differ by 0.06 nats in bfloat16.
+What SGLang compiles when a model is asked for the first time is compiled then: 15 s for GLM-4.5V's choice of experts on
+a CPU, which the first request would wait for otherwise.
+
+When the prompt cannot be compressed, for instance because pool or host store are too small, an unverified model is
+refused, and for a verified one the log and `/server_info` say that the self-test was not run.
 """
 
 REFUSALS = """# What is refused, and what is served without compression
@@ -158,7 +202,9 @@ SGLang {sglang} is supported; any other version is refused. Values of the flags 
 against [settings.md](settings.md). After start-up the server also checks that every hook is in place, that pool,
 allocator, radix tree and attention backend are those of this plugin, and that the cache is not quantized.
 
-Served are the architectures {architectures}, on `--device` {devices}.
+Served are the architectures {architectures}, and any other
+with `unverified_model` that meets the requirements and passes the self-test ([models.md](models.md)). The places are
+`--device` {devices}.
 
 ## Server arguments
 
@@ -297,8 +343,15 @@ def models_page() -> str:
         (f"`{name}`", model.published, model.sees, ", ".join(f"`{one}`" for one in model.checkpoints))
         for name, model in SERVED_MODELS.items()
     ]
-    table = _table(["architecture", "models that have it", "what they see", f"checkpoints in {tests}"], rows)
-    return MODELS_PAGE.format(generated=GENERATED, table=table)
+    return MODELS_PAGE.format(
+        generated=GENERATED,
+        table=_table(["architecture", "models that have it", "what they see", f"checkpoints in {tests}"], rows),
+        requirements="\n".join(f"- {one.words};" for one in model_requirements.REQUIREMENTS),
+        no_other_inputs=model_requirements.NO_OTHER_INPUTS,
+        steps=self_test.NUM_STEPS,
+        fp32=self_test.FP32_LIMIT,
+        half=self_test.HALF_LIMIT,
+    )
 
 
 def reliability_page() -> str:

@@ -70,6 +70,13 @@ RequestOverride = Annotated[
     bool,
     Field(description="whether a request may set fields of its own, in custom_params.kv_compressor (docs/requests.md)"),
 ]
+UnverifiedModel = Annotated[
+    bool,
+    Field(
+        description="whether a model may be served whose architecture is not among the verified ones (docs/models.md); "
+        "it has to meet the requirements, and to pass the self-test at start-up"
+    ),
+]
 RequestBudgetMin = Annotated[
     Annotated[float, Field(gt=0.0, le=1.0)] | None,
     Field(description="smallest budget that a request may ask for; null leaves it to the legal values of budget"),
@@ -180,6 +187,7 @@ class CompressorConfig(BaseModel):
     request_override: RequestOverride = True
     request_budget_min: RequestBudgetMin = None
     request_budget_max: RequestBudgetMax = None
+    unverified_model: UnverifiedModel = False
 
     @model_validator(mode="after")
     def _some_budget_is_allowed(self) -> CompressorConfig:

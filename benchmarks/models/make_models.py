@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models import internvl
 from benchmarks.models.folders import make_once
 
 DEFAULT_DIR = Path(__file__).resolve().parents[2] / ".models"
@@ -43,6 +44,7 @@ VISION_FAMILIES = {
     "qwen2_5_vl": ("Qwen2_5_VL", 14),
     "qwen3_vl": ("Qwen3VL", 16),
     "qwen3_vl_moe": ("Qwen3VL", 16),
+    "glm4v_moe": ("Glm4v", 14),
 }
 """Name of the processor, and pixels of a patch's side."""
 SPECIAL_TOKENS = [
@@ -55,6 +57,23 @@ SPECIAL_TOKENS = [
     "<|image_pad|>",
     "<|video_pad|>",
 ]
+GLM_TOKENS = {
+    "<|vision_start|>": "<|begin_of_image|>",
+    "<|vision_end|>": "<|end_of_image|>",
+    "<|vision_pad|>": "<|begin_of_video|>",
+    "<|image_pad|>": "<|image|>",
+    "<|video_pad|>": "<|video|>",
+}
+"""What GLM calls them."""
+SPECIAL_NAMES = {"glm4v_moe": GLM_TOKENS, "internvl": internvl.TOKENS}
+GLM_TOKEN_IDS = {
+    "image_token_id": "<|image|>",
+    "video_token_id": "<|video|>",
+    "image_start_token_id": "<|begin_of_image|>",
+    "image_end_token_id": "<|end_of_image|>",
+    "video_start_token_id": "<|begin_of_video|>",
+    "video_end_token_id": "<|im_start|>",  # no prompt of the tests has a video for GLM
+}
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. ",
     "Describe the image in one sentence, please. What happens in the video?",
@@ -103,6 +122,8 @@ SPECS = {
     "tiny-qwen3_vl_moe": ModelSpec("qwen3_vl_moe", num_q_heads=6, num_kv_heads=2, seed=9),
     "tiny-phi3": ModelSpec("phi3", num_q_heads=6, num_kv_heads=2, seed=10),
     "tiny-qwen2_vl": ModelSpec("qwen2_vl", seed=11),
+    "tiny-glm4v_moe": ModelSpec("glm4v_moe", num_q_heads=6, num_kv_heads=2, seed=12),
+    "tiny-internvl": ModelSpec("internvl", num_q_heads=6, num_kv_heads=2, seed=13),
 }
 
 
@@ -123,18 +144,22 @@ def train_pieces(corpus: Sequence[str], vocab_size: int, special_tokens: Sequenc
     return raw
 
 
-def _tokenizer() -> Any:
+def _tokenizer(names: Mapping[str, str]) -> Any:
+    """Of special tokens, those in `names` are called otherwise."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=train_pieces(CORPUS * 4, VOCAB_TARGET - len(SPECIAL_TOKENS)),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL_TOKENS,
+        additional_special_tokens=[names.get(token, token) for token in SPECIAL_TOKENS],
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    template = CHAT_TEMPLATE
+    for token, name in names.items():
+        template = template.replace(token, name)
+    tokenizer.chat_template = template
     return tokenizer
 
 
@@ -238,6 +263,31 @@ def _qwen3_vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
     )
 
 
+def _glm4v_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    from transformers import Glm4vMoeConfig
+
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    # Half of a head's elements turn, and a quarter of them by time.
+    turned = spec.head_dim // 4
+    mrope = [turned // 4, (turned - turned // 4) // 2, (turned - turned // 4) // 2]
+    rope = {"rope_type": "default", "mrope_section": mrope, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in GLM_TOKEN_IDS.items()}
+    return Glm4vMoeConfig(
+        text_config={**_text_config(spec, tokenizer), "rope_parameters": rope, **experts},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "image_size": 336,
+            "patch_size": VISION_FAMILIES["glm4v_moe"][1],
+            "out_hidden_size": spec.hidden_size,
+        },
+        **ids,
+        tie_word_embeddings=False,
+    )
+
+
 def _visual_token_ids(tokenizer: Any) -> dict[str, int]:
     pads = {f"{kind}_token_id": f"<|{kind}_pad|>" for kind in ("image", "video")}
     edges = {f"vision_{edge}_token_id": f"<|vision_{edge}|>" for edge in ("start", "end")}
@@ -255,10 +305,13 @@ def _build(spec: ModelSpec, tokenizer: Any) -> Any:
         return transformers.Qwen3VLForConditionalGeneration(_qwen3_vl_config(spec, tokenizer))
     if spec.family == "qwen3_vl_moe":
         return transformers.Qwen3VLMoeForConditionalGeneration(_qwen3_vl_config(spec, tokenizer))
-    name, own = TEXT_FAMILIES[spec.family]
+    if spec.family == "glm4v_moe":
+        return transformers.Glm4vMoeForConditionalGeneration(_glm4v_config(spec, tokenizer))
+    name, own = TEXT_FAMILIES["qwen3" if spec.family == "internvl" else spec.family]
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     config = getattr(transformers, f"{name}Config")(**_text_config(spec, tokenizer), **rope, **own)
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    language_model = getattr(transformers, f"{name}ForCausalLM")(config)
+    return internvl.InternVL(language_model) if spec.family == "internvl" else language_model
 
 
 def _initialise(model: Any, spec: ModelSpec) -> None:
@@ -318,9 +371,10 @@ def _processors(name: str, patch_size: int) -> dict[str, dict[str, Any]]:
     sizes = {"size": {"shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
     colours = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
     shared = {"processor_class": f"{name}Processor", **pixels, **sizes, **colours}
-    image = {"image_processor_type": "Qwen2VLImageProcessor", **shared}
+    kind = name if name in ("Glm4v", "Qwen3VL") else "Qwen2VL"
+    image = {"image_processor_type": f"{'Glm4v' if kind == 'Glm4v' else 'Qwen2VL'}ImageProcessor", **shared}
     video = {
-        "video_processor_type": "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor",
+        "video_processor_type": f"{kind}VideoProcessor",
         "min_frames": 4,
         "max_frames": 768,
         "fps": 2.0,
@@ -356,7 +410,8 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Path, processors: Mappin
 def _stamp(name: str) -> dict[str, str]:
     import transformers
 
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    sources = (Path(__file__), Path(internvl.__file__))
+    recipe = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return {"model": name, "recipe": recipe, "transformers": transformers.__version__}
 
 
@@ -379,7 +434,8 @@ def make_model(name: str, out_dir: Path = DEFAULT_DIR) -> Path:
         raise ValueError(f"model: expected one of {', '.join(SPECS)}, got {name!r}")
 
     def build(folder: Path) -> None:
-        spec, tokenizer = SPECS[name], _tokenizer()
+        spec = SPECS[name]
+        tokenizer = _tokenizer(SPECIAL_NAMES.get(spec.family, {}))
         model = _build(spec, tokenizer)
         _initialise(model, spec)
         if spec.family == "qwen3_vl_moe":

@@ -1,9 +1,28 @@
 """SGLang builds its KV pool and allocator here; with a compressor it builds ours."""
 
+import logging
+
 from hybridkv_patches.hook import Hook
 from sglang_hybridkv.srt import settings
 
+logger = logging.getLogger(__name__)
+
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+
+
+def refuse_model(configurator, active):
+    """RuntimeError, one sentence, unless the loaded model meets all requirements."""
+    from sglang_hybridkv.srt.model_requirements import unmet_requirement
+
+    config = configurator.model_config
+    unmet = unmet_requirement(configurator.model, config.num_hidden_layers)
+    if unmet is not None:
+        fault = (
+            f"--model-path of a {config.hf_config.architectures[0]} cannot be combined with --kv-compressor "
+            f"{active.name}; compression needs {unmet}"
+        )
+        logger.error(fault)
+        raise RuntimeError(fault)
 
 
 def build_pool(original, configurator, **kwargs):
@@ -16,9 +35,14 @@ def build_pool(original, configurator, **kwargs):
 
 
 def build_allocator(original, configurator, **kwargs):
-    """The same allocator as one that knows of compressed pages, and the state it shares with the pool."""
-    stock = original(configurator, **kwargs)
+    """The same allocator as one that knows of compressed pages, and the state it shares with the pool.
+
+    Every model passes here, whatever its pool, once it is loaded: one that compression cannot serve ends here.
+    """
     active = settings.active()
+    if active is not None:
+        refuse_model(configurator, active)
+    stock = original(configurator, **kwargs)
     if active is None:
         return stock
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator

@@ -17,11 +17,12 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 
 
 def check_start(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER Scheduler.__init__: RuntimeError, one sentence, unless hooks, pool, allocator, tree, backend are ours."""
+    """AFTER Scheduler.__init__: RuntimeError, one sentence, unless all parts are ours and the self-test passes."""
     settings = settings_module.active()
     if settings is None:
         return
     fault = activation.installation_fault() or verify.parts_fault(scheduler) or verify.kernels_fault(scheduler)
+    fault = fault or verify.model_fault(scheduler, settings)
     if fault is not None:
         logger.error(fault)
         raise RuntimeError(fault)
@@ -95,7 +96,8 @@ def report_state(result, scheduler, *args, **kwargs):
     """AFTER get_internal_state: the proof in /server_info."""
     if settings_module.active() is not None:
         info = scheduler.tree_cache.compression.server_info()
-        result.internal_state["kv_compressor"] = {**info, "kernels": verify.describe_kernels(scheduler)}
+        kernels, model = verify.describe_kernels(scheduler), verify.describe_model(scheduler)
+        result.internal_state["kv_compressor"] = {**info, "kernels": kernels, "model": model}
 
 
 ENTRIES = (

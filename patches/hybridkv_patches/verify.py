@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from hybridkv_patches import flashinfer_backend, full_component
 from hybridkv_patches.entry import missing_sentence
+from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 _MIN_DTYPE_BYTES = 2  # of a key's or value's element; smaller ones need scales that compression does not carry
 
@@ -70,15 +74,57 @@ def kernels_fault(scheduler: Any) -> str | None:
     return None
 
 
+def model_fault(scheduler: Any, settings: Settings) -> str | None:
+    """Sentence when the self-test fails, or could not be run on a model that nothing else proves.
+
+    Its result is kept for `describe_model`.
+    """
+    from sglang_hybridkv.srt.self_test import run_self_test
+
+    architecture = _architecture(scheduler)
+    flags = f"--model-path of a {architecture} cannot be combined with --kv-compressor {settings.name}"
+    try:
+        result = run_self_test(scheduler)
+    except ValueError as error:
+        return f"{flags}; {error}"
+    scheduler.token_to_kv_pool_allocator.compression.self_test = result
+    if result.difference is None:
+        if architecture in refusals.ARCHITECTURES:
+            logger.warning("KV compressor: the %s", result.describe())
+            return None
+        return f"{flags}; it is not verified, and its self-test could not be run: {result.obstacle}"
+    if result.passed:
+        return None
+    return (
+        f"{flags}; its compressed cache at budget 1 gives other answers than its prefill: the log-probs of the "
+        f"self-test differ by {result.difference:.2g}, at most {result.limit:g} is allowed"
+    )
+
+
+def describe_model(scheduler: Any) -> dict[str, Any]:
+    """For `/server_info`: architecture, whether tests of this project compare it with stock, and the self-test."""
+    architecture = _architecture(scheduler)
+    result = scheduler.token_to_kv_pool_allocator.compression.self_test
+    is_verified = architecture in refusals.ARCHITECTURES
+    return {"architecture": architecture, "verified": is_verified, **result.as_dict()}
+
+
+def _architecture(scheduler: Any) -> str:
+    return str(scheduler.tp_worker.model_runner.model_config.hf_config.architectures[0])
+
+
 def summary(scheduler: Any, settings: Settings) -> str:
     """What the log says of a scheduler that passed."""
     from sglang_hybridkv.srt.backends import concrete_backends
 
     config = settings.config
-    store = scheduler.token_to_kv_pool_allocator.compression.store
+    compression = scheduler.token_to_kv_pool_allocator.compression
+    store, model = compression.store, describe_model(scheduler)
     backends = concrete_backends(scheduler.tp_worker.model_runner.attn_backend).values()
     return (
         f"KV compression is active: {settings.name}, budget {config.budget}, page size {config.page_size} tokens, "
         f"attention backend {' and '.join(type(backend).__name__ for backend in backends)}, "
-        f"host store {store.num_pages * store.page_bytes} bytes, kernels {describe_kernels(scheduler)}"
+        f"host store {store.num_pages * store.page_bytes} bytes, kernels {describe_kernels(scheduler)}, "
+        f"{model['architecture']} ({'verified' if model['verified'] else 'not verified'}): "
+        f"{compression.self_test.describe()}"
     )

@@ -205,6 +205,12 @@ class CompressedCache:
         self.memory.table.clear_all()
         self.memory.store.clear()
 
+    def forget_counts(self) -> None:
+        """Set all counters to zero."""
+        self.counters.zero_()
+        if self.prefetch is not None:
+            self.prefetch.counters.zero_()
+
     def check_integrity(self) -> None:
         """AssertionError unless table and host store hold exactly what the bound rows reserved."""
         self.memory.store.check_integrity([reservation.host_pages for reservation in self.bound.values()])

@@ -12,6 +12,7 @@ import logging
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
 from sglang_hybridkv.srt.cpu_engine import CpuPrefillMixin, PrefillPart, prefill_parts
+from sglang_hybridkv.srt.model_requirements import check_inputs
 from sglang_hybridkv.srt.protocols import Batch
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class HybridAttnMixin(CpuPrefillMixin):
             pool.cache.give_up(part.row)
 
     def forward_decode(self, q, k, v, layer, forward_batch: Batch, save_kv_cache=True, **kwargs):
+        check_inputs(layer, kwargs)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         pool, rows = self.token_to_kv_pool, forward_batch.req_pool_indices
         layer_idx = layer.layer_id - pool.start_layer

@@ -75,12 +75,18 @@ class Compression:
         self._kv_by_row: dict[int, Any] = {}
         self._chunk_totals = DeviceTotals(self.cache.counters)
         self.metrics: CompressionMetrics | None = None
+        self.self_test: Any = None
 
     def clear(self) -> None:
         """Forget all requests; the allocator was just cleared, so their pages are free already."""
         self.ledger = Ledger(self.shape.page_size)
         self.cache.clear()
         self._kv_by_row.clear()
+
+    def forget_counts(self) -> None:
+        """As if nothing had been compressed yet; before anybody is served."""
+        self.stats = CompressionStats()
+        self.cache.forget_counts()
 
     def plan(self, req: Request) -> PromptGeometry | DenseReason:
         """Geometry of the request's compressed prompt, or why it is served dense.
@@ -90,6 +96,10 @@ class Compression:
         lengths = len(req.origin_input_ids), req.sampling_params.max_new_tokens, len(req.output_ids)
         return self._decide(*lengths, self.settings_of(req))
 
+    def set_settings(self, req: Request, settings: RequestSettings) -> None:
+        """In place of what its custom_params say."""
+        setattr(req, _SETTINGS, settings)
+
     def settings_of(self, req: Request) -> RequestSettings:
         """The server's settings with what the request set itself; the tokenizer's process has checked it."""
         settings = getattr(req, _SETTINGS, None)
@@ -98,7 +108,7 @@ class Compression:
             settings = self.server_settings
             if KEY in custom_params:
                 settings = read_settings(custom_params[KEY], self.config)
-            setattr(req, _SETTINGS, settings)
+            self.set_settings(req, settings)
         return settings
 
     def _decide_by_lengths(

@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.utils import get_num_new_pages
 
 from hybridkv_kernels.extend_attn import extend_attn
+from sglang_hybridkv.srt.model_requirements import check_inputs
 from sglang_hybridkv.srt.protocols import Batch
 
 
@@ -86,13 +87,19 @@ class CpuPrefillMixin(AttentionBackend):
     """Goes before a concrete backend, which stays what it is on other devices.
 
     Stock torch_native computes a dummy query for every cached token, too.
+
+    Attributes
+    ----------
+    prefills_as_stock : the concrete backend's own prefill on every device; the self-test compares with it.
     """
 
+    prefills_as_stock = False
     _parts: list[PrefillPart]
 
     def forward_extend(self, q, k, v, layer, forward_batch: Batch, save_kv_cache=True, **kwargs):
-        if not q.is_cpu:
+        if not q.is_cpu or self.prefills_as_stock:
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        check_inputs(layer, kwargs)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         pool = self.token_to_kv_pool
         out = extend_attn(

@@ -9,6 +9,7 @@ import torch
 from hybridkv_kernels.decode_attn.flashinfer import HeadPageDecode, merge, to_device
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
+from sglang_hybridkv.srt.model_requirements import check_inputs
 from sglang_hybridkv.srt.protocols import Batch
 
 
@@ -128,6 +129,7 @@ class HybridFlashInferMixin(HybridAttnMixin):
     def forward_decode(self, q, k, v, layer, forward_batch: Batch, save_kv_cache=True, **kwargs):
         if not self._any_compressed:
             return super(HybridAttnMixin, self).forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        check_inputs(layer, kwargs)
         self._save(k, v, layer, forward_batch, save_kv_cache)
         pool, decode = self.token_to_kv_pool, self._head_page_decode()
         layer_idx = layer.layer_id - pool.start_layer

@@ -88,8 +88,8 @@ class SteppedScheduler:
         return "failed", f"no word within {seconds:.0f} s; the log ends:\n{self.log.read_text()[-3000:]}"
 
 
-def make_scheduler(budget, pool_tokens, *flags, chunk_tokens=128, max_running=4, env=None, **config):
-    """A scheduler of tiny-qwen2, not started yet; stock for budget None. `config` is the compressor's."""
+def make_scheduler(budget, pool_tokens, *flags, chunk_tokens=128, max_running=4, env=None, model=None, **config):
+    """A scheduler of tiny-qwen2 or `model`, not started yet; stock for budget None. `config` is the compressor's."""
     recipe = engine_flags(
         "cpu",
         max_total_tokens=pool_tokens,
@@ -100,8 +100,8 @@ def make_scheduler(budget, pool_tokens, *flags, chunk_tokens=128, max_running=4,
     # An idle scheduler would wait there for sockets that nobody writes to.
     recipe_flags = [flag for flag in recipe.flags if flag != "--sleep-on-idle"]
     compression = compression_flags(budget, {**CONFIG, **config})
-    model = ["--model-path", str(make_model("tiny-qwen2"))]
-    return SteppedScheduler([*model, *recipe_flags, *compression, *flags], {**recipe.env, **STRICT_ENV, **(env or {})})
+    path = ["--model-path", str(model or make_model("tiny-qwen2"))]
+    return SteppedScheduler([*path, *recipe_flags, *compression, *flags], {**recipe.env, **STRICT_ENV, **(env or {})})
 
 
 def prompt(seed: int, num_tokens: int) -> list[int]:

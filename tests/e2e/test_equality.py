@@ -63,9 +63,11 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
 
 
 VISION = [VL, (VL, NO_OVERLAP)]
-OTHER_VISION = ["tiny-qwen2_vl", "tiny-qwen3_vl", "tiny-qwen3_vl_moe"]
+IN_ONE_TEST = ["tiny-glm4v_moe", "tiny-internvl"]  # that of images; its prompts have more text than a chunk holds, too
+OTHER_VISION = ["tiny-qwen2_vl", "tiny-qwen3_vl", "tiny-qwen3_vl_moe", *IN_ONE_TEST]
 every_vision = pytest.mark.parametrize("pair", VISION, indirect=True, ids=["overlap", "no-overlap"])
-every_model = pytest.mark.parametrize("pair", [*VISION, *(name for name in SPECS if name != VL)], indirect=True)
+OTHERS = [name for name in SPECS if name != VL and name not in IN_ONE_TEST]
+every_model = pytest.mark.parametrize("pair", [*VISION, *OTHERS], indirect=True)
 
 
 @every_model
@@ -115,11 +117,14 @@ def test_images_and_videos(pair: Pair, vision: Vision, show: Callable[[Vision], 
 def test_images_and_videos_of_other_models(pair: Pair) -> None:
     """All that is shown above, then again from the cache, and a tenth of it."""
     vision = Vision(make_model(pair.model))
-    for i, show in enumerate(SHOWN.values()):
-        prompt = text(2000 + i, 20) + show(vision)  # with fewer tokens it would be dense
+    sees = SERVED_MODELS[vision.config["architectures"][0]].sees
+    for i, (name, show) in enumerate(SHOWN.items()):
+        if "video" in name and "video" not in sees:
+            continue
+        prompt = vision.in_words(text(2000 + i, 20) + show(vision))  # with fewer tokens it would be dense
         pair.check(prompt)
         pair.check(prompt)
-        long = text(3000 + i, 400) + show(vision)
+        long = vision.in_words(text(3000 + i, 400) + show(vision))
         answer = ask(pair.ours, long, sampling_params={"custom_params": {"kv_compressor": {"budget": 0.15}}})
         assert_compressed(answer)
         assert answer.record["resident_ratio"] < 0.3

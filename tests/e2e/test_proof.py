@@ -12,6 +12,7 @@ pytestmark = pytest.mark.server
 
 SERVER_FIELDS = {
     "name",
+    "model",
     "budget",
     "config",
     "page_size",

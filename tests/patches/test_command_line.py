@@ -115,7 +115,7 @@ def outcomes(model_path, tmp_path_factory):
     yaml_path, bad_yaml_path = folder / "server.yaml", folder / "bad.yaml"
     yaml_path.write_text("kv-compressor: hybridkv\nkv-compressor-budget: 0.25\nkv-compressor-config: {page_size: 32}\n")
     bad_yaml_path.write_text("kv-compressor: hybridkv\nkv-compressor-budget: 2\n")
-    other_model = write_model(tmp_path_factory.mktemp("other"), "Gemma2ForCausalLM")
+    other_model = write_model(tmp_path_factory.mktemp("other"), "StableLmForCausalLM")
     base = ["--model-path", model_path, "--device", "cpu"]
     # The first two come first: they show what a process without compression has imported.
     cases = {
@@ -158,7 +158,7 @@ def test_a_compressing_server_gets_its_page_size_and_backend(outcomes, case, bud
         ("unknown compressor", "--kv-compressor = 'gzip' is unknown; legal values: none, hybridkv"),
         (
             "other model",
-            "Gemma2ForCausalLM cannot be combined with --kv-compressor hybridkv; supported are LlamaForCausalLM",
+            "StableLmForCausalLM cannot be combined with --kv-compressor hybridkv; it is not among the verified ones",
         ),
         *((flag, flag) for flag in REFUSED),
     ],

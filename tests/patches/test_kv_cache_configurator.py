@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
 from hybridkv_patches import kv_cache_configurator
@@ -36,9 +37,12 @@ def build_pool(stock_class):
     )
 
 
-def build_allocator(stock):
+def build_allocator(stock, num_layers=2):
     rows = SimpleNamespace(req_to_token=torch.zeros(3, 64, dtype=torch.int32))
-    return kv_cache_configurator.build_allocator(lambda *args, **kwargs: stock, "configurator", req_to_token_pool=rows)
+    config = SimpleNamespace(num_hidden_layers=2, hf_config=SimpleNamespace(architectures=["MyModel"]))
+    model = torch.nn.ModuleList(RadixAttention(4, 8, 1.0, 2, layer_id) for layer_id in range(num_layers))
+    configurator = SimpleNamespace(model=model, model_config=config)
+    return kv_cache_configurator.build_allocator(lambda *args, **kwargs: stock, configurator, req_to_token_pool=rows)
 
 
 def test_a_compressing_server_gets_our_pool_and_any_other_its_own(compressing):
@@ -73,3 +77,11 @@ def test_another_allocator_is_refused_by_its_name(compressing):
         return
     with pytest.raises(RuntimeError, match="paged allocator, got OtherAllocator"):
         build_allocator(other)
+
+
+def test_a_model_that_is_unfit_is_refused_before_its_pool_is_taken_over(compressing):
+    if not compressing:
+        assert build_allocator("stock", num_layers=1) == "stock"
+        return
+    with pytest.raises(RuntimeError, match="^--model-path of a MyModel cannot be .*; compression needs every l"):
+        build_allocator("stock", num_layers=1)

@@ -20,7 +20,7 @@ def inactive(monkeypatch):
 
 
 CHECKS = {"installation": (activation, "installation_fault"), "parts": (verify, "parts_fault")}
-CHECKS |= {"kernels": (verify, "kernels_fault")}
+CHECKS |= {"kernels": (verify, "kernels_fault"), "model": (verify, "model_fault")}
 
 
 @pytest.mark.parametrize("lost", [*CHECKS, None])

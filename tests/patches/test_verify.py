@@ -5,10 +5,14 @@ import torch
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
 from hybridkv_patches import verify
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.srt import self_test
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from sglang_hybridkv.srt.radix_cache import HybridRadixCache
+from sglang_hybridkv.srt.self_test import SelfTestResult
+from sglang_hybridkv.srt.settings import Settings
 from tests.srt.serving import Serving
 
 
@@ -92,3 +96,40 @@ def test_a_flashinfer_backend_that_plans_whole_sequences_is_named(scheduler, mon
     updater = backend.indices_updater_decode
     updater.update = updater.update_single_wrapper
     assert "FlashInferIndicesUpdaterDecode.update (" in verify.parts_fault(scheduler)
+
+
+VERIFIED, OTHER = "LlamaForCausalLM", "StableLmForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "outcome", "fault"),
+    [
+        (VERIFIED, SelfTestResult(None, 1e-5, 1e-3, 0.1), None),
+        (VERIFIED, SelfTestResult(None, 0.2, 1e-3, 0.1), "log-probs of the self-test differ by 0.2, at most 0.001"),
+        (VERIFIED, SelfTestResult(None, float("inf"), 0.5, 0.1), "differ by inf, at most 0.5"),
+        (VERIFIED, SelfTestResult("the pool is small", None, 1e-3, 0.1), None),
+        (OTHER, SelfTestResult("the pool is small", None, 1e-3, 0.1), "could not be run: the pool is small"),
+        (OTHER, SelfTestResult(None, 1e-5, 1e-3, 0.1), None),
+        (OTHER, ValueError("attention sinks"), "; attention sinks"),
+    ],
+)
+def test_a_model_is_served_if_its_self_test_passes(scheduler, monkeypatch, architecture, outcome, fault):
+    config = types.SimpleNamespace(hf_config=types.SimpleNamespace(architectures=[architecture]))
+    scheduler.tp_worker.model_runner.model_config = config
+    scheduler.token_to_kv_pool_allocator.compression = types.SimpleNamespace(self_test=None)
+
+    def run(_scheduler):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(self_test, "run_self_test", run)
+    found = verify.model_fault(scheduler, Settings("hybridkv", HybridKVConfig()))
+    if fault is None:
+        assert found is None
+        told = verify.describe_model(scheduler)
+        assert (told["architecture"], told["verified"]) == (architecture, architecture == VERIFIED)
+        assert told["self_test"] == ("passed" if outcome.passed else "not run: the pool is small")
+    else:
+        assert found.startswith(f"--model-path of a {architecture} cannot be combined with --kv-compressor hybridkv; ")
+        assert fault in found
