@@ -37,18 +37,19 @@ CONFIG = {"min_prompt_tokens": 1, "page_size": 8, "min_head_pages": 1, "recent_w
 
 @dataclass(frozen=True)
 class ServerKind:
-    """A server that kits ask, stock or compressing."""
+    """A server that kits ask, stock or compressing; `is_asked_briefly` when nothing is left to prune at 0.1."""
 
     model: str = TINY
     running: int = 32
     env: tuple[tuple[str, str], ...] = ()
     flags: tuple[str, ...] = ()
+    is_asked_briefly: bool = False
 
 
 LARGE = ServerKind(flags=("--enable-return-hidden-states",))
 LEARNED, SEEING = ServerKind(TRAINED), ServerKind(VL)
-IMPATIENT_QUEUE = ServerKind(running=1, env=(("SGLANG_REQ_WAITING_TIMEOUT", "0.01"),))
-IMPATIENT = ServerKind(env=(("SGLANG_REQ_RUNNING_TIMEOUT", "1"),))
+IMPATIENT_QUEUE = ServerKind(running=1, env=(("SGLANG_REQ_WAITING_TIMEOUT", "0.01"),), is_asked_briefly=True)
+IMPATIENT = ServerKind(env=(("SGLANG_REQ_RUNNING_TIMEOUT", "1"),), is_asked_briefly=True)
 
 
 @dataclass(frozen=True)
@@ -274,13 +275,14 @@ class Servers:
 
     def stop(self) -> None:
         """End the server, which has to have compressed something if it was to."""
-        server, self.key, self.server = self.server, None, None
-        if server is not None:
+        server, key, self.key, self.server = self.server, self.key, None, None
+        if server is not None and key is not None:
             try:
                 state = server.compressor_state()
             finally:
                 server.stop()
-            assert state is None or state["compressed_requests"] > 0
+            is_exempt = state is None or (key[0].is_asked_briefly and key[1] == "0.1")
+            assert is_exempt or state["compressed_requests"] > 0
 
 
 @pytest.fixture(scope="module")

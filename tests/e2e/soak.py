@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,6 +20,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +30,7 @@ import psutil
 from benchmarks.harness import Server, end_on_sigterm
 from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
+from tests.e2e import planted_faults
 from tests.e2e.checks import Answer, ask, assert_nothing_lost, flush_cache, read_answer, request_body
 from tests.e2e.conftest import VL, make_server
 from tests.e2e.prompts import Prompt, Vision, text
@@ -116,6 +119,15 @@ class Soak:
             self.check_answer(Request(-1, "quiet", i, NEW_TOKENS, {"budget": budget}, 0), self.quiet[i, budget])
         self.counted_before = self.counted()
 
+    @contextlib.contextmanager
+    def noting(self, what: str) -> Iterator[None]:
+        """An error of the block is a fault."""
+        try:
+            yield
+        except Exception as error:
+            with self._lock:
+                self.faults.append(f"{what}: {type(error).__name__}: {error}"[:600])
+
     def counted(self) -> int:
         """Requests that the server says that it has served."""
         state = self.server.compressor_state()
@@ -124,15 +136,11 @@ class Soak:
 
     def run(self, number: int) -> None:
         """One request, and what is to be said against its answer."""
-        request = Request.draw(self.seed, number)
-        try:
+        request, certain, uncertain = Request.draw(self.seed, number), 0, 2
+        with self.noting(str(request)):
             if number % CONTROL_EVERY == CONTROL_EVERY // 2:
                 self.pause("in_place" if number // CONTROL_EVERY % 2 else "retract")
             certain, uncertain = getattr(self, f"_{request.kind}")(request)
-        except Exception as error:
-            certain, uncertain = 0, 1
-            with self._lock:
-                self.faults.append(f"{request}: {type(error).__name__}: {error}"[:600])
         with self._lock:
             self.counts[request.kind] += 1
             self.certain += certain
@@ -144,6 +152,22 @@ class Soak:
         time.sleep(0.3)
         self.server.client.post("/continue_generation", json={}).raise_for_status()
         self.counts[f"paused, {mode}"] += 1
+
+    def check_counts(self) -> None:
+        """Each request was counted once."""
+        flush_cache(self.server)
+        gained, most = self.counted() - self.counted_before, self.certain + self.uncertain
+        self.counts["counted by the server"] = gained
+        assert self.certain <= gained <= most, f"{gained} requests were counted; {self.certain} to {most} were sent"
+
+    def check_memory(self, resident: list[dict[str, int]]) -> None:
+        """No process has grown."""
+        growth = {name: max(one[name] for one in resident) - mib for name, mib in resident[0].items()}
+        assert max(growth.values()) <= RSS_GROWTH_MIB, f"resident memory grew, in MiB: {growth}"
+
+    def check_nothing_lost(self) -> None:
+        """Every page is free, and the log shows no fault."""
+        assert_nothing_lost(self.server, largest_prompt=text(self.seed, POOL_TOKENS - 50))
 
     def body(self, request: Request, **more: Any) -> dict[str, Any]:
         """What /generate is sent."""
@@ -280,37 +304,42 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with make_server(VL, **sizes) as server:
         stock = ask_stock(server, prompts)
     started, resident = time.monotonic(), []
-    with make_server(VL, BUDGETS[0], config, "--schedule-conservativeness", "0.1", **sizes, name="soak") as server:
+    flags = "--schedule-conservativeness", "0.1"
+    plant = planted_faults.Plant(arguments.plant)
+    server = make_server(VL, BUDGETS[0], config, *flags, env=plant.env, name="soak", **sizes)
+    with server:
         soak = Soak(server, seed, prompts, vision.image(seed), stock)
+        plant.begin()
         began, number = time.monotonic(), arguments.first
         with ThreadPoolExecutor(WORKERS) as pool:
             while not is_over(arguments, number - arguments.first, time.monotonic() - began):
                 batch = range(number, number + CONTROL_EVERY)
                 list(pool.map(soak.run, batch))
                 number = batch.stop
+                if not server.alive():
+                    soak.faults.append("the server ended")
+                if soak.faults and (arguments.plant is not None or not server.alive()):
+                    break
                 # SGLang refuses to while a request runs that its client has left.
                 soak.counts["flushed"] += server.client.post("/flush_cache").status_code == 200
                 resident.append(resident_mib(server))
                 words = f"{time.monotonic() - began:.0f} s, resident MiB {resident[-1]}, {len(soak.faults)} faults"
                 say(f"{number} requests, {words}")
         seconds = time.monotonic() - began
-        flush_cache(server)
-        gained, most = soak.counted() - soak.counted_before, soak.certain + soak.uncertain
-        if not soak.certain <= gained <= most:
-            soak.faults.append(f"{gained} requests were counted; {soak.certain} to {most} were sent")
         settled = resident[len(resident) // 4 :]
-        growth = {name: max(one[name] for one in settled) - settled[0][name] for name in settled[0]}
-        if max(growth.values()) > RSS_GROWTH_MIB:
-            soak.faults.append(f"resident memory grew, in MiB: {growth}")
-        assert_nothing_lost(server, largest_prompt=text(seed, POOL_TOKENS - 50))
+        checks = [soak.check_counts, soak.check_nothing_lost] if server.alive() else []
+        checks += [lambda: soak.check_memory(settled)] if settled else []
+        for check in checks:
+            with soak.noting("in the end"):
+                check()
     return {
         "bench": "soak",
         "seed": seed,
         "requests": number - arguments.first,
         "seconds": round(seconds),
         "preparation_seconds": round(began - started),
-        "resident_mib": [resident[0], settled[0], settled[len(settled) // 2], settled[-1]],
-        "counted": gained,
+        "planted": arguments.plant,
+        "resident_mib": [resident[0], settled[0], settled[len(settled) // 2], settled[-1]] if resident else [],
         "counts": dict(sorted(soak.counts.items())),
         "faults": soak.faults,
         **run_metadata(),
@@ -343,6 +372,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, help="how many, instead of --minutes")
     parser.add_argument("--seed", type=int, help="of prompts and requests (default: a new one, which is printed)")
     parser.add_argument("--first", type=int, default=0, help="number of the first request, to go on or to repeat")
+    parser.add_argument(
+        "--plant", choices=planted_faults.NAMES, help="break this in the server; the run ends when it is found"
+    )
     arguments = parser.parse_args()
     if arguments.seed is None:
         arguments.seed = random.SystemRandom().randrange(1, 10**6)
