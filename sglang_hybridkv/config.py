@@ -148,8 +148,8 @@ PrefetchSimilarity = Annotated[
 HostStoreBytes = Annotated[
     Annotated[int, Field(ge=0)] | None,
     Field(
-        description="bytes of host memory for the rows of dynamic heads. null means eight times their share of the "
-        "device pool, and at most half of the memory that is free"
+        description="bytes of host memory for the rows of dynamic heads, of all tensor-parallel ranks together. null "
+        "means eight times their share of the device pool, and at most half of the memory that is free"
     ),
 ]
 OnHostStoreFull = Annotated[

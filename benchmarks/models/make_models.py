@@ -116,7 +116,7 @@ SPECS = {
     "tiny-qwen2": ModelSpec("qwen2", seed=3),
     "tiny-llama": ModelSpec("llama", seed=4),
     "tiny-qwen3": ModelSpec("qwen3", num_q_heads=6, num_kv_heads=2, seed=5),
-    "tiny-mistral": ModelSpec("mistral", num_q_heads=6, num_kv_heads=2, seed=6),
+    "tiny-mistral": ModelSpec("mistral", num_q_heads=6, num_kv_heads=1, seed=6),
     "tiny-qwen3_moe": ModelSpec("qwen3_moe", num_q_heads=6, num_kv_heads=2, seed=7),
     "tiny-qwen3_vl": ModelSpec("qwen3_vl", num_q_heads=6, num_kv_heads=2, seed=8),
     "tiny-qwen3_vl_moe": ModelSpec("qwen3_vl_moe", num_q_heads=6, num_kv_heads=2, seed=9),

@@ -49,13 +49,17 @@ def build_allocator(original, configurator, **kwargs):
 
     from sglang_hybridkv.srt.allocator import HybridAllocator
     from sglang_hybridkv.srt.compression import Compression
+    from sglang_hybridkv.srt.ranks import tensor_parallel_ranks
 
     if type(stock) is not PagedTokenToKVPoolAllocator:
         raise RuntimeError(f"--kv-compressor needs SGLang's paged allocator, got {type(stock).__name__}")
     pool = stock.get_kvcache()
     ours = HybridAllocator(stock.size, stock.page_size, stock.dtype, stock.device, pool, stock.need_sort)
     num_rows, max_context = kwargs["req_to_token_pool"].req_to_token.shape
-    compression = Compression(active, pool, ours, num_rows, max_context)
+    num_kv_heads = configurator.model_config.get_total_num_kv_heads()
+    compression = Compression(
+        active, pool, ours, num_rows, max_context, ranks=tensor_parallel_ranks(), num_kv_heads=num_kv_heads
+    )
     pool.cache, ours.compression = compression.cache, compression
     return ours
 

@@ -133,6 +133,9 @@ class Compressor:
         `fingerprint` is the SHA-256 of the model's config.json; None in the scheduler, and where it is not in a folder.
         """
 
+    def take_heads(self, heads: range) -> None:
+        """Of the KV heads that `bind` was told of, this process has these; it sees no others afterwards."""
+
     def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Look at one layer of a prompt, right after its attention.
 

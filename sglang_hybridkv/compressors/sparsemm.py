@@ -39,6 +39,10 @@ class SparseMM(Compressor):
         calibration = load_calibration(self.config.calibration, num_layers, num_kv_heads, fingerprint)
         self.scores = torch.tensor(calibration.scores, dtype=torch.float64)
 
+    def take_heads(self, heads: range) -> None:
+        """Keep the scores of these heads; each rank shares its own budget by them."""
+        self.scores = self.scores[:, heads.start : heads.stop]
+
     @property
     def least_share(self) -> float:
         """Rho."""

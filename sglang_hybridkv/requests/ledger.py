@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.spans import VisualSpan
+
+_DIGEST_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no digest of a rank is lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreed:
+    """What all ranks know of one compressed prompt.
+
+    Attributes
+    ----------
+    num_static, num_dynamic : heads of all ranks.
+    most_dynamic : dynamic heads of the rank that has the most; pages are kept for as many on all.
+    digests : int64, of each rank.
+    """
+
+    num_static: int
+    num_dynamic: int
+    most_dynamic: int
+    digests: Sequence[int]
+
+    @property
+    def digest(self) -> int:
+        """64 bits that stand for the plans of all ranks; of one rank, its own."""
+        return functools.reduce(lambda merged, own: (merged * _DIGEST_FACTOR + own) % 2**64, self.digests, 0)
 
 
 @dataclasses.dataclass
@@ -31,6 +56,7 @@ class Reservation:
     written : set by the forward where it writes `outcome`, `head_counts` and `digest` without waiting.
     failed : set by the forward when it could not compress. Nothing reads the pages then; they go back in place of the
         commit, and the prompt stays exact in the request's row.
+    agreed : set before the commit, from `outcome` and `digest` of all ranks.
     """
 
     geometry: PromptGeometry
@@ -46,6 +72,7 @@ class Reservation:
     seconds: Callable[[], float | None] = lambda: None
     written: torch.cuda.Event | None = None
     failed: bool = False
+    agreed: Agreed | None = None
 
     def head_counts_on_host(self) -> torch.Tensor:
         """`head_counts`, after waiting for the forward that writes them; an error before that one was launched."""

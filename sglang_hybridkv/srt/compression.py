@@ -16,7 +16,7 @@ from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
-from sglang_hybridkv.requests.ledger import Ledger, Reservation
+from sglang_hybridkv.requests.ledger import Agreed, Ledger, Reservation
 from sglang_hybridkv.requests.settings import KEY, WARM_UP, RequestSettings, params_by_name, read_settings
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 from sglang_hybridkv.requests.stats import CompressionStats, HeldBytes, RequestRecord
@@ -24,6 +24,7 @@ from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from sglang_hybridkv.srt.metrics import CompressionMetrics, DeviceTotals
 from sglang_hybridkv.srt.protocols import Request
+from sglang_hybridkv.srt.ranks import Ranks
 from sglang_hybridkv.srt.settings import Settings
 
 _HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what it holds at a budget of 0.1, some room
@@ -42,6 +43,8 @@ class Compression:
     settings : what the user asked for.
     pool, allocator : ours; who builds all three hangs `cache` on the pool and this object on the allocator.
     num_rows, max_context : shape of req_to_token.
+    ranks : that share the model; this one has `pool.head_num` KV heads of it.
+    num_kv_heads : of the whole model; None is those of the pool.
     """
 
     def __init__(
@@ -51,11 +54,17 @@ class Compression:
         allocator: HybridAllocator,
         num_rows: int,
         max_context: int,
+        *,
+        ranks: Ranks | None = None,
+        num_kv_heads: int | None = None,
     ):
         self.settings, self.config, self.allocator = settings, settings.config, allocator
-        self.page_bytes = pool.page_bytes
+        self.ranks = ranks or Ranks()
+        self.page_bytes = pool.page_bytes * self.ranks.size
         compressor = get_compressor(settings.name)(settings.config)
-        compressor.bind(pool.layer_num, pool.head_num)
+        num_kv_heads = num_kv_heads or pool.head_num
+        compressor.bind(pool.layer_num, num_kv_heads)
+        compressor.take_heads(self.ranks.heads(num_kv_heads, pool.head_num))
         self.cache = CompressedCache.create(
             pool.keys,
             pool.values,
@@ -63,7 +72,7 @@ class Compression:
             num_rows=num_rows,
             # No prompt is longer than the pool: kernels take scratch for every token that a row could name.
             max_prompt_tokens=min(max_context, allocator.size),
-            num_host_pages=_host_store_bytes(settings.config, pool) // pool.page_bytes,
+            num_host_pages=_host_store_bytes(settings.config, pool, self.ranks) // self.page_bytes,
         )
         self.store = self.cache.memory.store
         layout = self.cache.memory.layout
@@ -185,17 +194,32 @@ class Compression:
             outcome=torch.zeros(2, dtype=torch.int64, pin_memory=self.cache.counters.is_cuda),
         )
 
+    def settle(self, reservation: Reservation) -> None:
+        """Before what the forward has done with a prompt is looked at: the ranks agree on it.
+
+        All of them keep as many pages as the one with the most dynamic heads needs, and where one has failed the prompt
+        is dense on all.
+        """
+        digest = 0 if reservation.digest is None else int(reservation.digest)
+        num_static, num_dynamic = reservation.outcome.tolist()
+        of_ranks = self.ranks.gather(int(reservation.failed), num_static, num_dynamic, digest)
+        failed, static, dynamic, digests = of_ranks.unbind(1)
+        reservation.failed = bool(failed.any())
+        reservation.agreed = Agreed(int(static.sum()), int(dynamic.sum()), int(dynamic.max()), digests.tolist())
+
     def commit(self, req: Request) -> None:
         """The prompt is compressed and its exact form is in the tree; give back what turned out unused."""
         row = req.kv.req_pool_idx
         assert row is not None, "committed without a row"
         reservation = self.ledger.by_row[row]
-        num_static, num_dynamic = reservation.outcome.tolist()
-        assert reservation.digest is not None, "committed before it was compressed"
-        assert num_static + num_dynamic == self.shape.head_pages_per_page
+        agreed = reservation.agreed
+        assert agreed is not None, "committed before the ranks agreed"
         geometry, per_page = reservation.geometry, self.shape.head_pages_per_page
+        num_heads = agreed.num_static + agreed.num_dynamic
+        assert num_heads == per_page * self.ranks.size, "committed before it was compressed"
+        most = agreed.most_dynamic
         unused, unused_host = self.ledger.commit(
-            row, geometry.pages_used(num_dynamic, per_page), geometry.host_pages_used(num_dynamic, per_page)
+            row, geometry.pages_used(most, per_page), geometry.host_pages_used(most, per_page)
         )
         self.allocator.free_page_ids(unused)
         self.store.free(unused_host)
@@ -205,9 +229,9 @@ class Compression:
             compressed=True,
             resident_ratio=held.device / held.stock,
             host_bytes=held.host,
-            static_heads=num_static,
-            dynamic_heads=num_dynamic,
-            plan=f"{int(reservation.digest) % 2**64:016x}",
+            static_heads=agreed.num_static,
+            dynamic_heads=agreed.num_dynamic,
+            plan=f"{agreed.digest:016x}",
         )
         if not hasattr(req, _RECORD) and _is_from_a_user(req):
             self.stats.count_compressed()
@@ -270,7 +294,7 @@ class Compression:
         self.metrics = CompressionMetrics(
             labels,
             pool_bytes=self.shape.num_tokens // self.shape.page_size * self.page_bytes,
-            host_store_bytes=self.store.num_pages * self.store.page_bytes,
+            host_store_bytes=self._host_store_bytes,
             chunk_bytes=self._chunk_bytes,
         )
         self.update_metrics()
@@ -291,8 +315,12 @@ class Compression:
         return (held.stock - held.device) // self.page_bytes * self.shape.page_size
 
     @property
+    def _host_store_bytes(self) -> int:
+        return self.store.num_pages * self.store.page_bytes * self.ranks.size
+
+    @property
     def _chunk_bytes(self) -> int:
-        head_page_bytes = self.page_bytes // self.shape.head_pages_per_page
+        head_page_bytes = self.store.page_bytes // self.shape.head_pages_per_page
         return head_page_bytes * self.config.tokens_per_chunk // self.config.page_size
 
     def request_info(self, req: Request) -> dict[str, Any]:
@@ -303,18 +331,25 @@ class Compression:
         return record.as_dict()
 
     def server_info(self) -> dict[str, Any]:
-        """`kv_compressor` in the internal state of `/server_info`."""
-        chosen, hit = self.cache.counters.tolist()
+        """`kv_compressor` in the internal state of `/server_info`; on all ranks at once."""
+        chosen, hit = self.ranks.gather(*self.cache.counters.tolist()).sum(0).tolist()
         prefetch = self.cache.prefetch
         return {
             "name": self.settings.name,
             "budget": self.config.budget,
             "config": self.config.model_dump(mode="json"),
             "page_size": self.shape.page_size,
-            "host_store_bytes": self.store.num_pages * self.store.page_bytes,
+            "host_store_bytes": self._host_store_bytes,
             **self.stats.as_dict(self.held(), chosen, hit, self._chunk_bytes),
+            "ranks": self._of_ranks(),
             **({} if prefetch is None else {"prefetch_correction_rate": prefetch.correction_rate()}),
         }
+
+    def _of_ranks(self) -> list[dict[str, int]]:
+        """What each rank holds, which has to be the same on all."""
+        free, free_host = self.allocator.available_size(), self.store.available()
+        held = self.ranks.gather(len(self.ledger.by_row), free, free_host * self.shape.page_size)
+        return [dict(zip(("requests", "free_tokens", "free_host_tokens"), row, strict=True)) for row in held.tolist()]
 
     def check_integrity(self) -> None:
         """AssertionError when pages of the ledger, the host store and the table do not fit together."""
@@ -331,7 +366,7 @@ class Compression:
         return HeldBytes(
             device=(len(reservation.pages) + tail_pages) * self.page_bytes,
             stock=allocated_pages * self.page_bytes,
-            host=len(reservation.host_pages) * self.store.page_bytes,
+            host=len(reservation.host_pages) * self.store.page_bytes * self.ranks.size,
         )
 
     def _record_dense(self, req: Request, reason: DenseReason) -> None:
@@ -349,14 +384,16 @@ class Compression:
         return RequestRecord(False, reason, len(req.origin_input_ids), budget, request_settings=given)
 
 
-def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool) -> int:
-    """What the user asked for, or what dynamic heads need beside a full device pool, if that much memory is free."""
+def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks: Ranks) -> int:
+    """Of all ranks: what the user asked for, or what dynamic heads need beside full device pools, if that is free."""
     wanted = config.host_store_bytes if isinstance(config, RetrievalConfig) else 0
     if wanted is not None:
         return wanted
     heads = pool.layer_num * pool.head_num
-    for_dynamic_heads = _HOST_STORE_FACTOR * pool.pool_bytes * config.most_dynamic_heads(heads, 0) // heads
-    return min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * psutil.virtual_memory().available))
+    pool_bytes = pool.pool_bytes * ranks.size
+    for_dynamic_heads = _HOST_STORE_FACTOR * pool_bytes * config.most_dynamic_heads(heads, 0) // heads
+    free = int(ranks.gather(psutil.virtual_memory().available).min())
+    return min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
 
 
 def was_compressed(req: Request) -> bool:

@@ -45,9 +45,12 @@ class HybridRadixCache(UnifiedRadixCache):
         return super().match_prefix(dataclasses.replace(params, key=key))
 
     def cache_unfinished_req(self, req: Request, chunked=False, **kwargs):
-        super().cache_unfinished_req(req, chunked=chunked, **kwargs)
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
-        if chunked or reservation is None:
+        is_done = not chunked and reservation is not None
+        if is_done:
+            self.compression.settle(reservation)
+        super().cache_unfinished_req(req, chunked=chunked, **kwargs)
+        if not is_done:
             return
         if reservation.failed:
             self.compression.give_up(req)

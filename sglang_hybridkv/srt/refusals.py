@@ -99,14 +99,14 @@ def _size(field: str, flag: str, recipe: str) -> Refusal:
 _ONE_GPU = "run one server per device and spread requests over them"
 
 REFUSALS: tuple[Refusal, ...] = (
-    # Parallelism: page totals must agree between ranks, which is not proven yet.
+    # Parallelism other than that of tensors: layers or requests of one model would be in several places.
     _switch("enable_dp_attention", recipe=_ONE_GPU),
-    _size("tp_size", "--tp-size above 1", "it is not proven yet, use --tp-size 1"),
     _size("dp_size", "--dp-size above 1", f"it is not proven yet, {_ONE_GPU}"),
     _size("pp_size", "--pp-size above 1", "use --pp-size 1"),
     _size("dcp_size", "--decode-context-parallel-size above 1", "leave it out"),
     _size("attn_cp_size", "--attention-context-parallel-size above 1", "leave it out"),
     _switch("enable_prefill_cp"),
+    _size("ep_size", "--ep-size above 1", "it is not proven yet, leave it out"),
     _size("moe_dp_size", "--moe-data-parallel-size above 1", "leave it out"),
     _size("dwdp_size", "--dwdp-size above 1", "leave it out"),
     _switch("ep_join_mode", "--elastic-ep-join-mode"),

@@ -32,7 +32,7 @@ from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
 from tests.e2e import planted_faults
 from tests.e2e.checks import Answer, ask, assert_nothing_lost, flush_cache, read_answer, request_body
-from tests.e2e.conftest import VL, make_server
+from tests.e2e.conftest import CPU_RANKS, VL, make_server
 from tests.e2e.prompts import Prompt, Vision, text
 
 POOL_TOKENS = 1536
@@ -166,8 +166,12 @@ class Soak:
         assert max(growth.values()) <= RSS_GROWTH_MIB, f"resident memory grew, in MiB: {growth}"
 
     def check_nothing_lost(self) -> None:
-        """Every page is free, and the log shows no fault."""
+        """Every page of every rank is free, and the log shows no fault."""
         assert_nothing_lost(self.server, largest_prompt=text(self.seed, POOL_TOKENS - 50))
+        state = self.server.compressor_state()
+        assert state is not None
+        first, *others = state["ranks"]
+        assert all(rank == first for rank in others), state["ranks"]
 
     def body(self, request: Request, **more: Any) -> dict[str, Any]:
         """What /generate is sent."""
@@ -304,9 +308,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with make_server(VL, **sizes) as server:
         stock = ask_stock(server, prompts)
     started, resident = time.monotonic(), []
-    flags = "--schedule-conservativeness", "0.1"
+    flags = "--schedule-conservativeness", "0.1", "--tp-size", str(arguments.tp_size)
+    cores = {CPU_RANKS: "|".join(map(str, range(arguments.tp_size)))} if arguments.tp_size > 1 else {}
     plant = planted_faults.Plant(arguments.plant)
-    server = make_server(VL, BUDGETS[0], config, *flags, env=plant.env, name="soak", **sizes)
+    server = make_server(VL, BUDGETS[0], config, *flags, env=plant.env | cores, name="soak", **sizes)
     with server:
         soak = Soak(server, seed, prompts, vision.image(seed), stock)
         plant.begin()
@@ -338,6 +343,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "requests": number - arguments.first,
         "seconds": round(seconds),
         "preparation_seconds": round(began - started),
+        "tp_size": arguments.tp_size,
         "planted": arguments.plant,
         "resident_mib": [resident[0], settled[0], settled[len(settled) // 2], settled[-1]] if resident else [],
         "counts": dict(sorted(soak.counts.items())),
@@ -372,6 +378,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, help="how many, instead of --minutes")
     parser.add_argument("--seed", type=int, help="of prompts and requests (default: a new one, which is printed)")
     parser.add_argument("--first", type=int, default=0, help="number of the first request, to go on or to repeat")
+    parser.add_argument("--tp-size", type=int, default=1, help="ranks of the compressing server, a core for each")
     parser.add_argument(
         "--plant", choices=planted_faults.NAMES, help="break this in the server; the run ends when it is found"
     )

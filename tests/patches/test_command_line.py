@@ -173,8 +173,8 @@ def test_what_cannot_work_ends_with_one_sentence(outcomes, case, part):
 @pytest.mark.slow
 @pytest.mark.parametrize("code, command", [(RUN_LAUNCHER, ()), (RUN_CLI, ("serve",))])
 def test_both_launchers_exit(model_path, code, command):
-    sentence = launch(model_path, *command, "--tp-size", "2", code=code)
-    assert sentence.startswith("--tp-size above 1 cannot be combined with --kv-compressor hybridkv")
+    sentence = launch(model_path, *command, "--pp-size", "2", code=code)
+    assert sentence.startswith("--pp-size above 1 cannot be combined with --kv-compressor hybridkv")
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_engine_raises_the_same_sentences(model_path):
         import json, sys, sglang
         base = {"model_path": sys.argv[1], "device": "cpu"}
         cases = [{"kv_compressor_budget": 0.5}, {"kv_compressor": "hybridkv", "kv_compressor_budget": 1.5},
-                 {"kv_compressor": "hybridkv", "tp_size": 2}, {"kv_compressor": "hybridkv", "page_size": 1},
+                 {"kv_compressor": "hybridkv", "pp_size": 2}, {"kv_compressor": "hybridkv", "page_size": 1},
                  {"kv_compressor": "hybridkv", "server_args": sglang.ServerArgs(**base)}]
         for case in cases:
             try:
@@ -234,7 +234,7 @@ def test_engine_raises_the_same_sentences(model_path):
     done = python(code, model_path)
     assert done.returncode == 0, done.stderr
     sentences = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
-    parts = ["would change nothing", "= 1.5 is not allowed", "--tp-size above 1", "--page-size 1 differs"]
+    parts = ["would change nothing", "= 1.5 is not allowed", "--pp-size above 1", "--page-size 1 differs"]
     parts.append("reads no kv_compressor beside server_args")
     assert all(part in sentence for part, sentence in zip(parts, sentences, strict=True))
 

@@ -43,6 +43,7 @@ def commit(compression, req, num_dynamic):
     reservation.outcome.copy_(torch.tensor([NUM_HEADS - num_dynamic, num_dynamic]))
     reservation.digest = torch.tensor(-1)
     chunks = reservation.geometry.num_prompt_pages
+    compression.settle(reservation)
     compression.allocator.free_page_ids(req.row_pages[:chunks])
     compression.commit(req)
     req.row_pages = torch.cat((reservation.pages[: reservation.num_in_row], req.row_pages[chunks:]))
@@ -345,6 +346,7 @@ def test_a_retracted_request_has_the_plan_of_its_prompt(num_generated):
 def test_a_commit_before_the_compression_is_an_error():
     compression = make_compression()
     req = prepared(compression)
+    compression.settle(compression.ledger.get(1))
     with pytest.raises(AssertionError, match="committed before it was compressed"):
         compression.commit(req)
 
