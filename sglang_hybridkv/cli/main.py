@@ -1,10 +1,14 @@
-"""Command line of ``hybridkv``. Exit status: 0 done, 2 bad input, 130 interrupted (finished work is kept)."""
+"""Command line of ``hybridkv``.
+
+Exit status: 0 done, 1 a fault that `doctor` found, 2 bad input, 130 interrupted (finished work is kept).
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -59,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     calibrate.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
     _add_capacity(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what a server would meet on this machine, without starting it",
+        description="Look at versions, plugin, device and kernels, and with flags of a server at the model and at "
+        "what would be refused. No server is started. Exit status 1 when something is at fault.",
+    )
+    doctor.add_argument("flags", metavar="FLAG", nargs="*", help="as sglang.launch_server would get them")
     config = commands.add_parser("config", help="settings of the compressors").add_subparsers(
         dest="config_command", required=True
     )
@@ -199,7 +210,11 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process, and return the exit status."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["doctor"] and not {"-h", "--help"} & set(words):
+        # In a process of its own: it changes SGLang as a server would, and the flags are SGLang's.
+        return subprocess.call([sys.executable, "-m", "hybridkv_patches.doctor", *words[1:]])
+    args = _parser().parse_args(words)
     try:
         if args.command == "config":
             print("\n".join(_config(args)))

@@ -27,6 +27,8 @@ from tests.e2e.checks import assert_nothing_lost
 from tests.e2e.conftest import STRICT_ENV, VL
 from tests.e2e.prompts import image_url, text
 
+pytestmark = pytest.mark.timeout(1200)  # seconds; four images with long answers take a busy CPU minutes
+
 TINY, TRAINED = "tiny-qwen2", "smollm2"
 BUDGETS = {"stock": None, "1.0": 1.0, "0.1": 0.1}
 ALL, COMPRESSED = tuple(BUDGETS), ("1.0", "0.1")
@@ -148,6 +150,13 @@ _TURNS = {
 }
 _INEXACT = (("0.1",), "^avg_kl_div=", "answers over a compressed prompt have other log-probs")
 _UNCACHED = (COMPRESSED, r"^(assert \d+ >= \d+|$|Too few decode cache hits: 0/16)", "outputs are not cached")
+# Without compression this model fills the object's one text up to the limit of the answer; at 0.1 it ends it.
+_CUT_SHORT = (("stock", "1.0"), "^Expecting ',' delimiter", SMALL_MODEL)
+_RUNS_ON = (
+    ("0.1",),
+    "^Expected finish_reason: stop, but got: length",
+    "a tenth of a prompt as short as this, which the defaults leave dense, gives another answer",
+)
 
 
 def _closed(kind: str) -> tuple[str, ...]:
@@ -197,17 +206,16 @@ KITS = (
         LEARNED,
         fails={"test_concurrent_requests": (ALL, "^0 not greater than or equal to 7", SMALL_MODEL)},
     ),
-    Kit("kits.matched_stop_kit.MatchedStopMixin", LEARNED),
+    Kit("kits.matched_stop_kit.MatchedStopMixin", LEARNED, fails={"test_finish_stop_eos": _RUNS_ON}),
     Kit("kits.json_mode_kit.JSONModeMixin", LEARNED),
-    Kit("kits.json_constrained_kit.JSONConstrainedMixin", LEARNED),
-    Kit("kits.regex_constrained_kit.RegexConstrainedMixin", tests=_closed("regex")),
     Kit(
-        "kits.regex_constrained_kit.RegexConstrainedMixin",
+        "kits.json_constrained_kit.JSONConstrainedMixin",
         LEARNED,
-        tests=("test_regex_generate_complex_json", "test_regex_generate_custom_log_format"),
+        fails={"test_json_generate": _CUT_SHORT, "test_mix_json_and_other": _CUT_SHORT},
     ),
+    Kit("kits.regex_constrained_kit.RegexConstrainedMixin", tests=_closed("regex")),
+    Kit("kits.regex_constrained_kit.RegexConstrainedMixin", LEARNED, tests=("test_regex_generate_complex_json",)),
     Kit("kits.ebnf_constrained_kit.EBNFConstrainedMixin", tests=_closed("ebnf")),
-    Kit("kits.ebnf_constrained_kit.EBNFConstrainedMixin", LEARNED, tests=("test_ebnf_generate_custom_log_format",)),
     Kit(
         "kits.spec_server_kits.SpecLogprobKit",
         LEARNED,

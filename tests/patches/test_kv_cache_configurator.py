@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.srt import settings
 from sglang_hybridkv.srt.allocator import HybridAllocator
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
+from sglang_hybridkv.srt.ranks import Ranks
 from sglang_hybridkv.srt.settings import Settings
 
 PAGES, P = 12, 8
@@ -40,9 +42,12 @@ def build_pool(stock_class):
 def build_allocator(stock, num_layers=2):
     rows = SimpleNamespace(req_to_token=torch.zeros(3, 64, dtype=torch.int32))
     config = SimpleNamespace(num_hidden_layers=2, hf_config=SimpleNamespace(architectures=["MyModel"]))
+    config.get_total_num_kv_heads = lambda: 2
     model = torch.nn.ModuleList(RadixAttention(4, 8, 1.0, 2, layer_id) for layer_id in range(num_layers))
     configurator = SimpleNamespace(model=model, model_config=config)
-    return kv_cache_configurator.build_allocator(lambda *args, **kwargs: stock, configurator, req_to_token_pool=rows)
+    build = kv_cache_configurator.build_allocator
+    with mock.patch("sglang_hybridkv.srt.ranks.tensor_parallel_ranks", Ranks):
+        return build(lambda *args, **kwargs: stock, configurator, req_to_token_pool=rows)
 
 
 def test_a_compressing_server_gets_our_pool_and_any_other_its_own(compressing):
