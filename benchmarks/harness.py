@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +23,8 @@ from typing import Any
 import httpx
 import psutil
 
+SERVER_FLAGS = "HYBRIDKV_SERVER_FLAGS"
+"""Environment variable: further flags of every server that a benchmark starts on a GPU."""
 READY_SECONDS = 180.0
 REQUEST_SECONDS = 900.0
 STOP_SECONDS = 15.0
@@ -77,6 +80,8 @@ def engine_flags(
     flags += ["--max-running-requests", str(max_running_requests)] if max_running_requests else []
     flags += ["--dtype", dtype] if dtype else []
     if device == "cuda":
+        # What a host lacks, for example FA3 for the images of Qwen2.5-VL: "--mm-attention-backend triton_attn".
+        flags += shlex.split(os.environ.get(SERVER_FLAGS, ""))
         return EngineRecipe(tuple(flags), {})
     # Without it an idle scheduler keeps one core busy.
     flags.append("--sleep-on-idle")

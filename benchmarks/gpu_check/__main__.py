@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.gpu_check.parts import NAMES, Context, Outcome, chosen_parts, run_part
+from benchmarks.gpu_check.parts import NAMES, Context, Outcome, chosen_parts, chosen_setups, run_part
 from benchmarks.harness import detect_device, end_on_sigterm
 from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
@@ -48,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--parts", default=",".join(NAMES), help="comma-separated; they run in this order (default: %(default)s)")
+    add("--setups", default="", help="of the part server, comma-separated, as triton:float16 (default: all)")
     add("--out", type=Path, help="file to which the rows are appended, one JSON object a line")
     add("--model-path", type=Path, help=f"checkpoint of the servers (default: {MODEL}, made when it is not there)")
     add("--json", action="store_true", help="print the rows, and nothing else, on stdout")
@@ -56,6 +57,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     try:
         args.parts = chosen_parts(args.parts)
+        args.setups = chosen_setups(args.setups, args.device)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -67,7 +69,7 @@ def main() -> int:
     end_on_sigterm()
     console = Console(stderr=args.json, soft_wrap=True)
     model = functools.cache(lambda: args.model_path or make_model(MODEL))
-    context, origin = Context(args.device, model, args.seed), run_metadata()
+    context, origin = Context(args.device, model, args.seed, args.setups), run_metadata()
 
     def put(row: dict[str, Any]) -> None:
         line = json.dumps(row | origin)

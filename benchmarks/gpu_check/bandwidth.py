@@ -7,6 +7,7 @@ The weights of the step are not here; they count as the bytes they are, at the b
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import itertools
 import statistics
@@ -32,6 +33,7 @@ QUERY_SIMILARITY = 0.95
 MEMORY_SHARE = 0.7
 """Share of the free device memory that the pool may take. Where all layers need more, fewer layers take turns."""
 
+_WARM_UPS = 2
 QUOTIENTS = ("bandwidth_share", "attention_speedup", "speedup", "byte_bound", "bound_share")
 
 Row = dict[str, Any]
@@ -147,10 +149,13 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     decode = _captured(lambda: step.attend_all(step.rows, step.lens), device)
     decode_ms = milliseconds(decode, device, workload.num_steps)
     error = check_step(step, compressed)
+    still_ms = milliseconds(step.run, device, workload.num_steps)
     before = pool.counters.clone()
     step_ms = milliseconds(step.run, device, workload.num_steps, between=lambda: _drift(step))
     error = max(error, check_step(step, compressed))
     chosen, hits = (pool.counters - before).tolist()
+    chunk_bytes = 2 * workload.config.tokens_per_chunk * element
+    fetched_bytes = (chosen - hits) * chunk_bytes // (workload.num_steps + _WARM_UPS)
     stock_ms = stock_milliseconds(pool, step, dense, device, workload.num_steps)
     fastest = min(stock_ms, key=lambda name: stock_ms[name])
     times = {"decode_ms": decode_ms, "step_ms": step_ms, "stock_ms": stock_ms[fastest]}
@@ -162,6 +167,11 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     row |= {name: round(value, 4) for name, value in times.items()}
     row |= {"stock_ms_by_kernel": {name: round(value, 4) for name, value in stock_ms.items()}}
     row |= {"chunk_hit_rate": round(hits / chosen, 3) if chosen else None, "query_similarity": QUERY_SIMILARITY}
+    # Where the time of a step goes: the same step with queries that stay, so that nothing is fetched, and the rest.
+    row |= {"still_ms": round(still_ms, 4), "fetched_bytes": fetched_bytes}
+    if step_ms > still_ms:
+        row |= {"link_gb_s": round(fetched_bytes / (step_ms - still_ms) / 1e6, 1)}
+    row |= {"stock_gb_s": round(sizes["stock_bytes"] / stock_ms[fastest] / 1e6, 1)}
     return row | quotients(Measured(**sizes, **times, copy_gb_s=copy_gb_s, layers_measured=shape.num_layers))
 
 
@@ -170,6 +180,9 @@ def fit(workload: Workload, device: str) -> Workload:
     if device != "cuda":
         return workload
     shape = workload.shape
+    # The pool of the row before is gone, but torch keeps its memory.
+    gc.collect()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     layer_bytes = 2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize * _pool_tokens(workload)
     layers = min(shape.num_layers, int(MEMORY_SHARE * free) // layer_bytes)
@@ -216,7 +229,7 @@ def milliseconds(
 ) -> float:
     """Median time of `run`; `between` is not timed."""
     times = []
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + _WARM_UPS):
         between()
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -229,7 +242,7 @@ def milliseconds(
             started = time.perf_counter()
             run()
             elapsed = (time.perf_counter() - started) * 1e3
-        if repeat >= 2:  # the first two warm up
+        if repeat >= _WARM_UPS:
             times.append(elapsed)
     return statistics.median(times)
 
@@ -286,13 +299,14 @@ def sglang_decode(pool: Pool, step: DecodeStep, requests: list[Request], max_spl
     logits = torch.zeros(batch_size, num_heads, max_splits, head_dim, dtype=torch.float32, device=pool.device)
     lse = torch.zeros(batch_size, num_heads, max_splits, dtype=torch.float32, device=pool.device)
     splits = torch.full((batch_size,), max_splits, dtype=torch.int32, device=pool.device)
+    on_hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
 
     def launch() -> None:
         for layer_idx, q in enumerate(step.q):
             keys, values = pool.views.layer_rows(layer_idx)
             decode_attention_fwd(
                 q, keys, values, step.out[layer_idx], indptr, indices, logits, lse, splits, max_splits, pool.scaling,
-                1.0, 1.0,
+                1.0, 1.0, use_pdl=on_hopper,
             )  # fmt: skip
 
     return launch
@@ -321,6 +335,6 @@ def _flashinfer_decode(pool: Pool, step: DecodeStep, requests: list[Request]) ->
     def launch() -> None:
         for layer_idx, q in enumerate(step.q):
             pages = tuple(flat.unsqueeze(1) for flat in pool.views.layer_rows(layer_idx))
-            step.out[layer_idx] = wrapper.run(q, pages)
+            wrapper.run(q, pages, out=step.out[layer_idx])
 
     return launch

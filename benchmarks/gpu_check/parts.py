@@ -27,6 +27,8 @@ from sglang_hybridkv.config import ChunkScore
 KERNEL_SECONDS = 3600.0
 """Time limit for the tests of the kernels. Most of it goes into compiling, or into interpreting without a GPU."""
 ROOT = Path(__file__).parents[2]
+MOST_WORDS = 3000
+"""Characters of a server's failure, the end of its log among them."""
 SERVER_LOAD = {
     "cpu": servers.Load((200, 333), 8),
     "cuda": servers.Load((200, 333, 1500, 2049, 4000, 8191), 64),
@@ -52,11 +54,13 @@ class Context:
     device : "cpu" or "cuda".
     model : checkpoint of the servers; a callable, as it may have to be made.
     seed : seed of all random input.
+    setups : names of the comparisons of servers, as "triton:float16"; all when empty.
     """
 
     device: str
     model: Callable[[], Path]
     seed: int
+    setups: tuple[str, ...] = ()
 
     @property
     def has_gpu(self) -> bool:
@@ -164,7 +168,14 @@ def rows_of_report(report: Path) -> Iterator[Row]:
 def server_rows(context: Context) -> Iterator[Row]:
     """Each attention backend: stock, budget 1.0 and budget 0.1."""
     for setup in servers.setups(context.device)[0]:
-        yield from servers.comparisons(setup, context.model(), SERVER_LOAD[context.device])
+        if context.setups and setup.name not in context.setups:
+            continue
+        try:
+            yield from servers.comparisons(setup, context.model(), SERVER_LOAD[context.device])
+        except Exception as error:  # the other backends are worth a look all the same
+            traceback.print_exc()
+            failure = f"{setup.name}: {type(error).__name__}: {error}"
+            yield dataclasses.asdict(setup) | {"ok": False, "failures": [failure[-MOST_WORDS:]]}
 
 
 def bandwidth_rows(context: Context) -> Iterator[Row]:
@@ -231,3 +242,13 @@ def chosen_parts(names: str) -> list[Part]:
         if name not in NAMES:
             raise ValueError(f"--parts = {name!r} is not allowed; legal: {', '.join(NAMES)}, comma-separated")
     return [part for part in PARTS if part.name in wanted]
+
+
+def chosen_setups(names: str, device: str) -> tuple[str, ...]:
+    """Names of a comma-separated list; ValueError when one is none of the device's."""
+    wanted, known = [name.strip() for name in names.split(",") if name.strip()], servers.setups(device)[0]
+    legal = [setup.name for setup in known]
+    for name in wanted:
+        if name not in legal:
+            raise ValueError(f"--setups = {name!r} is not allowed; legal: {', '.join(legal)}, comma-separated")
+    return tuple(wanted)

@@ -158,7 +158,11 @@ class HeadPageTable:
     def bind(self, row: int, pages: torch.Tensor, host_pages: torch.Tensor, covered: int) -> None:
         """Give `row` its pages before the forward that compresses it is launched; heads are empty until then."""
         self.pages[row, : len(pages)] = pages.to(torch.int32)
-        self.host_pages[row, : len(host_pages)] = host_pages.to(torch.int32)
+        host_ids = host_pages.to(torch.int32)
+        if self.host_pages.is_cuda and not host_ids.is_cuda:
+            # From pageable memory the caller would wait for the forward that its stream waits for.
+            host_ids = host_ids.pin_memory()
+        self.host_pages[row, : len(host_ids)].copy_(host_ids, non_blocking=True)
         self.covered[row], self.num_prompt_pages[row] = covered, covered // self.layout.page_size
         self.num_head_pages[row] = 0
         self.num_pages[row] = len(pages)

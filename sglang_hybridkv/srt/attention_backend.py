@@ -105,7 +105,8 @@ class HybridAttnMixin(CpuPrefillMixin):
         self._save(k, v, layer, forward_batch, save_kv_cache)
         pool, rows = self.token_to_kv_pool, forward_batch.req_pool_indices
         layer_idx = layer.layer_id - pool.start_layer
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        # Once: q is a part of the rows of qkv, and each kernel would copy it.
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim).contiguous()
         later = pool.cache.retrieve_first(layer_idx, queries, rows) if self._any_compressed else None
         req_to_token = self.req_to_token_pool.req_to_token
         out = pool.cache.attend(layer_idx, queries, rows, req_to_token, forward_batch.seq_lens, layer.scaling)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,6 +31,12 @@ from sglang_hybridkv.srt.settings import Settings
 
 _HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what it holds at a budget of 0.1, some room
 _HOST_MEMORY_SHARE = 0.5
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_CONTAINER_MEMORY = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+"""Files of version 2 and of version 1, which a container sees as its own."""
 _REMEMBERED_PLANS = 4096
 _RECORD = "_hybridkv_record"
 _SETTINGS = "_hybridkv_settings"
@@ -347,9 +355,9 @@ class Compression:
 
     def _of_ranks(self) -> list[dict[str, int]]:
         """What each rank holds, which has to be the same on all."""
-        free, free_host = self.allocator.available_size(), self.store.available()
-        held = self.ranks.gather(len(self.ledger.by_row), free, free_host * self.shape.page_size)
-        return [dict(zip(("requests", "free_tokens", "free_host_tokens"), row, strict=True)) for row in held.tolist()]
+        used_host = self.store.used_bytes() // self.store.page_bytes * self.shape.page_size
+        held = self.ranks.gather(len(self.ledger.by_row), self.allocator.available_size(), used_host)
+        return [dict(zip(("requests", "free_tokens", "used_host_tokens"), row, strict=True)) for row in held.tolist()]
 
     def check_integrity(self) -> None:
         """AssertionError when pages of the ledger, the host store and the table do not fit together."""
@@ -392,8 +400,22 @@ def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks
     heads = pool.layer_num * pool.head_num
     pool_bytes = pool.pool_bytes * ranks.size
     for_dynamic_heads = _HOST_STORE_FACTOR * pool_bytes * config.most_dynamic_heads(heads, 0) // heads
-    free = int(ranks.gather(psutil.virtual_memory().available).min())
-    return min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
+    free = int(ranks.gather(available_host_bytes()).min())
+    found = min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
+    tensors = 2 * ranks.size  # keys and values of each rank
+    if torch.device(pool.device).type == "cuda" and found >= tensors:
+        # torch rounds each pinned one up to a power of two.
+        found = tensors << ((found // tensors).bit_length() - 1)
+    return found
+
+
+def available_host_bytes() -> int:
+    """Memory that this process may still take: of the machine, or of the container that it runs in."""
+    free = psutil.virtual_memory().available
+    for limit, used in _CONTAINER_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # no such control group, or no limit ("max")
+            free = min(free, int((_CONTROL_GROUPS / limit).read_text()) - int((_CONTROL_GROUPS / used).read_text()))
+    return max(free, 0)
 
 
 def was_compressed(req: Request) -> bool:

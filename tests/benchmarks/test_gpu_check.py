@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,10 +18,11 @@ import torch
 from benchmarks.gpu_check import bandwidth, parts, servers
 from benchmarks.gpu_check.__main__ import exit_status, make_table
 from benchmarks.gpu_check.bandwidth import Measured, quotients, unmet
-from benchmarks.gpu_check.parts import PARTS, Context, Part, chosen_parts, run_part
+from benchmarks.gpu_check.parts import PARTS, Context, Part, chosen_parts, chosen_setups, run_part
 from benchmarks.gpu_check.pool import Pool, Shape, first_heads, make_config
 from benchmarks.gpu_check.reference import Mismatch
 from benchmarks.gpu_check.servers import Answer, compare, judge
+from benchmarks.harness import SERVER_FLAGS
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
 from sglang_hybridkv.compressors.hybridkv import HybridKV
 from tests.builders import fresh_generator
@@ -187,6 +189,17 @@ class TestServers:
         assert flags[flags.index("--kv-compressor-budget") + 1] == "0.1"
         assert env == {}
 
+    def test_a_gpu_server_has_the_flags_that_its_host_needs(self, monkeypatch):
+        monkeypatch.setenv(SERVER_FLAGS, "--mm-attention-backend triton_attn")
+        flags, _ = servers.Setup("cuda", "triton", "float16").flags(servers.Load((100,), 4), None)
+        assert flags[flags.index("--mm-attention-backend") + 1] == "triton_attn"
+        assert (
+            "--mm-attention-backend" not in servers.Setup("cpu", "x", "float32").flags(servers.Load((9,), 4), None)[0]
+        )
+
+    def test_no_gpu_server_is_asked_in_fp32(self):
+        assert {setup.dtype for setup in servers.setups("cuda")[0]} == {"float16", "bfloat16"}
+
     def test_without_a_gpu_only_its_backend_runs(self):
         assert [setup.attention_backend for setup in servers.setups("cpu")[0]] == ["torch_native"]
 
@@ -204,6 +217,23 @@ class TestParts:
     def test_unknown_parts_are_refused_in_words(self, names):
         with pytest.raises(ValueError, match="legal: kernels, server, bandwidth, concurrency"):
             chosen_parts(names)
+
+    def test_unknown_setups_are_refused_in_words(self):
+        assert chosen_setups(" triton:float16,", "cuda") == ("triton:float16",)
+        with pytest.raises(ValueError, match="--setups = 'triton' is not allowed; legal: torch_native:float32"):
+            chosen_setups("triton", "cpu")
+
+    @pytest.mark.parametrize(("wanted", "asked"), [((), ["a", "b"]), (("b:float32",), ["b"])])
+    def test_a_server_that_fails_is_a_row_and_the_next_one_still_runs(self, wanted, asked):
+        setups = [servers.Setup("cpu", name, "float32") for name in "ab"]
+        context = dataclasses.replace(CONTEXT, model=Path, setups=wanted)
+        failing = mock.Mock(side_effect=RuntimeError("it ended"))
+        with mock.patch.multiple(servers, setups=lambda device: (setups, []), comparisons=failing):
+            rows = list(parts.server_rows(context))
+        assert [row["attention_backend"] for row in rows] == asked
+        for row in rows:
+            assert not row["ok"]
+            assert row["failures"] == [f"{row['attention_backend']}:float32: RuntimeError: it ended"]
 
     def test_every_part_says_what_it_leaves_out(self):
         """Something without a GPU; with one nothing, unless a package is missing."""
@@ -245,6 +275,8 @@ class TestParts:
             assert row["ok"]
             assert not row["judged"]
             assert not set(bandwidth.QUOTIENTS) & set(row)
+            assert row["still_ms"] > 0
+            assert row["fetched_bytes"] > 0
             json.dumps(row)
 
     def test_the_table_names_every_part(self):

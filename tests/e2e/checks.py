@@ -110,7 +110,9 @@ def loads(server: Server) -> dict[str, Any]:
 def held(server: Server) -> dict[str, int]:
     """What should be zero on an idle server."""
     state, load = server.compressor_state() or {}, loads(server)
+    used = [rank["used_host_tokens"] for rank in state.get("ranks", ())]
     return {
+        "used_host_tokens": sum(used),
         **{name: state.get(name, 0) for name in ("device_kv_bytes", "stock_kv_bytes", "host_kv_bytes")},
         **{name: load[name] for name in ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")},
     }

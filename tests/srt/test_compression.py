@@ -18,9 +18,12 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalInputs,
 )
 
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.requests.settings import WARM_UP
 from sglang_hybridkv.requests.spans import VisualSpan
+from sglang_hybridkv.srt import compression as compression_module
 from sglang_hybridkv.srt.compression import visual_spans
+from sglang_hybridkv.srt.ranks import Ranks
 from tests.builders import LAWS
 from tests.srt.serving import HEADS, LAYERS, Serving, make_compression, make_request
 
@@ -270,6 +273,53 @@ def test_a_reservation_is_for_the_heads_that_may_be_dynamic(config, host_pages):
     assert len(reservation.pages) == 4 + (host_pages > 0)
     commit(compression, req, num_dynamic=host_pages * NUM_HEADS // 10)
     assert compression.request_info(req)["compressed"]
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 64 * GIB),
+        ({"memory.max": "max\n", "memory.current": f"{GIB}\n"}, 64 * GIB),
+        ({"memory.max": f"{8 * GIB}\n", "memory.current": f"{3 * GIB}\n"}, 5 * GIB),
+        ({"memory.max": f"{GIB}\n", "memory.current": f"{2 * GIB}\n"}, 0),
+        ({"memory/memory.limit_in_bytes": f"{2**63}", "memory/memory.usage_in_bytes": "9"}, 64 * GIB),
+        ({"memory/memory.limit_in_bytes": f"{4 * GIB}", "memory/memory.usage_in_bytes": f"{GIB}"}, 3 * GIB),
+    ],
+)
+def test_a_container_has_less_memory_than_its_machine(files, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(compression_module, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(compression_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert compression_module.available_host_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "free", "expected"),
+    [
+        ("cpu", 1, 64 * GIB, 8 * GIB),  # every head may be dynamic: eight times the pool
+        ("cpu", 1, 7 * GIB, 7 * GIB // 2),
+        ("cpu", 2, 64 * GIB, 16 * GIB),
+        ("cuda", 1, 64 * GIB, 8 * GIB),
+        ("cuda", 1, 7 * GIB, 2 * GIB),  # keys and values are pinned apart, each a power of two
+        ("cuda", 3, 64 * GIB, 24 * GIB),
+        ("cuda", 1, 0, 0),
+    ],
+)
+def test_the_default_host_store_is_what_dynamic_heads_need_if_that_is_free(device, ranks, free, expected, monkeypatch):
+    monkeypatch.setattr(compression_module, "available_host_bytes", lambda: free)
+    together = Ranks()
+    together.size = ranks
+    monkeypatch.setattr(together, "gather", lambda *values: torch.tensor([values]))
+    config = HybridKVConfig(max_dynamic_heads=1.0)
+    pool = SimpleNamespace(layer_num=2, head_num=2, pool_bytes=GIB, device=device)
+    assert compression_module._host_store_bytes(config, pool, together) == expected
+    asked = HybridKVConfig(host_store_bytes=12345)
+    assert compression_module._host_store_bytes(asked, pool, together) == 12345
 
 
 def test_a_full_host_store_can_make_all_heads_static():
