@@ -77,6 +77,17 @@ UnverifiedModel = Annotated[
         "it has to meet the requirements, and to pass the self-test at start-up"
     ),
 ]
+Events = Annotated[
+    Annotated[
+        str,
+        Field(
+            pattern=r"^(tcp://[^:/\s]+:[0-9]{1,5}|ipc://\S+)$",
+            examples=["tcp://127.0.0.1:5559", "ipc:///tmp/plans"],
+        ),
+    ]
+    | None,
+    Field(description="where to publish the plan of each compressed prompt over ZMQ (docs/events.md); null is nowhere"),
+]
 RequestBudgetMin = Annotated[
     Annotated[float, Field(gt=0.0, le=1.0)] | None,
     Field(description="smallest budget that a request may ask for; null leaves it to the legal values of budget"),
@@ -188,6 +199,7 @@ class CompressorConfig(BaseModel):
     request_budget_min: RequestBudgetMin = None
     request_budget_max: RequestBudgetMax = None
     unverified_model: UnverifiedModel = False
+    events: Events = None
 
     @model_validator(mode="after")
     def _some_budget_is_allowed(self) -> CompressorConfig:
@@ -350,7 +362,8 @@ def _in_words(schema: dict[str, Any]) -> str:
     if "minimum" in schema and schema["minimum"] == schema.get("maximum"):
         bounds = f"equal to {_plain(schema['minimum'])}"
     kind = _KINDS.get(schema.get("type", ""), "a value of another shape")
-    return f"{kind} {bounds}".rstrip()
+    examples = " or ".join(map(str, schema.get("examples", ())))
+    return f"{kind} {f'such as {examples}' if examples else bounds}".rstrip()
 
 
 def _plain(number: float) -> str:

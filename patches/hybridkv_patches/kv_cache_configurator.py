@@ -57,9 +57,12 @@ def build_allocator(original, configurator, **kwargs):
     ours = HybridAllocator(stock.size, stock.page_size, stock.dtype, stock.device, pool, stock.need_sort)
     num_rows, max_context = kwargs["req_to_token_pool"].req_to_token.shape
     num_kv_heads = configurator.model_config.get_total_num_kv_heads()
-    compression = Compression(
-        active, pool, ours, num_rows, max_context, ranks=tensor_parallel_ranks(), num_kv_heads=num_kv_heads
-    )
+    ranks = tensor_parallel_ranks()
+    try:
+        compression = Compression(active, pool, ours, num_rows, max_context, ranks=ranks, num_kv_heads=num_kv_heads)
+    except ValueError as error:
+        logger.error(error)
+        raise RuntimeError(str(error)) from None
     pool.cache, ours.compression = compression.cache, compression
     return ours
 

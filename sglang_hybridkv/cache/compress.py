@@ -14,6 +14,7 @@ from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObserva
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Reservation
+from sglang_hybridkv.requests.plan_events import pack_bits
 from sglang_hybridkv.requests.spans import VisualSpan, text_mask
 
 
@@ -105,6 +106,9 @@ def compress_prompt(
     reservation.outcome.copy_(outcome, non_blocking=True)
     reservation.head_counts = plan.heads.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
     reservation.digest = digest_plan(kept_rows, is_dynamic, geometry.covered).to("cpu", non_blocking=True)
+    if compressor.config.events is not None:
+        on_device = is_dynamic, pack_bits(plan.kept)
+        reservation.plan = tuple(one.to("cpu", non_blocking=True) for one in on_device)
     if outcome.is_cuda:
         reservation.written = torch.cuda.Event()
         reservation.written.record()

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Look at versions, plugin, device and kernels, and with flags of a server at the model and at "
         "what would be refused. No server is started. Exit status 1 when something is at fault.",
     )
-    doctor.add_argument("flags", metavar="FLAG", nargs="*", help="as sglang.launch_server would get them")
+    doctor.add_argument("flags", metavar="FLAG", nargs=argparse.REMAINDER, help="as sglang.launch_server would get them")
     config = commands.add_parser("config", help="settings of the compressors").add_subparsers(
         dest="config_command", required=True
     )

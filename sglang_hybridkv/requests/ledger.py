@@ -52,8 +52,10 @@ class Reservation:
     head_counts : [L, H], int32, on the CPU. Kept or buffer pages of each head, from the forward; see
         `head_counts_on_host`.
     digest : [], int64, on the CPU. `digest_plan` of what is kept, from the forward; read at the commit.
+    plan : is_dynamic [L, H], bool, and `pack_bits` of what is kept, on the CPU, from the forward; only where plans are
+        published.
     seconds : set by the forward; what its plan and its copies took, None while that is not known.
-    written : set by the forward where it writes `outcome`, `head_counts` and `digest` without waiting.
+    written : set by the forward where it writes `outcome`, `head_counts`, `digest` and `plan` without waiting.
     failed : set by the forward when it could not compress. Nothing reads the pages then; they go back in place of the
         commit, and the prompt stays exact in the request's row.
     agreed : set before the commit, from `outcome` and `digest` of all ranks.
@@ -69,6 +71,7 @@ class Reservation:
     committed: bool = False
     head_counts: torch.Tensor | None = None
     digest: torch.Tensor | None = None
+    plan: tuple[torch.Tensor, torch.Tensor] | None = None
     seconds: Callable[[], float | None] = lambda: None
     written: torch.cuda.Event | None = None
     failed: bool = False

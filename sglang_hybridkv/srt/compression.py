@@ -19,6 +19,7 @@ from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Agreed, Ledger, Reservation
+from sglang_hybridkv.requests.plan_events import PlanPublisher
 from sglang_hybridkv.requests.settings import KEY, WARM_UP, RequestSettings, params_by_name, read_settings
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 from sglang_hybridkv.requests.stats import CompressionStats, HeldBytes, RequestRecord
@@ -92,6 +93,7 @@ class Compression:
         self._kv_by_row: dict[int, Any] = {}
         self._chunk_totals = DeviceTotals(self.cache.counters)
         self.metrics: CompressionMetrics | None = None
+        self.publisher = PlanPublisher(self.config.events, self.ranks.index) if self.config.events else None
         self.self_test: Any = None
 
     def clear(self) -> None:
@@ -246,6 +248,8 @@ class Compression:
             if self.metrics is not None:
                 self.metrics.count_compressed(record)
         setattr(req, _RECORD, record)
+        if self.publisher is not None and _is_from_a_user(req):
+            self.publisher.publish(req.rid, record.prompt_tokens, record.budget, reservation)
         self.stats.observe(self.held())
         seconds = reservation.seconds()
         if self.metrics is not None and seconds is not None:

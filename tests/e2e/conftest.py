@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import Server, compression_flags, engine_flags, parallel
+from benchmarks.harness import Server, compression_flags, engine_flags, free_port, parallel
 from benchmarks.models.make_models import make_model
 from tests.e2e.checks import Reference, assert_healthy
 from tests.e2e.prompts import Vision
@@ -62,7 +62,8 @@ def vision(vl_model: Path) -> Vision:
 @pytest.fixture(scope="session")
 def session_servers() -> Iterator[list[Server]]:
     """The two servers that several modules ask, alive until the end."""
-    yield from run_servers(make_server(VL, name="stock"), make_server(VL, 0.1, name="tenth"))
+    events = {"events": f"tcp://127.0.0.1:{free_port()}"}
+    yield from run_servers(make_server(VL, name="stock"), make_server(VL, 0.1, events, name="tenth"))
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from benchmarks.harness import Server, end_on_sigterm
 from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
 from tests.e2e import planted_faults
-from tests.e2e.checks import Answer, ask, assert_nothing_lost, flush_cache, read_answer, request_body
+from tests.e2e.checks import Answer, ask, assert_nothing_lost, read_answer, request_body, settle
 from tests.e2e.conftest import CPU_RANKS, VL, make_server
 from tests.e2e.prompts import Prompt, Vision, text
 
@@ -153,9 +153,15 @@ class Soak:
         self.server.client.post("/continue_generation", json={}).raise_for_status()
         self.counts[f"paused, {mode}"] += 1
 
+    def flush(self) -> None:
+        """Forget the cache; before that, and the host store is emptied with it, nothing may be held."""
+        left = settle(self.server)
+        assert not left, f"an idle server still holds {left}"
+        self.server.client.post("/flush_cache").raise_for_status()
+        self.counts["flushed"] += 1
+
     def check_counts(self) -> None:
         """Each request was counted once."""
-        flush_cache(self.server)
         gained, most = self.counted() - self.counted_before, self.certain + self.uncertain
         self.counts["counted by the server"] = gained
         assert self.certain <= gained <= most, f"{gained} requests were counted; {self.certain} to {most} were sent"
@@ -325,8 +331,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     soak.faults.append("the server ended")
                 if soak.faults and (arguments.plant is not None or not server.alive()):
                     break
-                # SGLang refuses to while a request runs that its client has left.
-                soak.counts["flushed"] += server.client.post("/flush_cache").status_code == 200
+                with soak.noting(f"after {number} requests"):
+                    soak.flush()
                 resident.append(resident_mib(server))
                 words = f"{time.monotonic() - began:.0f} s, resident MiB {resident[-1]}, {len(soak.faults)} faults"
                 say(f"{number} requests, {words}")

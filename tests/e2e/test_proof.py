@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import zmq
 
 from benchmarks.harness import Server
+from sglang_hybridkv.requests.plan_events import TOPIC, PlanEvent, read_message
 from tests.e2e.checks import Reference, ask, assert_compressed, assert_dense, assert_nothing_lost, request_body
-from tests.e2e.prompts import text
+from tests.e2e.prompts import Vision, text
 
 pytestmark = pytest.mark.server
 
@@ -148,3 +150,31 @@ def test_without_the_flag_the_server_is_stock(stock: Reference) -> None:
     assert server.compressor_state() is None
     assert "kv_compressor" not in ask(server, text(7040, 600), 8).meta
     assert "compression" not in server.log_text().lower()
+
+
+def test_plans_are_published_as_they_are_made(tenth: Server, vision: Vision) -> None:
+    socket = zmq.Context.instance().socket(zmq.SUB)
+    socket.setsockopt(zmq.SUBSCRIBE, TOPIC)
+    socket.connect(tenth.compressor_state()["config"]["events"])
+    for seed in range(7900, 7930):  # until the server knows of the subscriber
+        ask(tenth, text(seed, 700), 2)
+        if socket.poll(100):
+            break
+    prompt = text(7931, 30) + vision.images(79, 3) + text(7932, 600)
+    record = ask(tenth, prompt, 4, rid="asked for its plan").record
+    event: PlanEvent | None = None
+    while socket.poll(2000):
+        _, event = read_message(socket.recv_multipart())
+    socket.close()
+    assert event is not None
+    assert (event.request_id, event.plan) == ("asked for its plan", record["plan"])
+    assert (event.prompt_tokens, event.budget, event.page_size) == (record["prompt_tokens"], 0.1, 16)
+    is_dynamic = [one for layer in event.is_dynamic for one in layer]
+    assert (is_dynamic.count(False), is_dynamic.count(True)) == (record["static_heads"], record["dynamic_heads"])
+    kept = event.kept_tokens()
+    assert kept.shape == (4, 4, event.covered_tokens)
+    assert kept.sum(-1).tolist() == [[16 * pages for pages in layer] for layer in event.head_pages]
+    assert len(event.spans) == 3
+    assert all(kind == "image" and 30 <= start < end <= event.prompt_tokens - 600 for start, end, kind in event.spans)
+    tail = kept[:, :, -16:]
+    assert tail[~kept.new_tensor(event.is_dynamic)].all(), "static heads keep the end of the prompt"
