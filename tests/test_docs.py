@@ -189,6 +189,8 @@ def test_every_command_is_run_or_parsed_or_excused(command, server_flags):
         assert re.search(rf"^{arguments[0]}:", read(ROOT / "Makefile"), flags=re.MULTILINE)
     elif program == "curl":
         assert "/server_info" in command, "only what benchmarks/harness.py asks, too"
+    elif [program, *arguments[:1]] == ["hybridkv", "doctor"]:
+        check_server(arguments[1:], server_flags)
     elif program == "hybridkv":
         cli._parser().parse_args(arguments)
     elif arguments[0] == "-c":
