@@ -8,7 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("sglang_hybridkv", "patches", "kernels") for path in (ROOT / folder).rglob("*.py"))
 MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "socket", "zmq", "yaml"}
-CALLS = {"recv_pyobj", "send_pyobj", "recv", "eval_str", "unsafe_load", "allow_pickle"}
+RECEIVING = {"recv", "recv_multipart", "recv_string", "recv_json", "recv_pyobj", "SUB", "PULL", "REP", "ROUTER"}
+CALLS = RECEIVING | {"send_pyobj", "eval_str", "unsafe_load", "allow_pickle"}
+SENDING = {"sglang_hybridkv/requests/plan_events.py": "zmq"}
+"""Modules with a socket that only sends."""
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 
 
@@ -34,13 +37,22 @@ def forbidden(tree):
 
 def test_nothing_that_runs_code_is_read():
     assert len(SOURCES) > 100
-    found = {str(path): list(forbidden(ast.parse(path.read_text(encoding="utf-8")))) for path in SOURCES}
-    assert not {path: lines for path, lines in found.items() if lines}
+    found = {path: list(forbidden(ast.parse(path.read_text(encoding="utf-8")))) for path in SOURCES}
+    found = {str(path.relative_to(ROOT)): [line.split(": ")[1] for line in lines] for path, lines in found.items()}
+    assert {path: names for path, names in found.items() if names} == {path: [name] for path, name in SENDING.items()}
 
 
 @pytest.mark.parametrize(
     "line",
-    ["import pickle", "from zmq.asyncio import Socket", "torch.load(f)", "np.load(f)", "s.recv_pyobj()", "eval(text)"],
+    [
+        "import pickle",
+        "from zmq.asyncio import Socket",
+        "torch.load(f)",
+        "np.load(f)",
+        "s.recv_pyobj()",
+        "c.socket(q.SUB)",
+        "eval(text)",
+    ],
 )
 def test_what_is_forbidden_is_seen(line):
     assert list(forbidden(ast.parse(line)))

@@ -69,7 +69,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Look at versions, plugin, device and kernels, and with flags of a server at the model and at "
         "what would be refused. No server is started. Exit status 1 when something is at fault.",
     )
-    doctor.add_argument("flags", metavar="FLAG", nargs=argparse.REMAINDER, help="as sglang.launch_server would get them")
+    doctor.add_argument(
+        "flags", metavar="FLAG", nargs=argparse.REMAINDER, help="as sglang.launch_server would get them"
+    )
+    watch = commands.add_parser(
+        "watch",
+        help="what a running server holds, again and again",
+        description="Show what a compressing server says of itself under /server_info, until Ctrl-C.",
+    )
+    watch.add_argument("--url", default="http://127.0.0.1:30000", help="of the server (%(default)s)")
+    watch.add_argument("--api-key", metavar="KEY", help="where the server wants one")
+    watch.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="(%(default)g)")
+    watch.add_argument("--once", action="store_true", help="print the figures once")
     config = commands.add_parser("config", help="settings of the compressors").add_subparsers(
         dest="config_command", required=True
     )
@@ -160,6 +171,22 @@ def _capacity(args: argparse.Namespace) -> Iterator[str]:
         yield from capacity.as_table(plans)
 
 
+def _watch(args: argparse.Namespace) -> Iterator[str]:
+    from sglang_hybridkv.cli import watch
+
+    if not 0 < args.interval < float("inf"):
+        raise ValueError(f"--interval = {args.interval:g}: expected a number of seconds above 0")
+    if args.once:
+        yield from (f"{name:12}  {value}" for name, value in watch.rows(watch.read(args.url, args.api_key)))
+        return
+    try:
+        watch.watch(args.url, args.api_key, args.interval)
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing; pip install rich, or give --once") from None
+    except KeyboardInterrupt:
+        return
+
+
 def _choose_samples(args: argparse.Namespace) -> SampleSource:
     if args.samples is not None and args.samples < 1:
         raise ValueError(f"--samples = {args.samples}: expected at least 1")
@@ -220,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(_config(args)))
         elif args.command == "capacity":
             print("\n".join(_capacity(args)))
+        elif args.command == "watch":
+            print("\n".join(_watch(args)))
         else:
             _calibrate(args)
     except ValueError as error:
