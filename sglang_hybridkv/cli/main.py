@@ -72,6 +72,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "flags", metavar="FLAG", nargs=argparse.REMAINDER, help="as sglang.launch_server would get them"
     )
+    inspect = commands.add_parser(
+        "inspect",
+        help="draw what a server kept of a prompt",
+        description="Ask a running server that publishes its plans (docs/events.md), or read a file of --save, and "
+        "draw types, pages and kept tokens of all heads, and what was kept of each image.",
+    )
+    inspect.add_argument("--url", default="http://127.0.0.1:30000", help="of the server (%(default)s)")
+    inspect.add_argument("--api-key", metavar="KEY", help="where the server wants one")
+    inspect.add_argument("--prompt", metavar="TEXT", help="@ and a path reads a file")
+    inspect.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable")
+    inspect.add_argument("--from", dest="source", type=Path, metavar="FILE", help="of an earlier --save; asks nobody")
+    inspect.add_argument("--save", type=Path, metavar="FILE", help="keep the plan and the images")
+    inspect.add_argument("--png", type=Path, metavar="FILE", help="write the drawing")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it")
     watch = commands.add_parser(
         "watch",
         help="what a running server holds, again and again",
@@ -187,6 +201,40 @@ def _watch(args: argparse.Namespace) -> Iterator[str]:
         return
 
 
+def _inspect(args: argparse.Namespace) -> Iterator[str]:
+    from sglang_hybridkv.cli import inspect
+
+    if (args.source is None) == (args.prompt is None):
+        raise ValueError("give either --prompt or --from")
+    if args.source is not None:
+        found = inspect.Inspection.load(args.source)
+    else:
+        prompt = _read(Path(args.prompt[1:]), "--prompt").decode() if args.prompt.startswith("@") else args.prompt
+        pictures = [_read(path, "--image") for path in args.image]
+        found = inspect.ask(args.url, prompt, pictures, api_key=args.api_key)
+    yield from (f"{name:12}  {value}" for name, value in inspect.summary(found.event))
+    try:
+        for path, write in (
+            (args.save, lambda found, path: found.save(path)),
+            (args.png, inspect.write_png),
+            (args.html, inspect.write_page),
+        ):
+            if path is not None:
+                write(found, path)
+                yield f"{'written':12}  {path}"
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing; pip install matplotlib pillow") from None
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from None
+
+
+def _read(path: Path, flag: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{flag} = {path}: cannot be read ({error.strerror})") from None
+
+
 def _choose_samples(args: argparse.Namespace) -> SampleSource:
     if args.samples is not None and args.samples < 1:
         raise ValueError(f"--samples = {args.samples}: expected at least 1")
@@ -235,6 +283,9 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(f"{args.out}: {num_scored} of {num_heads} KV heads looked at a word they wrote")
 
 
+_LINES = {"config": _config, "capacity": _capacity, "watch": _watch, "inspect": _inspect}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process, and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -243,12 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return subprocess.call([sys.executable, "-m", "hybridkv_patches.doctor", *words[1:]])
     args = _parser().parse_args(words)
     try:
-        if args.command == "config":
-            print("\n".join(_config(args)))
-        elif args.command == "capacity":
-            print("\n".join(_capacity(args)))
-        elif args.command == "watch":
-            print("\n".join(_watch(args)))
+        if args.command in _LINES:
+            print("\n".join(_LINES[args.command](args)))
         else:
             _calibrate(args)
     except ValueError as error:

@@ -67,6 +67,11 @@ def pack_bits(kept: torch.Tensor) -> torch.Tensor:
     return (kept.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
 
 
+def write_message(event: PlanEvent) -> bytes:
+    """The last frame."""
+    return msgspec.msgpack.encode(event)
+
+
 def read_message(frames: Sequence[bytes]) -> tuple[int, PlanEvent]:
     """Sequence number and event of the three frames that a subscriber receives."""
     _, sequence, payload = frames
@@ -123,7 +128,7 @@ class PlanPublisher:
             plan=f"{int(reservation.digest) % 2**64:016x}",
         )
         sequence = next(self._sequence).to_bytes(8, "big")
-        self._socket.send_multipart((TOPIC, sequence, msgspec.msgpack.encode(event)))
+        self._socket.send_multipart((TOPIC, sequence, write_message(event)))
 
     def close(self) -> None:
         """Give the endpoint back."""

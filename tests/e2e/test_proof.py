@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import pytest
 import zmq
+from PIL import Image
 
 from benchmarks.harness import Server
+from sglang_hybridkv.cli import inspect
 from sglang_hybridkv.requests.plan_events import TOPIC, PlanEvent, read_message
 from tests.e2e.checks import Reference, ask, assert_compressed, assert_dense, assert_nothing_lost, request_body
 from tests.e2e.prompts import Vision, text
@@ -178,3 +183,21 @@ def test_plans_are_published_as_they_are_made(tenth: Server, vision: Vision) -> 
     assert all(kind == "image" and 30 <= start < end <= event.prompt_tokens - 600 for start, end, kind in event.spans)
     tail = kept[:, :, -16:]
     assert tail[~kept.new_tensor(event.is_dynamic)].all(), "static heads keep the end of the prompt"
+
+
+def test_a_prompt_is_asked_and_its_plan_is_caught(tenth: Server, vision: Vision) -> None:
+    pictures = [base64.b64decode(one.partition(",")[2]) for one in vision.images(80, 2).images]
+    found = inspect.ask(tenth.url, "What is new here? " * 120, pictures, max_tokens=4)
+    event = found.event
+    assert [kind for *_, kind in event.spans] == ["image", "image"]
+    for (start, end, _), picture in zip(event.spans, pictures, strict=True):
+        with Image.open(io.BytesIO(picture)) as image:
+            rows, columns = inspect.grid_of(end - start, *image.size)
+            assert (28 * columns, 28 * rows) == image.size
+    with pytest.raises(ValueError, match="served dense, prompt_too_short"):
+        inspect.ask(tenth.url, "What?", [], max_tokens=4)
+
+
+def test_a_server_that_publishes_no_plans_says_how_to(stock: Reference) -> None:
+    with pytest.raises(ValueError, match="does not compress; start it with --kv-compressor"):
+        inspect.ask(stock.server.url, "What?", [])

@@ -1,0 +1,224 @@
+"""What a server kept of one prompt, drawn: ``hybridkv inspect``."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_hybridkv.cli import watch
+from sglang_hybridkv.requests.plan_events import TOPIC, PlanEvent, read_message, write_message
+
+_SECONDS = 600.0  # that an answer may take
+_KNOCK_SECONDS = 20.0  # until the server knows of the subscriber
+_MAGIC = b"hybridkv plan 1\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """A plan, with the pictures that were sent, as their files' bytes, and what the server answered."""
+
+    event: PlanEvent
+    pictures: tuple[bytes, ...] = ()
+    answer: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write a file that `load` reads."""
+        lines = [json.dumps({"answer": self.answer, "pictures": [_text(one) for one in self.pictures]}).encode()]
+        path.write_bytes(_MAGIC + lines[0] + b"\n" + write_message(self.event))
+
+    @classmethod
+    def load(cls, path: Path) -> Inspection:
+        """ValueError in one sentence when the file is none that `save` wrote."""
+        try:
+            content = path.read_bytes()
+            if not content.startswith(_MAGIC):
+                raise ValueError("it is no file of hybridkv inspect")
+            header, _, payload = content.removeprefix(_MAGIC).partition(b"\n")
+            about = json.loads(header)
+            _, event = read_message((TOPIC, bytes(8), payload))
+            return cls(event, tuple(map(base64.b64decode, about["pictures"])), about["answer"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--from = {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _text(picture: bytes) -> str:
+    return base64.b64encode(picture).decode()
+
+
+def ask(
+    url: str, prompt: str, pictures: Sequence[bytes], *, max_tokens: int = 16, api_key: str | None = None
+) -> Inspection:
+    """Send one chat message to a running server, and catch the plan that it publishes.
+
+    Raises
+    ------
+    ValueError
+        One sentence: no such server, it does not publish plans, or it served the prompt dense.
+    """
+    import zmq
+
+    endpoint = watch.read(url, api_key).state["config"].get("events")
+    if endpoint is None:
+        recipe = '--kv-compressor-config \'{"events": "tcp://127.0.0.1:5559"}\''
+        raise ValueError(f"the server at {url} does not publish its plans; start it with {recipe}")
+    rid = f"hybridkv-inspect-{uuid.uuid4().hex}"
+    # Readers of images look at their first bytes, not at this type.
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_text(one)}"}} for one in pictures]
+    content: Any = [*images, {"type": "text", "text": prompt}] if images else prompt
+    body = {"model": "default", "messages": [{"role": "user", "content": content}], "temperature": 0}
+    body |= {"max_tokens": max_tokens, "rid": rid}
+    socket: Any = zmq.Context.instance().socket(zmq.SUB)
+    try:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SUBSCRIBE, TOPIC)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        socket.connect(endpoint)
+        if not monitor.poll(int(1000 * _KNOCK_SECONDS)):
+            raise ValueError(f"events = {endpoint!r} cannot be reached from here")
+        answer = _post(f"{url.rstrip('/')}/v1/chat/completions", body, api_key)
+        event = _wait_for(socket, rid)
+    finally:
+        socket.disable_monitor()
+        socket.close()
+    record = answer.get("metadata", {}).get("kv_compressor")
+    if event is None:
+        why = f"dense, {record['reason']}" if record and not record["compressed"] else f"with the record {record}"
+        raise ValueError(f"the server has published no plan for the prompt, which it served {why}")
+    return Inspection(event, tuple(pictures), answer["choices"][0]["message"]["content"] or "")
+
+
+def _post(place: str, body: dict[str, Any], api_key: str | None) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = urllib.request.Request(place, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+    except urllib.error.HTTPError as error:
+        raise ValueError(
+            f"{place} answers with HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} cannot be read: {getattr(error, 'reason', error)}") from None
+
+
+def _wait_for(socket: Any, rid: str) -> PlanEvent | None:
+    """The first event of that request, which may be on its way; others are somebody else's."""
+    while socket.poll(2000):
+        _, event = read_message(socket.recv_multipart())
+        if event.request_id.startswith(rid):
+            return event
+    return None
+
+
+def grid_of(num_tokens: int, width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of a picture's tokens: of all pairs with that product, the one nearest to its shape."""
+    pairs = [(rows, num_tokens // rows) for rows in range(1, num_tokens + 1) if num_tokens % rows == 0]
+    return min(pairs, key=lambda pair: abs(pair[1] * height - pair[0] * width))
+
+
+def summary(event: PlanEvent) -> list[tuple[str, str]]:
+    """Names and values, for people."""
+    is_dynamic, pages = torch.tensor(event.is_dynamic), torch.tensor(event.head_pages)
+    kept, is_image = event.kept_tokens(), torch.zeros(event.covered_tokens, dtype=torch.bool)
+    for start, end, _ in event.spans:
+        is_image[start:end] = True
+    static = kept[~is_dynamic].float()
+    lines = [
+        ("request", f"{event.request_id}, plan {event.plan}, rank {event.rank}"),
+        ("prompt", f"{event.prompt_tokens:,} tokens, {event.covered_tokens:,} of them in whole pages"),
+        ("budget", f"{event.budget:g}, pages of {event.page_size} tokens"),
+        ("heads", f"{int(is_dynamic.sum())} of {is_dynamic.numel()} are dynamic"),
+        ("pages a head", f"{int(pages.min())} to {int(pages.max())}, {pages.float().mean():.1f} in the mean"),
+    ]
+    for name, where in (("text", ~is_image), ("images", is_image)):
+        if where.any() and len(static):
+            lines.append((f"{name} kept", f"{100 * static[:, where].mean():.1f} % of its tokens, by static heads"))
+    return lines
+
+
+def draw(inspection: Inspection) -> Any:
+    """A matplotlib figure: head map, kept tokens by position and layer, and each picture with what was kept of it."""
+    from matplotlib.figure import Figure
+
+    event = inspection.event
+    is_dynamic, pages = torch.tensor(event.is_dynamic), torch.tensor(event.head_pages, dtype=torch.float32)
+    kept = event.kept_tokens().float()
+    visual = [span for span in event.spans if span[2] == "image"][: len(inspection.pictures)]
+    figure = Figure(figsize=(11, 6 + 4 * -(-len(visual) // 3)), layout="constrained")
+    grid = figure.add_gridspec(2 + -(-len(visual) // 3), 6)
+    heads = figure.add_subplot(grid[0, :2])
+    shown = heads.imshow(pages.numpy(), aspect="auto", cmap="Blues", vmin=0)
+    figure.colorbar(shown, ax=heads, label="pages")
+    rows, columns = is_dynamic.nonzero(as_tuple=True)
+    heads.scatter(columns.numpy(), rows.numpy(), marker="o", s=12, color="darkorange", label="dynamic")
+    heads.set(xlabel="KV head", ylabel="layer", title="pages of each head; dots are dynamic heads")
+    places = figure.add_subplot(grid[0, 2:])
+    shown = places.imshow(kept.mean(1).numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    figure.colorbar(shown, ax=places, label="share of the layer's heads")
+    places.set(xlabel="token of the prompt", ylabel="layer", title="tokens that went to the device")
+    by_token = figure.add_subplot(grid[1, :])
+    mean = kept[~is_dynamic].mean(0) if (~is_dynamic).any() else kept.mean((0, 1))
+    by_token.plot(mean.numpy(), linewidth=0.7)
+    for start, end, _ in event.spans:
+        by_token.axvspan(start, end, color="gold", alpha=0.3)
+    by_token.set(
+        xlabel="token of the prompt", ylabel="share", title="static heads that keep a token; yellow are images"
+    )
+    for index, (start, end, _) in enumerate(visual):
+        axes = figure.add_subplot(grid[2 + index // 3, 2 * (index % 3) : 2 * (index % 3) + 2])
+        _draw_picture(axes, inspection.pictures[index], kept[:, :, start : min(end, kept.shape[-1])], end - start)
+        axes.set_title(f"image {index + 1}: tokens {start} to {end}")
+    return figure
+
+
+def _draw_picture(axes: Any, picture: bytes, kept: torch.Tensor, num_tokens: int) -> None:
+    """The picture, darker where fewer heads keep its tokens; tokens beyond the whole pages count as kept."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(picture)) as image:
+        width, height = image.size
+        share = torch.ones(num_tokens)
+        share[: kept.shape[-1]] = kept.mean((0, 1))
+        rows, columns = grid_of(num_tokens, width, height)
+        axes.imshow(image.convert("RGB"), extent=(0, width, height, 0))
+        darkness = 0.85 * (1 - share / share.max().clamp(min=1e-6)).view(rows, columns).numpy()
+        axes.imshow(
+            torch.zeros(rows, columns), extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=1, alpha=darkness
+        )
+        axes.set_axis_off()
+
+
+def write_png(inspection: Inspection, path: Path) -> None:
+    """Draw to a file."""
+    path.write_bytes(_png(inspection))
+
+
+def write_page(inspection: Inspection, path: Path) -> None:
+    """One HTML page that needs no other file."""
+    rows = summary(inspection.event) + ([("answer", inspection.answer)] if inspection.answer else [])
+    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    picture = base64.b64encode(_png(inspection)).decode()
+    path.write_text(
+        '<!doctype html><meta charset="utf-8"><title>hybridkv inspect</title>'
+        "<style>body{font-family:sans-serif;margin:2em}th{text-align:left;padding-right:2em;vertical-align:top}"
+        f"img{{max-width:100%}}</style><h1>What was kept</h1><table>{table}</table>"
+        f'<p><img alt="heads, tokens and pictures" src="data:image/png;base64,{picture}"></p>\n',
+        encoding="utf-8",
+    )
+
+
+def _png(inspection: Inspection) -> bytes:
+    file = io.BytesIO()
+    draw(inspection).savefig(file, format="png", dpi=110)
+    return file.getvalue()

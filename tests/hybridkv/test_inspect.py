@@ -1,0 +1,106 @@
+"""`hybridkv inspect`: a plan that was caught, kept in a file, and drawn. tests/e2e/test_proof.py asks a server."""
+
+import base64
+import io
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from sglang_hybridkv.cli.inspect import Inspection, draw, grid_of, summary
+from sglang_hybridkv.cli.main import main
+from sglang_hybridkv.requests.plan_events import PlanEvent, pack_bits
+
+
+def picture(width, height):
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, format="png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def inspection():
+    """Two layers of three heads over 48 tokens, of which two images of 12 and 6 take a part; one goes beyond pages."""
+    is_dynamic = torch.tensor([[False, True, False], [False, False, True]])
+    kept = torch.zeros(2, 3, 48, dtype=torch.bool)
+    kept[:, :, -16:] = True
+    kept[0, 0, 4:10] = True
+    event = PlanEvent(
+        time=1.0,
+        rank=0,
+        request_id="r",
+        prompt_tokens=50,
+        covered_tokens=48,
+        budget=0.3,
+        page_size=16,
+        spans=[(4, 16, "image"), (44, 50, "image")],
+        is_dynamic=is_dynamic.tolist(),
+        head_pages=[[2, 1, 1], [1, 1, 1]],
+        kept=pack_bits(kept).numpy().tobytes(),
+        plan="0" * 16,
+    )
+    return Inspection(event, (picture(112, 84), picture(84, 56)), "an answer <b>")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "height", "grid"),
+    [(12, 112, 84, (3, 4)), (12, 84, 112, (4, 3)), (16, 100, 100, (4, 4)), (7, 700, 90, (1, 7)), (1, 5, 500, (1, 1))],
+)
+def test_tokens_lie_in_the_grid_that_is_nearest_to_the_picture(num_tokens, width, height, grid):
+    assert grid_of(num_tokens, width, height) == grid
+
+
+def test_figures_in_words(inspection):
+    found = dict(summary(inspection.event))
+    assert found["heads"] == "2 of 6 are dynamic"
+    assert found["pages a head"] == "1 to 2, 1.2 in the mean"
+    assert found["prompt"] == "50 tokens, 48 of them in whole pages"
+    # Four static heads: each keeps the 4 image tokens of the last page, and one of them 6 tokens of the first image.
+    assert found["images kept"] == f"{100 * (4 * 4 + 6) / (4 * 16):.1f} % of its tokens, by static heads"
+    assert found["text kept"] == f"{100 * 12 / 32:.1f} % of its tokens, by static heads"
+
+
+def test_all_is_drawn(inspection):
+    heads, bar, tokens, _, by_token, first, second = draw(inspection).axes
+    assert heads.get_images()[0].get_array().tolist() == inspection.event.head_pages
+    assert bar.get_ylabel() == "pages"
+    assert tokens.get_images()[0].get_array().shape == (2, 48)
+    assert len(by_token.get_lines()[0].get_xdata()) == 48
+    dark = first.get_images()[1].get_alpha()
+    assert dark.shape == (3, 4)
+    assert dark.flatten().tolist() == pytest.approx([0.0] * 6 + [0.85] * 6)
+    assert second.get_title() == "image 2: tokens 44 to 50"
+
+
+def test_a_file_holds_all_of_it_and_a_page_needs_no_other(inspection, tmp_path, capsys):
+    saved, page, drawing = tmp_path / "a.plan", tmp_path / "a.html", tmp_path / "a.png"
+    inspection.save(saved)
+    assert Inspection.load(saved) == inspection
+    assert main(["inspect", "--from", str(saved), "--html", str(page), "--png", str(drawing)]) == 0
+    assert f"written       {page}" in capsys.readouterr().out
+    text = page.read_text()
+    [inside] = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert base64.b64decode(inside)[:4] == drawing.read_bytes()[:4] == b"\x89PNG"
+    assert "an answer &lt;b&gt;" in text
+    assert "http" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "give either --prompt or --from"),
+        (["--prompt", "x", "--from", "y"], "give either --prompt or --from"),
+        (["--from", "nowhere"], "--from = nowhere: No such file"),
+        (["--from", __file__], "it is no file of hybridkv inspect"),
+        (["--prompt", "x", "--image", "nowhere.png"], "--image = nowhere.png: cannot be read (No such"),
+        (["--prompt", "@nowhere"], "--prompt = nowhere: cannot be read (No such"),
+        (["--prompt", "x", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1/server_info cannot be read"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, sentence, capsys):
+    assert main(["inspect", *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hybridkv inspect: ")
+    assert said.count("\n") == 1
+    assert sentence in said
