@@ -155,14 +155,16 @@ def draw(inspection: Inspection) -> Any:
     is_dynamic, pages = torch.tensor(event.is_dynamic), torch.tensor(event.head_pages, dtype=torch.float32)
     kept = event.kept_tokens().float()
     visual = [span for span in event.spans if span[2] == "image"][: len(inspection.pictures)]
-    figure = Figure(figsize=(11, 6 + 4 * -(-len(visual) // 3)), layout="constrained")
-    grid = figure.add_gridspec(2 + -(-len(visual) // 3), 6)
+    in_a_row = max(1, min(len(visual), 3))
+    num_rows, width = 2 + -(-len(visual) // in_a_row), 6 // in_a_row
+    figure = Figure(figsize=(11, 3.4 * num_rows), layout="constrained")
+    grid = figure.add_gridspec(num_rows, 6)
     heads = figure.add_subplot(grid[0, :2])
     shown = heads.imshow(pages.numpy(), aspect="auto", cmap="Blues", vmin=0)
     figure.colorbar(shown, ax=heads, label="pages")
     rows, columns = is_dynamic.nonzero(as_tuple=True)
     heads.scatter(columns.numpy(), rows.numpy(), marker="o", s=12, color="darkorange", label="dynamic")
-    heads.set(xlabel="KV head", ylabel="layer", title="pages of each head; dots are dynamic heads")
+    heads.set(xlabel="KV head", ylabel="layer", title="pages (dots: dynamic)")
     places = figure.add_subplot(grid[0, 2:])
     shown = places.imshow(kept.mean(1).numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     figure.colorbar(shown, ax=places, label="share of the layer's heads")
@@ -175,8 +177,10 @@ def draw(inspection: Inspection) -> Any:
     by_token.set(
         xlabel="token of the prompt", ylabel="share", title="static heads that keep a token; yellow are images"
     )
+    by_token.set_xlim(0, len(mean))
     for index, (start, end, _) in enumerate(visual):
-        axes = figure.add_subplot(grid[2 + index // 3, 2 * (index % 3) : 2 * (index % 3) + 2])
+        row, column = divmod(index, in_a_row)
+        axes = figure.add_subplot(grid[2 + row, width * column : width * (column + 1)])
         _draw_picture(axes, inspection.pictures[index], kept[:, :, start : min(end, kept.shape[-1])], end - start)
         axes.set_title(f"image {index + 1}: tokens {start} to {end}")
     return figure
