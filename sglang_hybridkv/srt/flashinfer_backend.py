@@ -102,10 +102,12 @@ class HybridFlashInferMixin(HybridAttnMixin):
         spec_info,
         fixed_split_size=None,
         disable_split_kv=None,
-        *,
-        req_pool_indices,
+        **more,
     ):
-        """In place of FlashInferIndicesUpdaterDecode.update, with its parameters: sequences start at `covered`."""
+        """In place of FlashInferIndicesUpdaterDecode.update, with its parameters: sequences start at `covered`.
+
+        `more` is what differs between SGLang's versions: who is in the batch, and where SGLang looks up its slots.
+        """
         starts = None
         if self._covered.any():
             # The host's numbers throughout: FlashInfer plans by them, and sizes its buffers.
@@ -123,7 +125,7 @@ class HybridFlashInferMixin(HybridAttnMixin):
             seq_lens_cpu,
             fixed_split_size=fixed_split_size,
             disable_split_kv=disable_split_kv,
-            req_pool_indices=req_pool_indices,
+            **more,
         )
 
     def forward_decode(self, q, k, v, layer, forward_batch: Batch, save_kv_cache=True, **kwargs):

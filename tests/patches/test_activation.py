@@ -7,17 +7,17 @@ from hybridkv_patches import activation, runtime_context
 from hybridkv_patches.hook import Hook
 
 
-@pytest.mark.parametrize("installed", ["0.5.21", "0.5.21.post1", "0.5.21+cu130"])
+@pytest.mark.parametrize("installed", ["0.5.21", "0.5.21.post1", "0.5.21+cu130", "0.5.22", "0.5.23", "0.5.23.post2"])
 def test_supported_versions(monkeypatch, installed):
     monkeypatch.setattr("sglang.version.__version__", installed)
     assert activation.version_fault() is None
 
 
-@pytest.mark.parametrize("installed", ["0.5.17", "0.5.20", "0.5.21rc1", "0.5.22.dev1", "0.5.22", "0.6.0", "0.0.0.dev0"])
+@pytest.mark.parametrize("installed", ["0.5.17", "0.5.20", "0.5.21rc1", "0.5.24.dev1", "0.5.24", "0.6.0", "0.0.0.dev0"])
 def test_other_versions_are_named_with_the_supported_ones(monkeypatch, installed):
     monkeypatch.setattr("sglang.version.__version__", installed)
     assert activation.startup_fault() == (
-        f"--kv-compressor does not support SGLang {installed}; install a version >=0.5.21,<0.5.22"
+        f"--kv-compressor does not support SGLang {installed}; install a version >=0.5.21,<0.5.24"
     )
     with pytest.raises(RuntimeError, match=installed):
         runtime_context.activate()
