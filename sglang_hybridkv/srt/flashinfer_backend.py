@@ -57,9 +57,9 @@ class HybridFlashInferMixin(HybridAttnMixin):
             self._compose(forward_batch, [] if in_capture else self._launched_rows(), in_graph=True)
         super(HybridAttnMixin, self).init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
-    def init_cuda_graph_state(self, max_bs, max_num_tokens):
+    def init_cuda_graph_state(self, max_bs, max_num_tokens, **more):
         """Stock's buffers, for the tails, and those of the head pages."""
-        super(HybridAttnMixin, self).init_cuda_graph_state(max_bs, max_num_tokens)
+        super(HybridAttnMixin, self).init_cuda_graph_state(max_bs, max_num_tokens, **more)
         self._head_page_decode().init_graphs(max_bs)
 
     def note_rows(self, rows: list[int]) -> None:
