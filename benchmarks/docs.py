@@ -292,9 +292,13 @@ def settings_page() -> str:
     )
 
 
+def _flag_words(row: refusals.Refusal) -> str:
+    return f"`{row.flag}`" + (f" (SGLang {row.since} and later)" if row.since else "")
+
+
 def refusals_page() -> str:
     """Return docs/refusals.md."""
-    given = [(f"`{row.flag}`", row.recipe) for row in refusals.REFUSALS]
+    given = [(_flag_words(row), row.recipe) for row in refusals.REFUSALS]
     several = [(f"`{row.flag}`", row.when, row.recipe) for row in refusals.CONDITIONS]
     sentences = (
         (server_args.NO_COMPRESSOR, "a setting is given, but no compressor"),

@@ -1,7 +1,7 @@
 """What the symbols that the ledger names look like in each supported release of SGLang, read from its wheel.
 
-``python -m tests.patches.signatures sglang-0.5.23-*.whl`` adds that release to `TABLE`, or writes its column anew. Nothing
-is imported from the wheel, so that one environment can check all releases.
+``python -m tests.patches.signatures sglang-0.5.23-*.whl`` writes what `TABLE` has of that release. Nothing is imported
+from the wheel, so that one environment can check all releases.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ def reader_of_folder(site_packages: Path) -> Read:
         return file.read_text() if file.is_file() else None
 
     return read
+
+
+def reader_of_wheel(archive: zipfile.ZipFile) -> Read:
+    """For one that is not installed."""
+    names = set(archive.namelist())
+    return lambda name: archive.read(name).decode() if name in names else None
 
 
 def _look(read: Read, target: str) -> str | None:
@@ -122,8 +128,7 @@ def main(wheels: list[str]) -> None:
     for wheel in wheels:
         release = Path(wheel).name.split("-")[1]
         with zipfile.ZipFile(wheel) as archive:
-            names = set(archive.namelist())
-            table[release] = look_of(lambda name: archive.read(name).decode() if name in names else None, TARGETS)
+            table[release] = look_of(reader_of_wheel(archive), TARGETS)
     TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

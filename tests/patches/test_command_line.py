@@ -32,7 +32,7 @@ def refused_flags():
     ServerArgs.add_cli_args(parser)
     flags = {f"--{phase}attention-backend": ("triton",) for phase in ("", "prefill-", "decode-")}
     flags["--page-size"] = ("1",)
-    for refusal in REFUSALS:
+    for refusal in (row for row in REFUSALS if row.is_known_to(ServerArgs)):
         flag = refusal.flag.split()[0]
         action = parser._option_string_actions[flag]
         if action.nargs == 0 or flag in VALUES:
