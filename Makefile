@@ -1,8 +1,12 @@
 # `make` alone lists the targets.
 
+# The version of SGLang that `make setup` installs. SGLANG=0.5.23 makes .venv-0.5.23, and every target then uses that.
+SGLANG ?= 0.5.21
+VENV = .venv$(if $(filter-out 0.5.21,$(SGLANG)),-$(SGLANG))
+
 # The Python that runs everything. Given on the command line (make serve MODEL=... PYTHON=python3) it is used as it is,
 # for instance on a GPU host with SGLang installed; otherwise `make setup` provides the CPU engine's.
-PYTHON = .venv/bin/python
+PYTHON = $(VENV)/bin/python
 BOOTSTRAP_PYTHON ?= python3
 BIN = $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))
 ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
@@ -13,8 +17,8 @@ ENVIRONMENT = $(if $(filter command%,$(origin PYTHON)),,setup)
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv with SGLang on the CPU engine (a few minutes; nothing to do the second time)
-	@$(BOOTSTRAP_PYTHON) tests/cpu_engine/setup_env.py
+setup: ## make .venv with SGLang on the CPU engine (a few minutes; nothing to do the second time); SGLANG=0.5.23
+	@SGLANG=$(SGLANG) $(BOOTSTRAP_PYTHON) tests/cpu_engine/setup_env.py
 
 demo: $(ENVIRONMENT) ## compressed against stock SGLang on a tiny vision model, with a table of figures
 	$(PYTHON) -m benchmarks.demo
@@ -92,7 +96,7 @@ format: $(ENVIRONMENT) ## let ruff fix and format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-clean: ## delete what builds, tests and demos left behind; .venv stays
+clean: ## delete what builds, tests and demos left behind; environments stay
 	rm -rf build dist .cache .models logs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	rm -rf *.egg-info tests/cpu_engine/compat/build tests/cpu_engine/compat/*.egg-info
-	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -18,12 +18,11 @@ from benchmarks import sglang_kits
 from benchmarks.quality.front_picture import MODELS, RESULTS, read_newest
 from benchmarks.quality.report import markdown
 from hybridkv_patches import server_args
-from hybridkv_patches.activation import SUPPORTED_SGLANG
 from sglang_hybridkv.compressors import BUILT_IN
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, RetrievalConfig, legal_values
 from sglang_hybridkv.requests.admission import EXPLANATIONS
-from sglang_hybridkv.srt import model_requirements, refusals, self_test
+from sglang_hybridkv.srt import model_requirements, refusals, self_test, sglang_versions
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN_TABLES, END_TABLES = "<!-- tables of today's defaults -->", "<!-- end of the tables of today's defaults -->"
@@ -293,9 +292,13 @@ def settings_page() -> str:
     )
 
 
+def _flag_words(row: refusals.Refusal) -> str:
+    return f"`{row.flag}`" + (f" (SGLang {row.since} and later)" if row.since else "")
+
+
 def refusals_page() -> str:
     """Return docs/refusals.md."""
-    given = [(f"`{row.flag}`", row.recipe) for row in refusals.REFUSALS]
+    given = [(_flag_words(row), row.recipe) for row in refusals.REFUSALS]
     several = [(f"`{row.flag}`", row.when, row.recipe) for row in refusals.CONDITIONS]
     sentences = (
         (server_args.NO_COMPRESSOR, "a setting is given, but no compressor"),
@@ -306,7 +309,7 @@ def refusals_page() -> str:
         several.append((f"`{flag}`", when, recipe))
     return REFUSALS.format(
         generated=GENERATED,
-        sglang=f"`{SUPPORTED_SGLANG}`",
+        sglang=f"`{sglang_versions.SUPPORTED}`",
         architectures=", ".join(f"`{name}`" for name in refusals.ARCHITECTURES),
         devices=", ".join(
             f"`{device}` with `--attention-backend` {' or '.join(f'`{name}`' for name in names)}"

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from hybridkv_patches import hook
 from hybridkv_patches.entry import ProcessEntry, fault_of
-
-SUPPORTED_SGLANG = ">=0.5.21,<0.5.22"
+from sglang_hybridkv.srt import sglang_versions
 
 _asked_for: list[ProcessEntry] = []
 
@@ -32,9 +31,8 @@ def startup_fault() -> str | None:
 
 def version_fault() -> str | None:
     """Sentence that names the installed and the supported SGLang versions; None when they agree."""
-    from packaging.specifiers import SpecifierSet
     from sglang.version import __version__ as installed
 
-    if SpecifierSet(SUPPORTED_SGLANG).contains(installed, prereleases=True):
+    if sglang_versions.is_supported(installed):
         return None
-    return f"--kv-compressor does not support SGLang {installed}; install a version {SUPPORTED_SGLANG}"
+    return f"--kv-compressor does not support SGLang {installed}; install a version {sglang_versions.SUPPORTED}"

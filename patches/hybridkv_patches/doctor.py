@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from hybridkv_patches import activation
+from sglang_hybridkv.srt import sglang_versions
 
 _GROUP, _NAME = "sglang.srt.plugins", "hybridkv"
 _PACKAGES = ("sglang-hybridkv", "torch", "triton", "flashinfer-python", "transformers")
@@ -38,7 +39,7 @@ class Finding:
 def examine(flags: Sequence[str]) -> Iterator[Finding]:
     """The machine, and what a server with these `flags` would be; without flags the machine only."""
     yield Finding("python", f"{sys.version.split()[0]} at {sys.executable}")
-    yield Finding("sglang", f"{_version('sglang')}, supported are {activation.SUPPORTED_SGLANG}", _sglang_fault())
+    yield Finding("sglang", f"{_version('sglang')}, supported are {sglang_versions.SUPPORTED}", _sglang_fault())
     yield Finding("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     yield _plugin()
     yield _device()
@@ -55,7 +56,7 @@ def _version(name: str) -> str:
 
 def _sglang_fault() -> str | None:
     if _version("sglang") == "is not installed":
-        return f"install a version {activation.SUPPORTED_SGLANG} of SGLang"
+        return f"install a version {sglang_versions.SUPPORTED} of SGLang"
     return activation.version_fault()
 
 

@@ -14,7 +14,7 @@ def caps_inserts(tree: Any) -> bool:
 
 ENTRIES = (
     ObjectEntry(
-        target="sglang.srt.mem_cache.unified_cache.components.full.FullComponent.prepare_for_caching_req",
+        target="sglang.srt.mem_cache.unified_cache.components.base.TreeComponent.prepare_for_caching_req",
         is_installed_on=caps_inserts,
         why="what is computed over compressed context must not enter the tree, and the tree's Rust core refuses a "
         "component of another class",

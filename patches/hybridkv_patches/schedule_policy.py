@@ -22,13 +22,14 @@ def price_preemption(original, adder, req):
     from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS
 
     from sglang_hybridkv.srt.prefill_budget import HybridPrefillBudget
+    from sglang_hybridkv.srt.sglang_versions import prefix_len
 
     budget = adder.memory_budget
     if not isinstance(budget, HybridPrefillBudget):
         return original(adder, req)
     req.init_next_round_input(adder.tree_cache)
     budget.consider(req)
-    extend_input_len = len(req.full_untruncated_fill_ids) - len(req.prefix_indices)
+    extend_input_len = len(req.full_untruncated_fill_ids) - prefix_len(req)
     seen_by_stock = extend_input_len + min(req.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKENS)
     unseen = budget.demand(extend_input_len, adder._swa_new_tokens(req)) - seen_by_stock
     with adder._lock_node(req.last_node):

@@ -62,7 +62,7 @@ class HybridAttnMixin(CpuPrefillMixin):
         if not forward_batch.forward_mode.is_decode():
             super().init_forward_metadata_in_graph(forward_batch)
 
-    def init_cuda_graph_state(self, max_bs, max_num_tokens):
+    def init_cuda_graph_state(self, max_bs, max_num_tokens, **more):
         """No buffers: those of the concrete backend are for its own decode, whose metadata is never built."""
 
     def get_cuda_graph_seq_len_fill_value(self):

@@ -29,6 +29,7 @@ from sglang_hybridkv.srt.metrics import CompressionMetrics, DeviceTotals
 from sglang_hybridkv.srt.protocols import Request
 from sglang_hybridkv.srt.ranks import Ranks
 from sglang_hybridkv.srt.settings import Settings
+from sglang_hybridkv.srt.sglang_versions import extend_end
 
 _HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what it holds at a budget of 0.1, some room
 _HOST_MEMORY_SHARE = 0.5
@@ -166,7 +167,7 @@ class Compression:
             return
         if self.planned(req) is not None:
             self.cache.observer.watch(row, self.window(req))
-        if req.extend_range.end < len(req.full_untruncated_fill_ids):
+        if extend_end(req) < len(req.full_untruncated_fill_ids):
             return
         reserved = self._reserve(req, tree_cache)
         if isinstance(reserved, DenseReason):

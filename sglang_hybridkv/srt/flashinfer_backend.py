@@ -57,9 +57,9 @@ class HybridFlashInferMixin(HybridAttnMixin):
             self._compose(forward_batch, [] if in_capture else self._launched_rows(), in_graph=True)
         super(HybridAttnMixin, self).init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)
 
-    def init_cuda_graph_state(self, max_bs, max_num_tokens):
+    def init_cuda_graph_state(self, max_bs, max_num_tokens, **more):
         """Stock's buffers, for the tails, and those of the head pages."""
-        super(HybridAttnMixin, self).init_cuda_graph_state(max_bs, max_num_tokens)
+        super(HybridAttnMixin, self).init_cuda_graph_state(max_bs, max_num_tokens, **more)
         self._head_page_decode().init_graphs(max_bs)
 
     def note_rows(self, rows: list[int]) -> None:
@@ -102,10 +102,12 @@ class HybridFlashInferMixin(HybridAttnMixin):
         spec_info,
         fixed_split_size=None,
         disable_split_kv=None,
-        *,
-        req_pool_indices,
+        **more,
     ):
-        """In place of FlashInferIndicesUpdaterDecode.update, with its parameters: sequences start at `covered`."""
+        """In place of FlashInferIndicesUpdaterDecode.update, with its parameters: sequences start at `covered`.
+
+        `more` is what differs between SGLang's versions: who is in the batch, and where SGLang looks up its slots.
+        """
         starts = None
         if self._covered.any():
             # The host's numbers throughout: FlashInfer plans by them, and sizes its buffers.
@@ -123,7 +125,7 @@ class HybridFlashInferMixin(HybridAttnMixin):
             seq_lens_cpu,
             fixed_split_size=fixed_split_size,
             disable_split_kv=disable_split_kv,
-            req_pool_indices=req_pool_indices,
+            **more,
         )
 
     def forward_decode(self, q, k, v, layer, forward_batch: Batch, save_kv_cache=True, **kwargs):

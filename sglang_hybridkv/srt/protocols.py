@@ -26,21 +26,15 @@ class _SamplingParams(Protocol):
     custom_params: dict[str, Any] | None
 
 
-class _ExtendRange(Protocol):
-    end: int
-
-
 class Request(Protocol):
-    """SGLang's `Req`.
+    """SGLang's `Req`; what differs between its versions is in `sglang_versions.py`.
 
     Attributes
     ----------
     origin_input_ids, output_ids : prompt, and what has been generated.
     full_untruncated_fill_ids : what prefill computes in all, after a retraction more than the prompt.
     to_finish, finished_reason : how it will end, when that is decided early, and how it has ended; else None.
-    extend_range : tokens of this part of the prefill.
     skip_radix_cache_insert : whether the tree is kept from adopting what is computed.
-    prefix_indices, last_node, lock_receipt : what the radix tree has given the request, and holds for it.
     """
 
     rid: str
@@ -50,13 +44,9 @@ class Request(Protocol):
     full_untruncated_fill_ids: Sequence[int]
     to_finish: Any
     finished_reason: Any
-    extend_range: _ExtendRange
     sampling_params: _SamplingParams
     multimodal_inputs: Any
     skip_radix_cache_insert: bool
-    prefix_indices: torch.Tensor
-    last_node: Any
-    lock_receipt: Any
 
     def finished(self) -> bool:
         """Whether it has ended."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
-from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from sglang_hybridkv.requests.ledger import Reservation
+from sglang_hybridkv.srt import sglang_versions
 from sglang_hybridkv.srt.protocols import Request
 
+_StockTree: Any = sglang_versions.tree_class()
 
-class HybridRadixCache(UnifiedRadixCache):
+
+class HybridRadixCache(_StockTree):
     """UnifiedRadixCache that commits compressed prompts and never keys KV computed over compressed context."""
 
     def __init__(self, params):
@@ -44,13 +46,21 @@ class HybridRadixCache(UnifiedRadixCache):
         key.limit = min(len(key), self.compression.window(req).start)
         return super().match_prefix(dataclasses.replace(params, key=key))
 
-    def cache_unfinished_req(self, req: Request, chunked=False, **kwargs):
+    def checkpoint(self, req: Request, *, up_to, **kwargs):
+        """What is exact before `up_to` enters the tree; a whole prompt of a request that goes on is committed."""
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
-        is_done = not chunked and reservation is not None
-        if is_done:
-            self.compression.settle(reservation)
-        super().cache_unfinished_req(req, chunked=chunked, **kwargs)
-        if not is_done:
+        if reservation is not None:
+            if reservation.committed:
+                # As the stock method when nothing is inserted.
+                for component in self._components_tuple:
+                    component.cleanup_after_caching_req(req, is_finished=True)
+                return
+            # Its row is exact as far as prefill went, and no further.
+            up_to = min(up_to, reservation.prefilled)
+            if not req.finished():
+                self.compression.settle(reservation)
+        super().checkpoint(req, up_to=up_to, **kwargs)
+        if reservation is None or req.finished():
             return
         if reservation.failed:
             self.compression.give_up(req)
@@ -68,13 +78,12 @@ class HybridRadixCache(UnifiedRadixCache):
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
         if reservation is not None:
             return None if reservation.failed else reservation.geometry.covered
-        geometry = self.compression.planned(req) if insert_params.chunked else None
+        is_whole = token_ids_len == len(req.full_untruncated_fill_ids)
+        geometry = None if is_whole else self.compression.planned(req)
         return None if geometry is None else geometry.covered
 
     def _commit(self, req: Request, reservation: Reservation) -> None:
-        self.unpin(req)
-        # A later unpin must find nothing to drop.
-        req.last_node, req.lock_receipt = None, DecLockRefParams()
+        sglang_versions.drop_lock(self, req)
         covered, page_size = reservation.geometry.covered, self.page_size
         # What the tree declined to adopt is still the request's, and its row is about to forget it.
         self.free_kv_row(req.kv, [(req.kv.cache_protected_len, covered)])
@@ -86,26 +95,10 @@ class HybridRadixCache(UnifiedRadixCache):
         row[:owned_from] = 0
         slots = pages[:, None] * page_size + torch.arange(page_size, device=pages.device)
         row[owned_from:covered] = slots.flatten().to(row.dtype)
-        req.prefix_indices = row[: len(req.prefix_indices)].to(torch.int64, copy=True)
+        sglang_versions.note_row(req, row)
         req.kv.cache_protected_len = owned_from
 
-    def insert_req(self, req: Request, *, up_to, **kwargs):
-        reservation = self.compression.ledger.get(req.kv.req_pool_idx)
-        if reservation is None:
-            super().insert_req(req, up_to=up_to, **kwargs)
-        elif not reservation.committed:
-            # It ended before the commit: its row is exact as far as prefill went, and no further.
-            super().insert_req(req, up_to=min(up_to, reservation.prefilled), **kwargs)
-        else:
-            # As the stock method when nothing is inserted.
-            for component in self._components_tuple:
-                component.cleanup_after_caching_req(req, is_finished=True)
-
-    def on_release(self, req: Request, *, inserted):
-        super().on_release(req, inserted=inserted)
+    def on_release(self, req: Request, **kwargs):
+        super().on_release(req, **kwargs)
         self.compression.release(req)
         self.compression.update_metrics()
-
-    def session_held_tokens(self, active_pool_idxs=None):
-        """Stock's, plus the compressed pages that no row shows: the leak check counts rows and the tree only."""
-        return super().session_held_tokens(active_pool_idxs) + self.compression.ledger.unlisted_tokens()

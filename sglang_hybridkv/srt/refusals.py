@@ -53,12 +53,18 @@ class Refusal:
     flag : how the user set it, as they should read it.
     applies : whether a value of the field is refused.
     recipe : what to do instead, an imperative.
+    since : the release of SGLang that brought the argument, where not every supported one has it.
     """
 
     field: str
     flag: str
     applies: Callable[[Any], bool]
     recipe: str
+    since: str | None = None
+
+    def is_known_to(self, server_args: Any) -> bool:
+        """Whether `server_args`, ServerArgs or one of its objects, have the argument."""
+        return self.since is None or hasattr(server_args, self.field)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +94,12 @@ def _above_one(value: Any) -> bool:
     return value is not None and value > 1
 
 
-def _switch(field: str, flag: str | None = None, recipe: str = "leave it out") -> Refusal:
-    return Refusal(field, flag or "--" + field.replace("_", "-"), _is_set, recipe)
+def _switch(field: str, flag: str | None = None, recipe: str = "leave it out", since: str | None = None) -> Refusal:
+    return Refusal(field, flag or "--" + field.replace("_", "-"), _is_set, recipe, since)
 
 
-def _size(field: str, flag: str, recipe: str) -> Refusal:
-    return Refusal(field, flag, _above_one, recipe)
+def _size(field: str, flag: str, recipe: str, since: str | None = None) -> Refusal:
+    return Refusal(field, flag, _above_one, recipe, since)
 
 
 _ONE_GPU = "run one server per device and spread requests over them"
@@ -102,6 +108,7 @@ REFUSALS: tuple[Refusal, ...] = (
     # Parallelism other than that of tensors: layers or requests of one model would be in several places.
     _switch("enable_dp_attention", recipe=_ONE_GPU),
     _size("dp_size", "--dp-size above 1", f"it is not proven yet, {_ONE_GPU}"),
+    _size("attn_dp_size", "--attn-dp-size above 1", _ONE_GPU, since="0.5.22"),
     _size("pp_size", "--pp-size above 1", "use --pp-size 1"),
     _size("dcp_size", "--decode-context-parallel-size above 1", "leave it out"),
     _size("attn_cp_size", "--attention-context-parallel-size above 1", "leave it out"),
@@ -117,6 +124,8 @@ REFUSALS: tuple[Refusal, ...] = (
     _switch("enable_single_batch_overlap"),
     # Batches and requests that prefill, decode or generate in another way.
     _switch("enable_mixed_chunk"),
+    # Names its convention by --speculative-algorithm, hence before that.
+    _switch("enable_return_aux_hidden_states", since="0.5.23"),
     _switch("speculative_algorithm", recipe="serve without speculative decoding"),
     _switch("decoupled_spec_role", recipe="serve without speculative decoding"),
     _switch("dllm_algorithm", recipe="serve an autoregressive model"),
@@ -125,6 +134,9 @@ REFUSALS: tuple[Refusal, ...] = (
     _switch("enable_lora", recipe="serve the merged weights"),
     _switch("lora_paths", recipe="serve the merged weights"),
     _switch("enable_torch_compile"),
+    # Their fused steps attend without the attention backend.
+    _switch("enable_amd_monokernel", since="0.5.23"),
+    _switch("enable_nvidia_megakernel", since="0.5.23"),
     # Where keys and values live.
     _switch("disable_radix_cache", recipe="leave the radix cache on"),
     _switch("radix_cache_backend", recipe="leave it out, compression brings its own tree"),
@@ -138,6 +150,7 @@ REFUSALS: tuple[Refusal, ...] = (
     _switch("enable_flexkv"),
     _switch("enable_hisparse"),
     _switch("enable_page_major_kv_layout"),
+    _switch("enable_kv_cache_sharding", since="0.5.22"),
     _switch("enable_unified_memory"),
     _switch("enable_memory_saver"),
     _switch("prefill_only_disable_kv_cache"),
@@ -272,7 +285,7 @@ def check_flags(server_args: Any, settings: Settings) -> None:
         One sentence that names the flag and the legal recipe; the first that applies.
     """
     for refusal in REFUSALS:
-        if refusal.applies(getattr(server_args, refusal.field)):
+        if refusal.is_known_to(server_args) and refusal.applies(getattr(server_args, refusal.field)):
             raise _refused(refusal, settings)
     size, page_size = server_args.chunked_prefill_size, settings.config.page_size
     if size is not None and size > 0 and size % page_size:

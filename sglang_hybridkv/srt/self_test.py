@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
-from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason
 from sglang_hybridkv.requests.settings import WARM_UP, RequestSettings
+from sglang_hybridkv.srt import sglang_versions
 from sglang_hybridkv.srt.backends import concrete_backends
 
 NUM_STEPS = 5
@@ -124,7 +124,7 @@ class _SelfTest:
         distributions = []
         while True:
             req, _, logprobs = self._prefill(prompt + answer, settings)
-            release_kv_cache(req, self.tree, is_insert=False)
+            sglang_versions.release(self.tree, req)
             distributions.append(logprobs)
             if len(answer) == NUM_STEPS:
                 return answer, distributions
@@ -141,13 +141,13 @@ class _SelfTest:
         if reservation.failed:
             raise ValueError(f"in the self-test {EXPLANATIONS[DenseReason.COMPRESSOR_FAILED]}")
         req.output_ids.append(answer[0])
-        self.tree.cache_unfinished_req(req)
+        self.tree.checkpoint(req, up_to=len(prompt))
         distributions = []
         for token in answer:
             batch.input_ids = torch.tensor([token], dtype=torch.int64, device=batch.device)
             batch.prepare_for_decode()
             distributions.append(self._forward(batch))
-        release_kv_cache(req, self.tree, is_insert=False)
+        sglang_versions.release(self.tree, req)
         return distributions
 
     def _prefill(self, ids: list[int], settings: RequestSettings) -> tuple[Req, ScheduleBatch, torch.Tensor]:
@@ -157,8 +157,8 @@ class _SelfTest:
         req = Req("hybridkv-self-test", "", array("q", ids), params)
         self.compression.set_settings(req, settings)
         req.init_next_round_input(self.tree)
-        req.lock_receipt = self.tree.inc_lock_ref(req.last_node).to_dec_params()
-        req.set_extend_range(len(req.prefix_indices), len(ids))
+        sglang_versions.take_lock(self.tree, req)
+        sglang_versions.set_extend_end(req, len(ids))
         batch = ScheduleBatch.init_new(
             [req], self.rows, self.allocator, self.tree, self.runner.model_config, False, SpeculativeAlgorithm.NONE
         )

@@ -1,7 +1,9 @@
 """Make .venv: SGLang on the CPU engine, the development tools and this project, editable. `make setup` runs it.
 
-Needs only the standard library. Each step leaves a stamp in .venv, a hash of what it read, and is skipped while that
-stays the same: a second run takes a fraction of a second. Every command's output goes to .venv/setup.log.
+The environment variable SGLANG chooses another version of SGLang that has a lock, and then makes .venv-VERSION beside
+.venv. Needs only the standard library. Each step leaves a stamp in the environment, a hash of what it read, and is
+skipped while that stays the same: a second run takes a fraction of a second. Every command's output goes to setup.log
+there.
 
 The syntax stays within Python 3.6, so that an older Python can still say which one is needed.
 """
@@ -18,12 +20,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "cpu_engine"
-VENV = ROOT / ".venv"
+DEFAULT_SGLANG = "0.5.21"
+SGLANG = os.environ.get("SGLANG") or DEFAULT_SGLANG
+SUFFIX = "" if SGLANG == DEFAULT_SGLANG else "-" + SGLANG
+VENV = ROOT / (".venv" + SUFFIX)
 VENV_PYTHON = VENV / "bin" / "python"
 STAMPS = VENV / "setup-stamps.json"
 LOG = VENV / "setup.log"
 
-ENGINE_LOCK = HERE / "requirements.lock"
+ENGINE_LOCK = HERE / f"requirements{SUFFIX}.lock"
 DEV_LOCK = HERE / "requirements-dev.lock"
 COMPAT = HERE / "compat"
 KERNELS = ROOT / "kernels" / "hybridkv_kernels"
@@ -44,6 +49,14 @@ print(f"python {sys.version_info[0]}.{sys.version_info[1]}, torch {torch.__versi
 
 class SetupError(Exception):
     """Something the user has to put right; shown as one message, without a traceback."""
+
+
+def check_sglang():
+    """SetupError unless there is a lock of the version that SGLANG asks for."""
+    if not ENGINE_LOCK.exists():
+        locked = [path.stem[len("requirements-") :] for path in sorted(HERE.glob("requirements-[0-9]*.lock"))]
+        legal = ", ".join([DEFAULT_SGLANG, *locked])
+        raise SetupError(f"SGLANG = {SGLANG!r} is not allowed; legal: one of {legal}")
 
 
 def find_base_python():
@@ -181,12 +194,12 @@ def read_stamps():
 
 
 def make_venv():
-    """Make .venv unless a usable one is there."""
+    """Make the environment unless a usable one is there."""
     usable = f"import sys, pip; sys.exit(sys.version_info[:2] not in {SUPPORTED_PYTHONS!r})"
     if VENV_PYTHON.exists() and probe([str(VENV_PYTHON), "-c", usable]):
         return
     base_python = find_base_python()
-    print(f"setup: making .venv with {base_python}", flush=True)
+    print(f"setup: making {VENV.name} with {base_python}", flush=True)
     try:
         subprocess.check_call([base_python, "-m", "venv", "--clear", str(VENV)])
     except (OSError, subprocess.CalledProcessError) as error:
@@ -229,6 +242,7 @@ def main():
     try:
         if not sys.platform.startswith("linux"):
             raise SetupError(f"Linux is needed: SGLang's requirements have no {sys.platform} builds.")
+        check_sglang()
         make_venv()
         num_run = run_steps()
         versions = run_check()
@@ -239,7 +253,7 @@ def main():
         print("\nsetup: interrupted; run it again to go on", file=sys.stderr)
         return 130
     state = f"ready after {time.monotonic() - begun:.0f} s" if num_run else "up to date"
-    print(f"setup: .venv is {state} ({versions})", flush=True)
+    print(f"setup: {VENV.name} is {state} ({versions})", flush=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_hybridkv.srt import sglang_versions
 from tests.cpu_engine import setup_env
 
 
@@ -15,12 +16,25 @@ def read_pins(lock):
     return pins
 
 
-def test_locks_pin_every_package_once():
-    engine = read_pins(setup_env.ENGINE_LOCK)
+LOCKS = sorted(set(setup_env.HERE.glob("requirements*.lock")) - {setup_env.DEV_LOCK})
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.stem)
+def test_locks_pin_every_package_once(lock):
+    engine = read_pins(lock)
     dev = read_pins(setup_env.DEV_LOCK)
     assert not engine.keys() & dev.keys()
-    assert engine["sglang"] == "0.5.21"
-    assert setup_env.torch_requirement(setup_env.ENGINE_LOCK.read_text()) == f"torch=={engine['torch']}"
+    assert engine["sglang"] == (lock.stem.removeprefix("requirements").removeprefix("-") or setup_env.DEFAULT_SGLANG)
+    assert sglang_versions.is_supported(engine["sglang"])
+    assert setup_env.torch_requirement(lock.read_text()) == f"torch=={engine['torch']}"
+
+
+def test_a_version_without_a_lock_is_refused_in_one_sentence(monkeypatch):
+    setup_env.check_sglang()
+    monkeypatch.setattr(setup_env, "SGLANG", "0.5.20")
+    monkeypatch.setattr(setup_env, "ENGINE_LOCK", setup_env.HERE / "requirements-0.5.20.lock")
+    with pytest.raises(setup_env.SetupError, match=r"^SGLANG = '0.5.20' is not allowed; legal: one of 0.5.21, 0.5.23$"):
+        setup_env.check_sglang()
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from tests.e2e.conftest import CONFIG, STRICT_ENV
 READY_SECONDS = 180
 SCRIPT_SECONDS = 200
 MOST_STEPS = 5000  # of one script, its end included: what goes on for longer hangs
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
+GREEDY = {"temperature": 0.0}
 
 
 class Crashed(AssertionError):
@@ -149,12 +149,27 @@ class Steps:
         self.breaks = False
         self._counted_before = self._counted()
 
-    def submit(self, rid: str, ids: Sequence[int], new_tokens: int, custom_params: Any = None, **fields: Any) -> None:
-        """A request arrives; `fields` are those of SGLang's TokenizedGenerateReqInput."""
+    def submit(
+        self,
+        rid: str,
+        ids: Sequence[int],
+        new_tokens: int,
+        custom_params: Any = None,
+        *,
+        may_end: bool = False,
+        **fields: Any,
+    ) -> None:
+        """A request arrives; `fields` are those of SGLang's TokenizedGenerateReqInput.
+
+        It has `new_tokens` in any case. With `may_end` SGLang does not know that: since 0.5.22 it reserves memory for
+        all of an answer that ignores the end of a sequence.
+        """
         from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
         from sglang.srt.sampling.sampling_params import SamplingParams
 
-        sampling = SamplingParams(**GREEDY, max_new_tokens=new_tokens, custom_params=custom_params)
+        never = {str(token): -100.0 for token in self.scheduler.model_config.hf_eos_token_id}
+        ends = {"logit_bias": never} if may_end else {"ignore_eos": True}
+        sampling = SamplingParams(**GREEDY, **ends, max_new_tokens=new_tokens, custom_params=custom_params)
         sampling.normalize(None)
         sampling.verify(self.scheduler.model_config.vocab_size)
         values: dict[str, Any] = {

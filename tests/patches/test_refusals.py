@@ -4,9 +4,11 @@ import types
 import msgspec
 import pytest
 import torch
+from packaging.version import Version
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.server_args import ServerArgs
+from sglang.version import __version__ as installed
 
 from hybridkv_kernels import dispatch
 from hybridkv_patches import io_struct
@@ -45,7 +47,15 @@ def test_a_plain_server_is_accepted(device):
     refusals.check_server_args(resolved(device=device), SETTINGS)
 
 
-@pytest.mark.parametrize("refusal", refusals.REFUSALS, ids=lambda refusal: refusal.field)
+KNOWN = [refusal for refusal in refusals.REFUSALS if refusal.is_known_to(ServerArgs)]
+
+
+def test_a_row_is_passed_over_in_releases_before_its_argument_only():
+    passed_over = set(refusals.REFUSALS) - set(KNOWN)
+    assert passed_over == {row for row in refusals.REFUSALS if row.since and Version(installed) < Version(row.since)}
+
+
+@pytest.mark.parametrize("refusal", KNOWN, ids=lambda refusal: refusal.field)
 def test_every_row_names_its_flag_and_a_recipe(refusal):
     default = DEFAULTS[refusal.field]
     values = [2] if type(default) is int else [True, "ngram", "transformers", "fp8_e4m3", ["a=b"]]

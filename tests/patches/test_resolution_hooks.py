@@ -18,7 +18,8 @@ def test_an_installed_step_is_found_and_runs_around_stock_s(monkeypatch, entry):
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("backend", [None, "breakable"])
-def test_prefill_stays_eager_unless_the_user_wants_graphs(compressed, backend):
+def test_prefill_stays_eager_unless_the_user_wants_graphs(monkeypatch, compressed, backend):
+    monkeypatch.setattr("sglang.srt.utils.is_cuda", lambda: True)  # where SGLang captures it by default
     args, stock = (ServerArgs(model_path="m", cuda_graph_backend_prefill=backend) for _ in range(2))
     if compressed:
         server_args.adopt(args, server_args.make_settings("hybridkv", None, None))

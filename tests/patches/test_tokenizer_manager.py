@@ -23,11 +23,16 @@ def manager():
     return made
 
 
+def make_state():
+    """SGLang's ReqState, as far as its meta_info reads it; the second field came with 0.5.23."""
+    return SimpleNamespace(customized_info_accumulated={}, customized_info_reported_keys=set())
+
+
 @pytest.mark.parametrize("others", [{}, {"spoken": [[1], [2, 3]]}])
 def test_the_record_is_one_object_that_the_last_chunk_replaces(manager, others):
     """What else is sent a token accumulates over the chunks of a stream, as ever."""
     settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
-    state, meta_info = SimpleNamespace(customized_info_accumulated={}), {}
+    state, meta_info = make_state(), {}
     for chunk in ("first", "last"):
         sent = {META_INFO_KEY: [{"of": "another"}, {"of": chunk}], **others}
         meta_info = {}
@@ -37,7 +42,7 @@ def test_the_record_is_one_object_that_the_last_chunk_replaces(manager, others):
 
 
 def test_without_compression_the_key_is_like_any_other(manager):
-    state, meta_info = SimpleNamespace(customized_info_accumulated={}), {}
+    state, meta_info = make_state(), {}
     tokenizer_manager.add_record(STOCK, manager, meta_info, state, {META_INFO_KEY: [["theirs"]]}, 0, None)
     assert meta_info == {META_INFO_KEY: ["theirs"]}
 

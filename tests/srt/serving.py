@@ -234,6 +234,8 @@ def _decode_batch(rows, lens, slots, num_padding=0):
         out_cache_loc=torch.tensor(slots),
         encoder_lens=None,
         spec_info=None,
+        kv_loc_plan=None,
+        out_cache_loc_is_physical=True,
         positions=seq_lens - 1,
         num_padding=num_padding,
     )
@@ -322,3 +324,7 @@ class _Translator:
         padded = torch.cat((out, out.new_zeros(1))).scatter_(0, place.flatten().long(), slots.flatten().to(out.dtype))
         out.copy_(padded[:-1])
         return False
+
+    def pack_read_stream(self, plan, *, kind, **named):
+        """Its name since 0.5.22; a plain pool's plan and kind say nothing."""
+        return self.fill_packed_read_stream(total_tokens=None, **named)

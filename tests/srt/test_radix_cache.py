@@ -7,13 +7,14 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE, Req
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH, MM_PAD_SHIFT_VALUE, Req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_hybridkv.srt import sglang_versions
 from sglang_hybridkv.srt.radix_cache import HybridRadixCache
 from tests.srt.serving import make_compression
 from tests.srt.test_compression import NUM_HEADS, P
@@ -46,17 +47,19 @@ class Tree:
     def prefill(self, req, *chunk_ends):
         """Match the prefix, then compute and insert chunk after chunk; the last one reaches the end."""
         req.init_next_round_input(self.cache)
-        hit = len(req.prefix_indices)
-        req.lock_receipt = self.cache.inc_lock_ref(req.last_node).to_dec_params()
+        hit = sglang_versions.prefix_len(req)
+        sglang_versions.take_lock(self.cache, req)
         [row] = self.rows.alloc([req])
-        self.rows.write((row, slice(0, hit)), req.prefix_indices.int())
+        found = req.prefix_indices if hasattr(req, "prefix_indices") else self.cache.prefix_device_indices(req)
+        self.rows.write((row, slice(0, hit)), found.int())
         start, end = hit, len(req.full_untruncated_fill_ids)
         for stop in (*chunk_ends, end):
             self._compute(req, row, start, stop)
             self.compression.prepare(req, self.cache)
             if stop == end and self.compression.ledger.get(row) is not None:
                 self._compress(row)
-            self.cache.cache_unfinished_req(req, chunked=stop < end)
+            self.cache.checkpoint(req, up_to=stop)
+            self._set_prefix(req, row, stop)
             start = stop
         return hit
 
@@ -65,8 +68,13 @@ class Tree:
         lens = [torch.tensor([length]) for length in (start, start, stop, stop)]
         slots = self.compression.allocator.alloc_extend(*lens, last.long(), stop - start)
         self.rows.write((row, slice(start, stop)), slots.int())
-        req.set_extend_range(start, stop)
+        sglang_versions.set_extend_end(req, stop)
         req.kv.kv_allocated_len = req.kv.kv_committed_len = stop
+
+    def _set_prefix(self, req, row, length):
+        """As SGLang's tree does in 0.5.21, and `checkpoint_kv_cache` since."""
+        if not hasattr(req, "prefix_indices"):
+            req.prefix_len = length
 
     def _compress(self, row):
         reservation = self.compression.ledger.get(row)
@@ -84,19 +92,22 @@ class Tree:
 
     def retract(self, req):
         """As SGLang's `release_kv_cache` without an insert, and what it does around."""
-        self.cache.free_kv_row(req.kv, [(req.kv.cache_protected_len, req.kv.kv_committed_len)])
-        self.cache.unpin(req)
-        self.cache.on_release(req, inserted=False)
+        self._give_back(req, is_inserted=False)
         self.rows.free(req)
         req.kv.mark_kv_released()
         req.reset_for_retract()
 
     def release(self, req):
         """As SGLang's `release_kv_cache`, which asks for a running server."""
-        self.cache.insert_req(req, up_to=req.kv.kv_committed_len)
+        req.finished_reason = FINISH_LENGTH(length=len(req.output_ids))
+        self.cache.checkpoint(req, up_to=req.kv.kv_committed_len)
+        self._give_back(req, is_inserted=True)
+
+    def _give_back(self, req, *, is_inserted):
         self.cache.free_kv_row(req.kv, [(req.kv.cache_protected_len, req.kv.kv_committed_len)])
-        self.cache.unpin(req)
-        self.cache.on_release(req, inserted=True)
+        sglang_versions.drop_lock(self.cache, req)
+        word = "inserted" if hasattr(self.cache, "insert_req") else "checkpointed"
+        self.cache.on_release(req, **{word: is_inserted})
 
     def evict_all(self):
         self.cache.evict(EvictParams(num_tokens=100 * P))
