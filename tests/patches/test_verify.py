@@ -87,7 +87,7 @@ def test_a_quantized_cache_is_refused(scheduler, dtype):
 
 def test_a_tree_whose_component_is_stock_again_is_named(scheduler):
     scheduler.tree_cache.components[ComponentType.FULL].prepare_for_caching_req = lambda *args: None
-    assert "FullComponent.prepare_for_caching_req (" in verify.parts_fault(scheduler)
+    assert "TreeComponent.prepare_for_caching_req (" in verify.parts_fault(scheduler)
 
 
 def test_a_flashinfer_backend_that_plans_whole_sequences_is_named(scheduler, monkeypatch):
