@@ -46,8 +46,8 @@ TINY = .models/tiny-qwen2_5_vl-scenes
 train-tiny: $(ENVIRONMENT) ## train the tiny vision model of the demo and bench_quality anew, to TINY=folder (half an hour)
 	$(PYTHON) -m benchmarks.models.train_tiny --out $(TINY) $(ARGS)
 
-# One thread a worker: together they have the cores.
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadgroup
+# One thread a worker: together they have the cores. The tests of a file are on one worker, where they share servers.
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(ENVIRONMENT) ## all tests: the fast ones first, then those that start SGLang servers
 	$(PYTEST) $(ARGS)

@@ -77,17 +77,9 @@ def vl_model():
     return make_model("tiny-qwen2_5_vl")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """Fast tests first, then slow ones, then those that need a server; GPU tests only with `-m gpu`, and on a GPU.
-
-    Where tests run on several workers, one of them has all servers: there is one at a time, and fixtures share it.
-    """
+    """Fast tests first, then slow ones, then those that need a server; GPU tests only with `-m gpu`, and on a GPU."""
     items.sort(key=lambda item: 2 if has_marker(item, "server") else 1 if has_marker(item, "slow") else 0)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            if has_marker(item, "server"):
-                item.add_marker(pytest.mark.xdist_group("server"))
     if config.option.markexpr != "gpu" or not cuda_is_available():
         gpu_items = [item for item in items if has_marker(item, "gpu")]
         config.hook.pytest_deselected(items=gpu_items)
