@@ -148,4 +148,4 @@ def test_hard_dependencies_leave_sglang_out(plain_wheel):
     hard = {
         line.split(":")[1].strip() for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line
     }
-    assert hard == {"packaging", "psutil", "pydantic>=2", "torch"}
+    assert hard == {"msgspec", "packaging", "psutil", "pydantic>=2", "pyzmq", "torch"}
