@@ -120,7 +120,7 @@ class Preset:
 
 PRESETS = {
     # This one is for continuous integration: lookups only, and few enough for five minutes on two busy cores.
-    "smoke": Preset((HYBRIDKV,), (0.1,), (Cell("coherent", 1600, 20, LOOKUP_KINDS),)),
+    "smoke": Preset((HYBRIDKV,), (0.1,), (Cell("coherent", 1600, 32, LOOKUP_KINDS),)),
     "headline": Preset((FULL, *COMPARED), HEADLINE_BUDGETS, (HEADLINE_CELL,), variants=HEADLINE_VARIANTS),
     "full": Preset(
         (FULL, *COMPARED),

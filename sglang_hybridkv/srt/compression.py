@@ -225,6 +225,7 @@ class Compression:
         reservation = self.ledger.by_row[row]
         agreed = reservation.agreed
         assert agreed is not None, "committed before the ranks agreed"
+        assert reservation.digest is not None, "committed before it was compressed"
         geometry, per_page = reservation.geometry, self.shape.head_pages_per_page
         num_heads = agreed.num_static + agreed.num_dynamic
         assert num_heads == per_page * self.ranks.size, "committed before it was compressed"
