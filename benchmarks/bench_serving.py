@@ -127,7 +127,8 @@ def ratio_row(rows: Sequence[Row], batch: int) -> Row:
     }
 
 
-def _stream(server: Server, ids: list[int], new_tokens: int) -> Stream:
+def stream_answer(server: Server, ids: list[int], new_tokens: int) -> Stream:
+    """Ask for one answer of exactly `new_tokens` tokens and time it; ServerError when it ends otherwise."""
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
     body = {"input_ids": ids, "sampling_params": sampling}
     events: list[tuple[float, int]] = []
@@ -149,7 +150,7 @@ def _run_batch(server: Server, batch: int, prompt_tokens: int, new_tokens: int, 
     """Send `batch` distinct prompts at once to an empty cache; all are prefilled before any decodes."""
     server.client.post("/flush_cache", params={"timeout": 30}).raise_for_status()
     prompts = [random_prompt(1000 * seed + i, prompt_tokens) for i in range(batch)]
-    streams = parallel(lambda ids: _stream(server, ids, new_tokens), prompts)
+    streams = parallel(lambda ids: stream_answer(server, ids, new_tokens), prompts)
     for stream in streams:
         # The limit is not 0, as random prompts may begin with the same token.
         if stream.meta.get("cached_tokens", 0) > prompt_tokens // 100:

@@ -1,4 +1,4 @@
-"""The HTTP server gets one layer more: settings of requests in, their records out."""
+"""The HTTP server gets one layer more, settings of requests in, their records out, and a route for the operator."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sglang_hybridkv.srt.settings import settings_of
 _MODULE = "sglang.srt.entrypoints.http_server"
 
 
-def add_middleware(server_args: Any, *args: Any, **kwargs: Any) -> None:
+def extend_app(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE _setup_and_run_http_server: our middleware goes next to the routes, behind decompression and keys."""
-    settings = settings_of(server_args)
-    if settings is None:
+    if settings_of(server_args) is None:
         return
     from fastapi import HTTPException, Request
     from starlette.middleware import Middleware
 
+    from sglang_hybridkv.srt import admin
     from sglang_hybridkv.srt.http_exchange import ExchangeMiddleware
 
     app = sys.modules[_MODULE].app
@@ -27,14 +27,16 @@ def add_middleware(server_args: Any, *args: Any, **kwargs: Any) -> None:
         """Each API has its own form of an error; SGLang knows it."""
         return await app.exception_handlers[HTTPException](Request(scope), HTTPException(400, sentence))
 
-    app.user_middleware.append(Middleware(ExchangeMiddleware, config=settings.config, refuse=refuse))
+    live = admin.LiveSettings(server_args, tokenizer_manager)
+    admin.add_routes(app, live, has_admin_key=bool(server_args.admin_api_key))
+    app.user_middleware.append(Middleware(ExchangeMiddleware, read_config=lambda: live.read().config, refuse=refuse))
 
 
 ENTRIES = (
     Hook(
         target=f"{_MODULE}._setup_and_run_http_server",
         kind="before",
-        function=add_middleware,
+        function=extend_app,
         why="several APIs drop custom_params and meta_info, and a stream would answer a bad request with status 200",
         until="every API hands custom_params and meta_info on",
     ),

@@ -100,6 +100,19 @@ def report_state(result, scheduler, *args, **kwargs):
         result.internal_state["kv_compressor"] = {**info, "kernels": kernels, "model": model}
 
 
+def change_settings(original, scheduler, recv_req):
+    """AROUND set_internal_state: settings of the compressor ride in SGLang's message for its own."""
+    if settings_module.active() is None:
+        return original(scheduler, recv_req)
+    from sglang.srt.managers.io_struct import SetInternalStateReqOutput
+
+    given = settings_module.decode_change(recv_req.server_args)
+    if given is None:
+        return original(scheduler, recv_req)
+    scheduler.tree_cache.compression.change_settings(given)
+    return SetInternalStateReqOutput(updated=True)
+
+
 ENTRIES = (
     Hook(
         target=f"{_SCHEDULER}.__init__",
@@ -149,5 +162,12 @@ ENTRIES = (
         function=report_state,
         why="/server_info has no registry of reporters",
         until="plugins can add to the internal state",
+    ),
+    Hook(
+        target=f"{_SCHEDULER}.set_internal_state",
+        kind="around",
+        function=change_settings,
+        why="a scheduler takes no messages of plugins",
+        until="plugins have messages of their own",
     ),
 )

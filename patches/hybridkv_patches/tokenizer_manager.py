@@ -11,7 +11,7 @@ from sglang_hybridkv.requests.settings import KEY, WARM_UP, params_by_name, read
 from sglang_hybridkv.requests.stats import META_INFO_KEY
 from sglang_hybridkv.srt.http_exchange import current_exchange
 from sglang_hybridkv.srt.refusals import SCORE_EXTRACTION, refused_request
-from sglang_hybridkv.srt.settings import settings_of
+from sglang_hybridkv.srt.settings import decode_change, settings_of
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
@@ -83,7 +83,22 @@ def refuse_score_extraction(manager: Any, *args: Any, **kwargs: Any) -> None:
         raise refused_request(SCORE_EXTRACTION, settings)
 
 
+def refuse_internal_state(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """BEFORE set_internal_state: settings of the compressor are changed at a route of their own."""
+    if settings_of(manager.server_args) is not None and decode_change(obj.server_args) is not None:
+        from fastapi import HTTPException
+
+        raise HTTPException(400, "settings of the KV compressor are changed by PUT /kv_compressor/settings")
+
+
 ENTRIES = (
+    Hook(
+        target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.set_internal_state",
+        kind="before",
+        function=refuse_internal_state,
+        why="the message that carries settings to the schedulers is one that SGLang lets anybody write",
+        until="plugins have messages of their own",
+    ),
     Hook(
         target="sglang.srt.managers.tokenizer_manager_score_mixin.TokenizerManagerScoreMixin._validate_score_extraction",
         kind="before",

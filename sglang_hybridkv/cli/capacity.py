@@ -16,6 +16,8 @@ _ELEMENT_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half":
 _PATTERN = re.compile(r"(\d+)\+(\d+)(?::(\d+(?:\.\d+)?))?")
 _NEW_TOKEN_RATIO = 0.7  # of an answer, what SGLang expects when it admits a request; SGLANG_INIT_NEW_TOKEN_RATIO
 _SECONDS_PER_HOUR = 3600
+_HOURS_PER_YEAR = 8760
+_LONGEST_PROMPT = 2**20  # that is looked at for the break-even
 _DECIMAL_GIGA = 1e9
 
 
@@ -139,6 +141,21 @@ def parse_load(text: str) -> Load:
     return load
 
 
+def pool_tokens(shape: ModelShape, gpu_bytes: float, fraction: float) -> int:
+    """Tokens of SGLang's pool: what `fraction` of the device, --mem-fraction-static, leaves beside the weights.
+
+    An estimate: of a server that runs, `max_total_num_tokens` in its log is the truth. ValueError in one sentence when
+    nothing is left.
+    """
+    left = fraction * gpu_bytes - shape.weight_bytes
+    if left < shape.token_bytes:
+        share, weights = fraction * gpu_bytes / _DECIMAL_GIGA, shape.weight_bytes / _DECIMAL_GIGA
+        raise ValueError(
+            f"--gpu-gb: {share:.1f} GB for weights and pool are not more than the {weights:.1f} GB of weights"
+        )
+    return int(left // shape.token_bytes)
+
+
 def plan_stock(shape: ModelShape, machine: Machine, loads: Sequence[Load]) -> Plan:
     """Stock SGLang: each request holds and reads all of its tokens."""
     held = _mean(loads, [load.prompt_tokens + load.new_tokens for load in loads])
@@ -186,6 +203,54 @@ def plan_compressed(
     stock = _mean(loads, [load.prompt_tokens + load.new_tokens for load in loads])
     moved = (_mean(loads, read), _mean(loads, fetched), _mean(loads, host))
     return _plan(shape, machine, count, (per_request, stock), moved)
+
+
+def break_even(
+    shape: ModelShape, machine: Machine, new_tokens: int, config: CompressorConfig, fetched_share: float
+) -> int | None:
+    """Tokens of the shortest prompt from which on a request adds less time to a decode step than on stock.
+
+    By bytes, with answers of `new_tokens`; looked for among powers of two and halfway between them. None when there is
+    none.
+    """
+    roomy = dataclasses.replace(machine, pool_tokens=4 * _LONGEST_PROMPT, host_bytes=None)
+    found = None
+    for prompt in reversed([tokens for power in range(6, 21) for tokens in (2**power, 3 * 2 ** (power - 1))]):
+        loads = [Load(min(prompt, _LONGEST_PROMPT), new_tokens)]
+        try:
+            compressed = plan_compressed(shape, roomy, loads, config, fetched_share)
+        except ValueError:
+            break
+        stock = plan_stock(shape, roomy, loads)
+        if _request_ms(compressed, shape, machine) >= _request_ms(stock, shape, machine):
+            break
+        found = loads[0].prompt_tokens
+    return found
+
+
+def _request_ms(plan: Plan, shape: ModelShape, machine: Machine) -> float:
+    """What one request adds to a step."""
+    moved = (plan.step_bytes - shape.weight_bytes) / machine.memory_gb_s + plan.link_bytes / machine.link_gb_s
+    return 1e3 * moved / _DECIMAL_GIGA / plan.requests_at_once
+
+
+def tokens_per_s_of(plan: Plan, shape: ModelShape, machine: Machine, requests: int) -> float:
+    """Answered tokens a second with as many requests as `requests`, or as fit if these are fewer."""
+    running = min(requests, plan.requests_at_once)
+    if running == 0:
+        return 0.0
+    step_ms = 1e3 * shape.weight_bytes / machine.memory_gb_s / _DECIMAL_GIGA
+    return 1e3 * running / (step_ms + running * _request_ms(plan, shape, machine))
+
+
+def saved_a_year(stock: Plan, compressed: Plan, price: float) -> float | None:
+    """What stock servers for the tokens of one compressed server cost a year more than it; None if stock has none.
+
+    `price` is of an hour, and both are busy all the time.
+    """
+    if stock.tokens_per_s == 0:
+        return None
+    return price * _HOURS_PER_YEAR * (compressed.tokens_per_s / stock.tokens_per_s - 1)
 
 
 def _geometry(shape: ModelShape, machine: Machine, load: Load, config: CompressorConfig) -> PromptGeometry:
@@ -236,3 +301,72 @@ def as_table(plans: Mapping[str, Plan]) -> Iterator[str]:
     for first, *others in lines:
         cells = [one.rjust(width) for one, width in zip(others, widths[1:], strict=True)]
         yield "  ".join([first.ljust(widths[0]), *cells])
+
+
+def as_sentences(plans: Mapping[str, Plan], shortest: int | None, price: float | None) -> Iterator[str]:
+    """What follows from the numbers; the second plan is the compressed one."""
+    stock, (name, compressed) = plans["stock"], list(plans.items())[1]
+    yield (
+        f"By bytes, a request adds less to a step than on stock from prompts of {shortest:,} tokens on."
+        if shortest is not None
+        else "By bytes, a request adds no less to a step than on stock, whatever its length."
+    )
+    yield f"Stock has room for {stock.requests_at_once:,} requests at once, {name} for {compressed.requests_at_once:,}."
+    if price is not None:
+        saved = saved_a_year(stock, compressed, price)
+        if saved is not None:
+            servers = compressed.tokens_per_s / stock.tokens_per_s
+            yield f"One such server answers what {servers:.2f} stock servers answer, which saves {saved:,.0f} a year."
+
+
+def write_plot(
+    path: Path,
+    shape: ModelShape,
+    machine: Machine,
+    plans: Mapping[str, Plan],
+    by_length: Mapping[str, Sequence[tuple[int, int]]],
+) -> None:
+    """Draw rates over the number of requests, and requests at once over the length of prompts.
+
+    Parameters
+    ----------
+    by_length : for each plan, tokens of a prompt and how many requests of this length fit.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    rates, counts = figure.subplots(1, 2)
+    most = 2 * max(plan.requests_at_once for plan in plans.values())
+    places = sorted({round(most ** (step / 60)) for step in range(61)} | {p.requests_at_once for p in plans.values()})
+    for name, plan in plans.items():
+        rate = [tokens_per_s_of(plan, shape, machine, count) for count in places]
+        [line] = rates.plot(places, rate, label=name)
+        full = plan.requests_at_once
+        rates.plot([full], [tokens_per_s_of(plan, shape, machine, full)], "o", color=line.get_color())
+        lengths = [pair for pair in by_length[name] if pair[1] > 0]
+        counts.plot([length for length, _ in lengths], [count for _, count in lengths], label=name)
+    rates.set(xscale="log", xlabel="requests (logarithmic)", ylabel="answered tokens a second, by bytes")
+    rates.set_title("A dot is a full pool")
+    counts.set(xscale="log", yscale="log", xlabel="tokens of a prompt (logarithmic)")
+    counts.set_ylabel("requests at once (logarithmic)")
+    for axes in (rates, counts):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def counts_by_length(
+    shape: ModelShape, machine: Machine, new_tokens: int, config: CompressorConfig
+) -> dict[str, list[tuple[int, int]]]:
+    """Prompts of 512 to 131,072 tokens and how many requests of each length fit: on stock, and compressed or dense."""
+    found: dict[str, list[tuple[int, int]]] = {"stock": [], "compressed": []}
+    for step in range(33):
+        loads = [Load(round(512 * 2 ** (step / 4)), new_tokens)]
+        stock = plan_stock(shape, machine, loads)
+        try:
+            compressed = plan_compressed(shape, machine, loads, config, 0.0)
+        except ValueError:
+            compressed = stock
+        for name, plan in (("stock", stock), ("compressed", compressed)):
+            found[name].append((loads[0].prompt_tokens, plan.requests_at_once))
+    return found

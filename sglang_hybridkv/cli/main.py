@@ -10,7 +10,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
@@ -72,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "flags", metavar="FLAG", nargs=argparse.REMAINDER, help="as sglang.launch_server would get them"
     )
+    bench = commands.add_parser(
+        "bench",
+        help="SGLang's offline benchmarks with the flags of this plugin",
+        description="Run sglang.benchmark.NAME with flags that SGLang's own command does not know. The result says "
+        "how many requests were compressed.",
+    )
+    bench.add_argument("name", metavar="NAME", help="offline_throughput or one_batch_server")
+    bench.add_argument("flags", metavar="FLAG", nargs=argparse.REMAINDER, help="as SGLang's benchmark would get them")
     inspect = commands.add_parser(
         "inspect",
         help="draw what a server kept of a prompt",
@@ -135,7 +143,12 @@ def _add_capacity(commands: argparse._SubParsersAction) -> None:
     )
     capacity.add_argument("--model-path", type=Path, required=True, metavar="DIR", help="checkpoint, or config.json")
     capacity.add_argument("--weight-gb", type=float, metavar="GB", help="weights (size of the safetensors files)")
-    capacity.add_argument("--pool-tokens", type=int, required=True, metavar="N", help="max_total_num_tokens in the log")
+    pool = capacity.add_mutually_exclusive_group(required=True)
+    pool.add_argument("--pool-tokens", type=int, metavar="N", help="max_total_num_tokens in the log")
+    pool.add_argument("--gpu-gb", type=float, metavar="GB", help="memory of the device, of which the pool is estimated")
+    capacity.add_argument(
+        "--mem-fraction-static", type=float, default=0.88, metavar="X", help="for --gpu-gb, as the server's (0.88)"
+    )
     capacity.add_argument(
         "--load", action="append", required=True, metavar="P+N[:W]", help="tokens of prompt and answer; repeatable"
     )
@@ -150,6 +163,7 @@ def _add_capacity(commands: argparse._SubParsersAction) -> None:
         help="of a dynamic head's rows, what a step fetches: 1 - chunk_fetch_hit_rate of /server_info (0.15)",
     )
     capacity.add_argument("--price", type=float, metavar="X", help="of an hour of the machine")
+    capacity.add_argument("--plot", type=Path, metavar="FILE", help="draw rates, and how many requests fit")
     capacity.add_argument("--kv-compressor", default="hybridkv", metavar="NAME")
     capacity.add_argument("--kv-compressor-budget", type=float, metavar="B")
     capacity.add_argument("--kv-compressor-config", metavar="JSON")
@@ -161,10 +175,12 @@ def _capacity(args: argparse.Namespace) -> Iterator[str]:
     from sglang_hybridkv.compressors import get_compressor
     from sglang_hybridkv.config import parse_config
 
-    for flag, least in (("pool_tokens", 1), ("memory_gb_s", 0), ("link_gb_s", 0), ("weight_gb", 0), ("host_gb", 0)):
+    for flag in ("pool_tokens", "gpu_gb", "mem_fraction_static", "memory_gb_s", "link_gb_s", "weight_gb", "host_gb"):
         value = getattr(args, flag)
-        if value is not None and not (least <= value < float("inf") and value > 0):
+        if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{flag.replace('_', '-')} = {value}: expected a number above 0")
+    if args.mem_fraction_static > 1:
+        raise ValueError(f"--mem-fraction-static = {args.mem_fraction_static}: expected a number of at most 1")
     if not 0 <= args.fetched_share <= 1:
         raise ValueError(f"--fetched-share = {args.fetched_share}: expected a number from 0 to 1")
     if args.price is not None and not 0 <= args.price < float("inf"):
@@ -173,16 +189,37 @@ def _capacity(args: argparse.Namespace) -> Iterator[str]:
     config = parse_config(args.kv_compressor_config, config_class, budget=args.kv_compressor_budget)
     shape = capacity.read_shape(args.model_path, None if args.weight_gb is None else int(1e9 * args.weight_gb))
     host_bytes = None if args.host_gb is None else int(1e9 * args.host_gb)
-    machine = capacity.Machine(args.pool_tokens, args.memory_gb_s, args.link_gb_s, host_bytes, args.price)
+    tokens = args.pool_tokens or capacity.pool_tokens(shape, 1e9 * args.gpu_gb, args.mem_fraction_static)
+    machine = capacity.Machine(tokens, args.memory_gb_s, args.link_gb_s, host_bytes, args.price)
     loads = [capacity.parse_load(text) for text in args.load]
     plans = {
         "stock": capacity.plan_stock(shape, machine, loads),
         args.kv_compressor: capacity.plan_compressed(shape, machine, loads, config, args.fetched_share),
     }
+    shortest = capacity.break_even(shape, machine, loads[0].new_tokens, config, args.fetched_share)
     if args.json:
-        yield json.dumps({name: dataclasses.asdict(plan) for name, plan in plans.items()})
+        numbers = {name: dataclasses.asdict(plan) for name, plan in plans.items()}
+        yield json.dumps({**numbers, "pool_tokens": tokens, "break_even_prompt_tokens": shortest})
     else:
         yield from capacity.as_table(plans)
+        yield ""
+        yield from capacity.as_sentences(plans, shortest, args.price)
+    if args.plot is not None:
+        counts = capacity.counts_by_length(shape, machine, loads[0].new_tokens, config)
+        by_length = dict(zip(plans, counts.values(), strict=True))
+        written = list(_write(args.plot, lambda path: capacity.write_plot(path, shape, machine, plans, by_length)))
+        yield from () if args.json else written
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> Iterator[str]:
+    """Have a drawing written, or say in one sentence why it cannot be."""
+    try:
+        write(path)
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing; pip install matplotlib pillow") from None
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from None
+    yield f"{'written':12}  {path}"
 
 
 def _watch(args: argparse.Namespace) -> Iterator[str]:
@@ -213,19 +250,13 @@ def _inspect(args: argparse.Namespace) -> Iterator[str]:
         pictures = [_read(path, "--image") for path in args.image]
         found = inspect.ask(args.url, prompt, pictures, api_key=args.api_key)
     yield from (f"{name:12}  {value}" for name, value in inspect.summary(found.event))
-    try:
-        for path, write in (
-            (args.save, lambda found, path: found.save(path)),
-            (args.png, inspect.write_png),
-            (args.html, inspect.write_page),
-        ):
-            if path is not None:
-                write(found, path)
-                yield f"{'written':12}  {path}"
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing; pip install matplotlib pillow") from None
-    except OSError as error:
-        raise ValueError(f"{error.filename} cannot be written: {error.strerror}") from None
+    for path, write in (
+        (args.save, found.save),
+        (args.png, lambda path: inspect.write_png(found, path)),
+        (args.html, lambda path: inspect.write_page(found, path)),
+    ):
+        if path is not None:
+            yield from _write(path, write)
 
 
 def _read(path: Path, flag: str) -> bytes:
@@ -283,15 +314,17 @@ def _calibrate(args: argparse.Namespace) -> None:
     print(f"{args.out}: {num_scored} of {num_heads} KV heads looked at a word they wrote")
 
 
+_OF_PATCHES = {"doctor": "doctor", "bench": "offline_bench"}
 _LINES = {"config": _config, "capacity": _capacity, "watch": _watch, "inspect": _inspect}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default that of the process, and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["doctor"] and not {"-h", "--help"} & set(words):
+    if words and words[0] in _OF_PATCHES and not {"-h", "--help"} & set(words[:2]):
         # In a process of its own: it changes SGLang as a server would, and the flags are SGLang's.
-        return subprocess.call([sys.executable, "-m", "hybridkv_patches.doctor", *words[1:]])
+        module = _OF_PATCHES[words[0]]
+        return subprocess.call([sys.executable, "-m", f"hybridkv_patches.{module}", *words[1:]])
     args = _parser().parse_args(words)
     try:
         if args.command in _LINES:

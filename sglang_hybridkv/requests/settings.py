@@ -1,32 +1,45 @@
-"""What a request sets for itself, in ``custom_params.kv_compressor``, over the settings of its server."""
+"""Settings of requests, in ``custom_params.kv_compressor``, and those an operator changes while the server runs."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import ValidationError
 
-from sglang_hybridkv.config import CompressorConfig, did_you_mean, in_json_words, kind_of, legal_values, not_allowed
+from sglang_hybridkv.config import (
+    CompressorConfig,
+    Config,
+    did_you_mean,
+    in_json_words,
+    kind_of,
+    legal_values,
+    not_allowed,
+)
 
 KEY = "kv_compressor"  # in a request's custom_params
 NAME = f"custom_params.{KEY}"
 WARM_UP = "__hybridkv_warm_up"  # in custom_params of what a server asks itself before it is ready
 ENABLED = "enabled"
+SETTINGS = "settings"  # of a server, where they are changed
+LIMITS = ("request_override", "request_budget_min", "request_budget_max")
+_OF_A_REQUEST = (NAME, "is set for the whole server only", "a request may set")
+_OF_A_CHANGE = (SETTINGS, "is set when the server starts", "what may be changed is")
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestSettings:
-    """The settings of one request; on one server, equal when the requests set the same.
+    """The settings of one request.
 
     Attributes
     ----------
-    config : the server's, with what the request set in place.
+    config : the server's when its prefill began, with what the request set in place.
     given : names and values that the request set, sorted; empty when it set nothing.
     enabled : False when the request asks to be served dense.
     """
 
-    config: CompressorConfig = dataclasses.field(compare=False)
+    config: CompressorConfig
     given: tuple[tuple[str, Any], ...] = ()
     enabled: bool = True
 
@@ -51,25 +64,60 @@ def read_settings(given: Any, config: CompressorConfig) -> RequestSettings:
         raise ValueError(f"{NAME} is not allowed: this server has request_override = false")
     for name in given:
         if name not in legal:
-            raise ValueError(_unknown(name, legal, config))
+            raise ValueError(_unknown(name, config, _OF_A_REQUEST, legal))
     enabled, values = given.get(ENABLED, True), {name: given[name] for name in given if name != ENABLED}
     if not isinstance(enabled, bool):
         raise ValueError(not_allowed(f"{NAME}.{ENABLED}", enabled, "true or false"))
     if values and not enabled:
         raise ValueError(f"{NAME}.{next(iter(values))} would change nothing with {ENABLED} = false; leave one out")
-    try:
-        own = type(config).model_validate({**config.model_dump(), **values})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        if not first["loc"]:
-            raise ValueError(f"{NAME}: {first['msg'].removeprefix('Value error, ')}") from None
-        name = str(first["loc"][0])
-        raise ValueError(not_allowed(f"{NAME}.{name}", values[name], _legal(name, config))) from None
+    own = _validated(values, config, NAME, lambda name: _legal(name, config))
     least, most = config.request_budget_min, config.request_budget_max
     is_low, is_high = least is not None and own.budget < least, most is not None and own.budget > most
     if "budget" in values and (is_low or is_high):
         raise ValueError(not_allowed(f"{NAME}.budget", values["budget"], _legal("budget", config)))
     return RequestSettings(own, tuple(sorted(given.items())), enabled)
+
+
+def apply_settings(given: dict[str, Any], config: CompressorConfig) -> RequestSettings:
+    """The same of a request that `read_settings` has let in, on a server whose limits may be others since then."""
+    values = {name: given[name] for name in given if name != ENABLED}
+    own = type(config).model_validate({**config.model_dump(), **values})
+    return RequestSettings(own, tuple(sorted(given.items())), given.get(ENABLED, True))
+
+
+def changeable(config: CompressorConfig) -> dict[str, Any]:
+    """What an operator may change while the server runs: fields by name, as `config` has them."""
+    return {name: getattr(config, name) for name in (*config.per_request, *LIMITS)}
+
+
+def change_settings(given: Any, config: Config) -> Config:
+    """`config` of a server with the fields of `given` in place.
+
+    Raises
+    ------
+    ValueError
+        One sentence that names the field, the value and the legal values.
+    """
+    legal = changeable(config)
+    if not isinstance(given, dict) or not given:
+        kind = "an empty one" if given == {} else kind_of(given)
+        raise ValueError(f'{SETTINGS} must be an object such as {{"budget": 0.2}}, got {kind}')
+    for name in given:
+        if name not in legal:
+            raise ValueError(_unknown(name, config, _OF_A_CHANGE, legal))
+    return _validated(given, config, SETTINGS, lambda name: legal_values(name, type(config)))
+
+
+def _validated(values: dict[str, Any], config: Config, source: str, legal: Callable[[str], str]) -> Config:
+    """`config` with `values` in place; ValueError, one sentence, if one is bad; `legal` has words for a field."""
+    try:
+        return type(config).model_validate({**config.model_dump(), **values})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if not first["loc"]:
+            raise ValueError(f"{source}: {first['msg'].removeprefix('Value error, ')}") from None
+        name = str(first["loc"][0])
+        raise ValueError(not_allowed(f"{source}.{name}", values[name], legal(name))) from None
 
 
 def _legal(name: str, config: CompressorConfig) -> str:
@@ -80,8 +128,10 @@ def _legal(name: str, config: CompressorConfig) -> str:
     return f"{legal}, on this server {words}" if words and name == "budget" else legal
 
 
-def _unknown(name: Any, legal: tuple[str, ...], config: CompressorConfig) -> str:
+def _unknown(name: Any, config: CompressorConfig, words: tuple[str, str, str], legal: Iterable[str]) -> str:
+    """The sentence about a field that is none, or none of the `legal` ones; `words` name its place and say why."""
+    source, is_fixed, choice = words
     if name in type(config).model_fields:
-        return f"{NAME}.{name} is set for the whole server only; a request may set {', '.join(legal)}"
+        return f"{source}.{name} {is_fixed}; {choice} {', '.join(legal)}"
     hint = did_you_mean(name, legal) if isinstance(name, str) else ""
-    return f"{NAME} has no field {in_json_words(name)}{hint}; a request may set {', '.join(legal)}"
+    return f"{source} has no field {in_json_words(name)}{hint}; {choice} {', '.join(legal)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Agreed, Ledger, Reservation
 from sglang_hybridkv.requests.plan_events import PlanPublisher
-from sglang_hybridkv.requests.settings import KEY, WARM_UP, RequestSettings, params_by_name, read_settings
+from sglang_hybridkv.requests.settings import (
+    KEY,
+    WARM_UP,
+    RequestSettings,
+    apply_settings,
+    change_settings,
+    changeable,
+    params_by_name,
+)
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 from sglang_hybridkv.requests.stats import CompressionStats, HeldBytes, RequestRecord
 from sglang_hybridkv.srt.allocator import HybridAllocator
@@ -30,6 +39,8 @@ from sglang_hybridkv.srt.protocols import Request
 from sglang_hybridkv.srt.ranks import Ranks
 from sglang_hybridkv.srt.settings import Settings
 from sglang_hybridkv.srt.sglang_versions import extend_end
+
+logger = logging.getLogger(__name__)
 
 _HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what it holds at a budget of 0.1, some room
 _HOST_MEMORY_SHARE = 0.5
@@ -116,19 +127,35 @@ class Compression:
         lengths = len(req.origin_input_ids), req.sampling_params.max_new_tokens, len(req.output_ids)
         return self._decide(*lengths, self.settings_of(req))
 
+    def change_settings(self, given: dict[str, Any]) -> None:
+        """From now on, for requests whose prefill has not begun; others keep what they have.
+
+        The HTTP server's process has checked what is `given`.
+        """
+        before, config = self.config, change_settings(given, self.config)
+        self.settings, self.config = dataclasses.replace(self.settings, config=config), config
+        self.server_settings = RequestSettings(config)
+        if self.metrics is not None:
+            self.metrics.show_settings(changeable(config))
+        changes = ", ".join(f"{name} from {getattr(before, name)} to {getattr(config, name)}" for name in given)
+        logger.info("KV compressor: changed %s, for requests whose prefill begins from now on.", changes)
+
     def set_settings(self, req: Request, settings: RequestSettings) -> None:
-        """In place of what its custom_params say."""
-        setattr(req, _SETTINGS, settings)
+        """In place of what its custom_params say, and for as long as it lives."""
+        setattr(req, _SETTINGS, (settings, None))
 
     def settings_of(self, req: Request) -> RequestSettings:
-        """The server's settings with what the request set itself; the tokenizer's process has checked it."""
-        settings = getattr(req, _SETTINGS, None)
-        if settings is None:
+        """The server's settings with what the request set itself, as they were when its prefill began.
+
+        The tokenizer's process has checked what it set.
+        """
+        settings, config = getattr(req, _SETTINGS, (None, None))
+        if settings is None or config not in (None, self.config):
             custom_params = params_by_name(req.sampling_params.custom_params)
             settings = self.server_settings
             if KEY in custom_params:
-                settings = read_settings(custom_params[KEY], self.config)
-            self.set_settings(req, settings)
+                settings = apply_settings(custom_params[KEY], self.config)
+            setattr(req, _SETTINGS, (settings, self.config))  # until its prefill begins
         return settings
 
     def _decide_by_lengths(
@@ -165,6 +192,7 @@ class Compression:
             self.cache.observer.drop(row)
             self.record_unprefilled(req)
             return
+        self.set_settings(req, self.settings_of(req))
         if self.planned(req) is not None:
             self.cache.observer.watch(row, self.window(req))
         if extend_end(req) < len(req.full_untruncated_fill_ids):
@@ -176,9 +204,8 @@ class Compression:
             return
         self.ledger.open(row, reserved)
         self._kv_by_row[row] = req.kv
-        settings = self.settings_of(req)
-        own = self.cache.compressor.with_config(settings.config) if settings.given else None
-        self.cache.bind(row, reserved, own)
+        config, compressor = self.settings_of(req).config, self.cache.compressor
+        self.cache.bind(row, reserved, None if config == compressor.config else compressor.with_config(config))
 
     def _reserve(self, req: Request, tree_cache) -> Reservation | DenseReason:
         geometry = self.plan(req)
@@ -311,6 +338,7 @@ class Compression:
             host_store_bytes=self._host_store_bytes,
             chunk_bytes=self._chunk_bytes,
         )
+        self.metrics.show_settings(changeable(self.config))
         self.update_metrics()
 
     def update_metrics(self) -> None:

@@ -70,12 +70,14 @@ class ExchangeMiddleware:
     Parameters
     ----------
     app : the routes, which see the same request as without this layer.
-    config : the server's.
+    read_config : the server's, as it is now.
     refuse : makes the answer of status 400, an ASGI app, to a request (scope) out of a sentence.
     """
 
-    def __init__(self, app: Any, config: CompressorConfig, refuse: Callable[[Any, str], Awaitable[Any]]):
-        self.app, self.config, self.refuse = app, config, refuse
+    def __init__(
+        self, app: Any, read_config: Callable[[], CompressorConfig], refuse: Callable[[Any, str], Awaitable[Any]]
+    ):
+        self.app, self.read_config, self.refuse = app, read_config, refuse
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
@@ -85,7 +87,7 @@ class ExchangeMiddleware:
         if b"json" in dict(scope["headers"]).get(b"content-type", b"json"):  # without the header, a body is JSON, too
             body, receive = await _buffer(receive)
             try:
-                exchange.given = settings_in_body(body, self.config)
+                exchange.given = settings_in_body(body, self.read_config())
             except ValueError as error:
                 await (await self.refuse(scope, str(error)))(scope, receive, send)
                 return

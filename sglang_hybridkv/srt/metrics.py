@@ -71,7 +71,15 @@ class CompressionMetrics:
         self._chosen = make(Counter, "chunks_chosen", "Chunks that queries of dynamic heads chose.")
         self._hit = make(Counter, "chunks_hit", "Chunks that were chosen and on the device already.")
         self._fetched = make(Counter, "chunk_fetch_bytes", "Bytes of chunks that were fetched from the host store.")
+        self._setting = make(
+            Gauge, "setting", "Settings that an operator may change, by name; 1 and 0 are true and false.", ("name",)
+        )
         self._seen_chunks = (0, 0)
+
+    def show_settings(self, settings: dict[str, float | bool | None]) -> None:
+        """Settings by name, as they are now; a limit that is not set is NaN."""
+        for name, value in settings.items():
+            self._setting.labels(**self._labels, name=name).set(float("nan") if value is None else value)
 
     def count_dense(self, reason: str) -> None:
         """One more request served dense."""

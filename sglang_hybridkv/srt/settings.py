@@ -1,19 +1,22 @@
 """The compressor's settings on their way to the scheduler process.
 
 They ride as a plain dict in an underscore attribute of ServerArgs: it survives the spawn, and unpickling
-needs none of our classes, which matters because a child unpickles before it loads plugins.
+needs none of our classes, which matters because a child unpickles before it loads plugins. A change of a running server
+rides in SGLang's message SetInternalStateReq, which has names with numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig
 
 ATTRIBUTE = "_hybridkv"
+_CHANGE = "kv_compressor "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,3 +49,17 @@ def active() -> Settings | None:
 @functools.lru_cache(maxsize=8)
 def _decode(name: str, config: str) -> Settings:
     return Settings(name, get_compressor(name).config_class.model_validate_json(config))
+
+
+def encode_change(given: dict[str, Any]) -> dict[str, int]:
+    """Changed settings as SGLang's message has them: their JSON text is the name of a number."""
+    return {_CHANGE + json.dumps(given): 0}
+
+
+def decode_change(server_args: dict[str, Any]) -> dict[str, Any] | None:
+    """What `encode_change` was given; None of a message about SGLang's own state."""
+    for name in server_args:
+        if name.startswith(_CHANGE):
+            given: dict[str, Any] = json.loads(name.removeprefix(_CHANGE))
+            return given
+    return None

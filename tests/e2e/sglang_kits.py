@@ -7,9 +7,8 @@ tests that must fail: those that stock fails, too, and those whose answer compre
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import random
-import sys
 import unittest
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -80,15 +79,7 @@ class Kit:
 
 
 def _import(module: str) -> Any:
-    """A module of sglang.test; some import `datasets`, which the CPU engine lacks and which no test here needs."""
-    missing = importlib.util.find_spec("datasets") is None
-    if missing:
-        sys.modules["datasets"] = mock.Mock()
-    try:
-        return importlib.import_module(f"sglang.test.{module}")
-    finally:
-        if missing:
-            del sys.modules["datasets"]
+    return importlib.import_module(f"sglang.test.{module}")
 
 
 class Dice(random.Random):

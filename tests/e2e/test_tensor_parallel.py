@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -15,13 +16,15 @@ pytestmark = pytest.mark.server
 
 EXACT = {"sampling_params": {"custom_params": {"kv_compressor": {"budget": 1.0}}}}
 TWO_RANKS = ("--tp-size", "2")
+ADMIN = ("--admin-api-key", "of-the-operator")
 CORES = {CPU_RANKS: "0|1"}
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = make_server(VL, 0.1, None, *TWO_RANKS, env=CORES, name="ranks")
+    server = make_server(VL, 0.1, None, *TWO_RANKS, *ADMIN, env=CORES, name="ranks")
     for _ in run_servers(server):
+        server.client.headers["authorization"] = f"Bearer {ADMIN[1]}"
         yield server
         assert_nothing_lost(server)
         first, second = server.compressor_state()["ranks"]
@@ -76,6 +79,21 @@ def test_both_ranks_hold_the_same_pages_while_requests_run_and_are_aborted(serve
     for first, second in seen:
         assert first == second
     assert max(first["requests"] for first, _ in seen) > 1
+    assert_nothing_lost(server)
+
+
+def test_both_ranks_change_settings_at_the_same_request(server: Server) -> None:
+    """While requests come in; each has the plan of the budget that its record names."""
+    prompts = [text(7400 + i, 701 + 60 * i) for i in range(8)]
+
+    def change_often() -> None:
+        for budget in (0.3, 0.5, 0.1) * 6:
+            server.client.put("/kv_compressor/settings", json={"budget": budget}).raise_for_status()
+
+    *answers, _ = parallel(lambda call: call(), [*(partial(ask, server, prompt) for prompt in prompts), change_often])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        own = {"custom_params": {"kv_compressor": {"budget": answer.record["budget"]}}}
+        assert ask(server, prompt, sampling_params=own).record["plan"] == answer.record["plan"]
     assert_nothing_lost(server)
 
 

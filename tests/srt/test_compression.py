@@ -466,6 +466,40 @@ def test_what_is_remembered_of_a_length_is_remembered_for_its_settings():
     assert plans[3:5] == ["prompt_too_short", "request_disabled"]
 
 
+def test_a_change_concerns_requests_whose_prefill_has_not_begun(monkeypatch):
+    """Each has the pages and the plan of a server that was started with what held when its prefill began."""
+    given = {"kv_compressor": {"min_prompt_tokens": 80}}
+
+    def outcomes(budgets, **server):
+        torch.manual_seed(0)
+        serving = Serving("torch_native", monkeypatch, **server)
+        compression = serving.compression
+        for row, budget in enumerate(budgets, start=1):
+            serving.generator = torch.Generator().manual_seed(7)
+            if budget is not None:
+                compression.change_settings({"budget": budget})
+            serving.add(row, 130, custom_params=given)
+        reservations = [compression.ledger.get(row) for row in range(1, len(budgets) + 1)]
+        return [(held.geometry, held.outcome.tolist(), int(held.digest)) for held in reservations]
+
+    [low], [high] = outcomes([None], budget=0.6), outcomes([None], budget=0.8)
+    assert low != high
+    assert outcomes([None, 0.8, 0.6], budget=0.6) == [low, high, low]
+
+    compression = make_compression()
+    begun, waiting = (admit(compression, row, 10 * P, custom_params=given) for row in (1, 2))
+    compression.prepare(begun, None)
+    plans = [compression.plan(req) for req in (begun, waiting)]
+    assert plans[0] == plans[1]
+    compression.change_settings({"budget": 0.8})
+    assert compression.plan(begun) == plans[0] != compression.plan(waiting)
+    assert compression.request_info(begun)["budget"] != compression.request_info(waiting)["budget"] == 0.8
+    limits = {"request_override": False, "request_budget_max": 0.2}
+    compression.change_settings(limits)  # what was let in before is served
+    assert compression.plan(waiting) != plans[0]
+    assert compression.server_info()["config"].items() >= limits.items()
+
+
 @pytest.mark.parametrize("own", ["warm-up", "samples", "health"])
 def test_only_requests_of_users_are_counted(own):
     compression = make_compression()

@@ -30,7 +30,7 @@ class Client:
         ]
         self.sent, self.seen, self.app = [], [], app
         scope = {"type": "http", "method": method, "path": "/", "headers": headers}
-        asyncio.run(ExchangeMiddleware(self.route, CONFIG, self.refuse)(scope, self.receive, self.send))
+        asyncio.run(ExchangeMiddleware(self.route, lambda: CONFIG, self.refuse)(scope, self.receive, self.send))
 
     async def receive(self):
         return self.incoming.pop(0) if self.incoming else {"type": "http.disconnect"}

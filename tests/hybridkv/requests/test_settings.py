@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from sglang_hybridkv.compressors import BUILT_IN
 from sglang_hybridkv.compressors.full import FullConfig
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from sglang_hybridkv.requests.settings import RequestSettings, read_settings
+from sglang_hybridkv.requests.settings import (
+    RequestSettings,
+    apply_settings,
+    change_settings,
+    changeable,
+    read_settings,
+)
 
 SERVER = HybridKVConfig(preset="paper", budget=0.3, dynamic_share=0.2)
 LIMITED = SERVER.model_copy(update={"request_budget_min": 0.2, "request_budget_max": 0.5})
@@ -87,3 +93,40 @@ def test_requests_that_set_the_same_are_equal():
     assert hash(same[0]) == hash(same[1])
     others = [{"budget": 0.4}, {"theta": 0}, {"enabled": False}, {"enabled": True}]
     assert len({*same, RequestSettings(SERVER), *(read_settings(asked, SERVER) for asked in others)}) == 6
+
+
+def test_what_was_let_in_is_applied_whatever_the_limits_are_now():
+    asked = {"budget": 0.7, "min_prompt_tokens": 9}
+    strict = change_settings({"request_override": False, "request_budget_max": 0.1, "theta": 0.5}, SERVER)
+    applied = apply_settings(asked, strict)
+    assert (applied.config.budget, applied.config.min_prompt_tokens, applied.config.theta) == (0.7, 9, 0.5)
+    assert applied.given == read_settings(asked, SERVER).given
+    assert apply_settings({"enabled": False}, strict) == RequestSettings(strict, (("enabled", False),), False)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name not in ("full", "sparsemm")])
+def test_an_operator_changes_what_requests_set_and_their_limits(name):
+    config = BUILT_IN[name].config_class()
+    limits = {"request_override": False, "request_budget_min": 0.2, "request_budget_max": 0.3}
+    given = {"budget": 0.25, "min_prompt_tokens": 7, **limits}
+    changed = change_settings(given, config)
+    assert changeable(changed).items() >= given.items()
+    assert changeable(changed).keys() == {*config.per_request, *limits}
+    assert changed.model_dump() == {**config.model_dump(), **given}
+    assert change_settings(changeable(config), changed) == config
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (None, 'settings must be an object such as {"budget": 0.2}, got null'),
+        ({}, 'settings must be an object such as {"budget": 0.2}, got an empty one'),
+        ({"budget": 0}, "settings.budget = 0 is not allowed; legal: a number above 0 and at most 1"),
+        ({"events": None}, "settings.events is set when the server starts; what may be changed is budget, .*_max"),
+        ({"budgets": 1}, r"settings has no field 'budgets' \(did you mean 'budget'\?\); what may be changed is budget"),
+        ({"request_budget_min": 0.6}, "settings: request_budget_min = 0.6 is not allowed with request_budget_max"),
+    ],
+)
+def test_a_bad_change_is_one_sentence(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        change_settings(given, SERVER.model_copy(update={"request_budget_max": 0.5}))
