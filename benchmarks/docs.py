@@ -20,7 +20,14 @@ from benchmarks.quality.report import markdown
 from hybridkv_patches import server_args
 from sglang_hybridkv.compressors import BUILT_IN
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
-from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, RetrievalConfig, legal_values
+from sglang_hybridkv.config import (
+    BUDGET_FLAG,
+    CONFIG_FLAG,
+    EVENTS_FLAG,
+    CompressorConfig,
+    RetrievalConfig,
+    legal_values,
+)
 from sglang_hybridkv.requests.admission import EXPLANATIONS
 from sglang_hybridkv.srt import model_requirements, refusals, self_test, sglang_versions
 
@@ -43,12 +50,12 @@ python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-comp
 python -m sglang.launch_server --model-path M --kv-compressor hybridkv --kv-compressor-config @settings.json
 ```
 
-{budget_flag} is a short form of the field `budget`. {config_flag} takes a JSON object, or `@` and the path of a file
-that holds one. In Python, `sglang.Engine` takes `kv_compressor`, `kv_compressor_budget` and `kv_compressor_config`; the
-last may be a dict. A field that the chosen compressor does not have ends the server with one sentence, and so does a
-value outside the legal ones. `hybridkv config explain NAME FIELD` prints what stands here, `hybridkv config validate
-NAME JSON` says whether a server would take the settings, and `hybridkv config print NAME JSON` shows all of them. Some
-fields may also be set by a single request, see [requests.md](requests.md).
+{budget_flag} and {events_flag} are short forms of the fields `budget` and `events`. {config_flag} takes a JSON object,
+or `@` and the path of a file that holds one. In Python, `sglang.Engine` takes the same by keyword, from `kv_compressor`
+to `kv_compressor_config`; the last may be a dict. A field that the chosen compressor does not have ends the server with
+one sentence, and so does a value outside the legal ones. `hybridkv config explain NAME FIELD` prints what stands here,
+`hybridkv config validate NAME JSON` says whether a server would take the settings, and `hybridkv config print NAME
+JSON` shows all of them. Some fields may also be set by a single request, see [requests.md](requests.md).
 
 Words such as page, chunk, static and dynamic head are explained in [architecture.md](architecture.md#vocabulary). Where
 each compressor comes from stands in [compressors.md](compressors.md).
@@ -284,6 +291,7 @@ def settings_page() -> str:
     return SETTINGS.format(
         generated=GENERATED,
         budget_flag=f"`{BUDGET_FLAG}`",
+        events_flag=f"`{EVENTS_FLAG}`",
         config_flag=f"`{CONFIG_FLAG}`",
         hybridkv=_fields(HybridKVConfig, HybridKVConfig.model_fields, paper=True),
         engine=_fields(CompressorConfig, CompressorConfig.model_fields),

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from hybridkv_kernels.chunks import CODED_SCORES, ESTIMATING_SCORES, Retrieval
 
 BUDGET_FLAG = "--kv-compressor-budget"
+EVENTS_FLAG = "--kv-compressor-events"
 CONFIG_FLAG = "--kv-compressor-config"
 
 _HYSTERESIS = 0.5  # with a chunk_score of codes
@@ -319,14 +320,16 @@ class RetrievalConfig(CompressorConfig):
 Config = TypeVar("Config", bound=CompressorConfig)
 
 
-def parse_config(text: str | dict | None, config_class: type[Config], *, budget: float | None = None) -> Config:
+def parse_config(
+    text: str | dict | None, config_class: type[Config], *, budget: float | None = None, events: str | None = None
+) -> Config:
     """Build the config of one compressor from the flags' values.
 
     Parameters
     ----------
     text : JSON object, ``@path`` of a file that holds one, a dict, or None for the defaults.
     config_class : the compressor's.
-    budget : value of ``--kv-compressor-budget``; None when it is not given.
+    budget, events : values of ``--kv-compressor-budget`` and ``--kv-compressor-events``; None when not given.
 
     Raises
     ------
@@ -334,16 +337,17 @@ def parse_config(text: str | dict | None, config_class: type[Config], *, budget:
         One sentence that names the flag or field, the value and the legal values.
     """
     values = _load(text)
-    from_flag = budget is not None and "budget" not in values
-    if from_flag:
-        values["budget"] = budget
-    elif budget is not None and values["budget"] != budget:
-        flag, field = in_json_words(budget), in_json_words(values["budget"])
-        raise ValueError(f"{BUDGET_FLAG} {flag} and budget {field} of {CONFIG_FLAG} differ; give only one of them")
+    sources: dict[str, str] = {}
+    for name, flag, value in (("budget", BUDGET_FLAG, budget), ("events", EVENTS_FLAG, events)):
+        if value is not None and name not in values:
+            values[name], sources[name] = value, flag
+        elif value is not None and values[name] != value:
+            given, field = in_json_words(value), in_json_words(values[name])
+            raise ValueError(f"{flag} {given} and {name} {field} of {CONFIG_FLAG} differ; give only one of them")
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_one_sentence(error, config_class, budget_from_flag=from_flag)) from None
+        raise ValueError(_one_sentence(error, config_class, sources)) from None
 
 
 def legal_values(field: str, config_class: type[CompressorConfig]) -> str:
@@ -470,7 +474,8 @@ def _file_hint(text: str) -> str | None:
     return f"to read a file, write @{text}" if looks_like_a_file else None
 
 
-def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], *, budget_from_flag: bool) -> str:
+def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], sources: dict[str, str]) -> str:
+    """`sources` names the flag that a field came from, where it was not the configuration."""
     first = error.errors(include_url=False)[0]
     if not first["loc"]:
         return f"{CONFIG_FLAG} {first['msg'].removeprefix('Value error, ')}"
@@ -481,5 +486,4 @@ def _one_sentence(error: ValidationError, config_class: type[CompressorConfig], 
         return f"{CONFIG_FLAG} has no field {unknown}; known fields: {', '.join(fields)}"
     if first["type"] == "missing":
         return f"{CONFIG_FLAG} needs the field {name!r}: {fields[name].description}"
-    given = BUDGET_FLAG if name == "budget" and budget_from_flag else f"{CONFIG_FLAG} {name}"
-    return not_allowed(given, first["input"], legal_values(name, config_class))
+    return not_allowed(sources.get(name, f"{CONFIG_FLAG} {name}"), first["input"], legal_values(name, config_class))

@@ -10,7 +10,7 @@ from hybridkv_patches.entry import ProcessEntry
 from hybridkv_patches.server_args import adopt, claim_page_size, make_settings
 
 _ENGINE_MODULE = "sglang.srt.entrypoints.engine"
-_KEYWORDS = ("kv_compressor", "kv_compressor_budget", "kv_compressor_config")
+_KEYWORDS = ("kv_compressor", "kv_compressor_budget", "kv_compressor_events", "kv_compressor_config")
 BESIDE_SERVER_ARGS = (
     "sglang.Engine reads no {keywords} beside server_args; build these with prepare_server_args(['--kv-compressor', "
     "...]), or give all arguments to Engine by keyword"
@@ -18,7 +18,7 @@ BESIDE_SERVER_ARGS = (
 
 
 class EngineServerArgs:
-    """Stands in for ServerArgs where an Engine builds its arguments: takes the compressor's three away first."""
+    """Stands in for ServerArgs where an Engine builds its arguments: takes the compressor's away first."""
 
     def __init__(self, stock: Any):
         self.stock = stock
@@ -28,10 +28,11 @@ class EngineServerArgs:
         *args: Any,
         kv_compressor: str | None = None,
         kv_compressor_budget: float | None = None,
+        kv_compressor_events: str | None = None,
         kv_compressor_config: dict | str | None = None,
         **kwargs: Any,
     ) -> Any:
-        settings = make_settings(kv_compressor, kv_compressor_budget, kv_compressor_config)
+        settings = make_settings(kv_compressor, kv_compressor_budget, kv_compressor_config, kv_compressor_events)
         if settings is None:
             return self.stock(*args, **kwargs)
         kwargs["page_size"] = claim_page_size(kwargs.get("page_size"), settings.config)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from hybridkv_patches import activation
 from hybridkv_patches.hook import Hook
 from sglang_hybridkv.compressors import NONE, compressor_names, get_compressor
-from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, parse_config
+from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, EVENTS_FLAG, CompressorConfig, parse_config
 from sglang_hybridkv.srt import refusals
 from sglang_hybridkv.srt import settings as settings_module
 from sglang_hybridkv.srt.settings import Settings
@@ -42,6 +42,11 @@ def add_flags(_result: Any, parser: Any) -> None:
         f"Default: {CompressorConfig().budget}.",
     )
     group.add_argument(
+        EVENTS_FLAG,
+        metavar="ENDPOINT",
+        help="Publish the plan of each compressed prompt over ZMQ, such as tcp://127.0.0.1:5559. Default: nowhere.",
+    )
+    group.add_argument(
         CONFIG_FLAG,
         metavar="JSON|@FILE",
         help="Settings of the compressor: a JSON object, or @ and the path of a file that holds one. "
@@ -56,6 +61,7 @@ def take_flags(original: Any, cls: Any, namespace: Any) -> Any:
             getattr(namespace, "kv_compressor", None),
             getattr(namespace, "kv_compressor_budget", None),
             getattr(namespace, "kv_compressor_config", None),
+            getattr(namespace, "kv_compressor_events", None),
         )
         if settings is not None:
             namespace.page_size = claim_page_size(getattr(namespace, "page_size", None), settings.config)
@@ -99,8 +105,8 @@ def end_at_once(server_args: Any, error: Exception) -> NoReturn:
     raise error
 
 
-def make_settings(name: Any, budget: Any, config: Any) -> Settings | None:
-    """Validated settings from the three knobs as the user gave them; None when compression is off.
+def make_settings(name: Any, budget: Any, config: Any, events: Any = None) -> Settings | None:
+    """Validated settings from the knobs as the user gave them; None when compression is off.
 
     Raises
     ------
@@ -108,13 +114,14 @@ def make_settings(name: Any, budget: Any, config: Any) -> Settings | None:
         One sentence: a bad value, knobs without a compressor, or an SGLang that cannot be hooked.
     """
     if name is None or name == NONE:
-        given = [flag for flag, value in ((BUDGET_FLAG, budget), (CONFIG_FLAG, config)) if value is not None]
+        knobs = ((BUDGET_FLAG, budget), (EVENTS_FLAG, events), (CONFIG_FLAG, config))
+        given = [flag for flag, value in knobs if value is not None]
         if given:
             names = "|".join(compressor_names())
             raise ValueError(NO_COMPRESSOR.format(flags=" and ".join(given), flag=FLAG, names=names))
         return None
     config_class = get_compressor(name).config_class
-    settings = Settings(name, parse_config(config, config_class, budget=_number(budget)))
+    settings = Settings(name, parse_config(config, config_class, budget=_number(budget), events=events))
     fault = activation.startup_fault()
     if fault is not None:
         raise ValueError(fault)

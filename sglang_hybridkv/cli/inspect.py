@@ -25,16 +25,18 @@ _MAGIC = b"hybridkv plan 1\n"
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A plan, with the pictures that were sent, as their files' bytes, and what the server answered."""
+    """A plan, with the pictures that were sent, as their files' bytes, what the server answered, and its record."""
 
     event: PlanEvent
     pictures: tuple[bytes, ...] = ()
     answer: str = ""
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write a file that `load` reads."""
-        lines = [json.dumps({"answer": self.answer, "pictures": [_text(one) for one in self.pictures]}).encode()]
-        path.write_bytes(_MAGIC + lines[0] + b"\n" + write_message(self.event))
+        pictures = [as_text(one) for one in self.pictures]
+        about = json.dumps({"answer": self.answer, "record": self.record, "pictures": pictures})
+        path.write_bytes(_MAGIC + about.encode() + b"\n" + write_message(self.event))
 
     @classmethod
     def load(cls, path: Path) -> Inspection:
@@ -46,19 +48,32 @@ class Inspection:
             header, _, payload = content.removeprefix(_MAGIC).partition(b"\n")
             about = json.loads(header)
             _, event = read_message((TOPIC, bytes(8), payload))
-            return cls(event, tuple(map(base64.b64decode, about["pictures"])), about["answer"])
+            return cls(event, tuple(map(base64.b64decode, about["pictures"])), about["answer"], about["record"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--from = {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _text(picture: bytes) -> str:
+def as_text(picture: bytes) -> str:
+    """Base64."""
     return base64.b64encode(picture).decode()
 
 
+def with_pictures(prompt: str, pictures: Sequence[bytes]) -> Any:
+    """Content of a chat message: the pictures, then the text."""
+    # Readers of images look at their first bytes, not at this type.
+    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{as_text(one)}"}} for one in pictures]
+    return [*images, {"type": "text", "text": prompt}] if images else prompt
+
+
 def ask(
-    url: str, prompt: str, pictures: Sequence[bytes], *, max_tokens: int = 16, api_key: str | None = None
+    url: str, content: Any, pictures: Sequence[bytes] = (), *, max_tokens: int = 16, api_key: str | None = None
 ) -> Inspection:
     """Send one chat message to a running server, and catch the plan that it publishes.
+
+    Parameters
+    ----------
+    content : of the message, as the chat API has it; `with_pictures` makes one.
+    pictures : that are in it, to be drawn.
 
     Raises
     ------
@@ -69,12 +84,9 @@ def ask(
 
     endpoint = watch.read(url, api_key).state["config"].get("events")
     if endpoint is None:
-        recipe = '--kv-compressor-config \'{"events": "tcp://127.0.0.1:5559"}\''
+        recipe = "--kv-compressor-events tcp://127.0.0.1:5559"
         raise ValueError(f"the server at {url} does not publish its plans; start it with {recipe}")
     rid = f"hybridkv-inspect-{uuid.uuid4().hex}"
-    # Readers of images look at their first bytes, not at this type.
-    images = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_text(one)}"}} for one in pictures]
-    content: Any = [*images, {"type": "text", "text": prompt}] if images else prompt
     body = {"model": "default", "messages": [{"role": "user", "content": content}], "temperature": 0}
     body |= {"max_tokens": max_tokens, "rid": rid}
     socket: Any = zmq.Context.instance().socket(zmq.SUB)
@@ -94,7 +106,7 @@ def ask(
     if event is None:
         why = f"dense, {record['reason']}" if record and not record["compressed"] else f"with the record {record}"
         raise ValueError(f"the server has published no plan for the prompt, which it served {why}")
-    return Inspection(event, tuple(pictures), answer["choices"][0]["message"]["content"] or "")
+    return Inspection(event, tuple(pictures), answer["choices"][0]["message"]["content"] or "", record or {})
 
 
 def _post(place: str, body: dict[str, Any], api_key: str | None) -> dict[str, Any]:
@@ -141,6 +153,12 @@ def summary(event: PlanEvent) -> list[tuple[str, str]]:
         ("heads", f"{int(is_dynamic.sum())} of {is_dynamic.numel()} are dynamic"),
         ("pages a head", f"{int(pages.min())} to {int(pages.max())}, {pages.float().mean():.1f} in the mean"),
     ]
+    attention = torch.tensor(event.attention_kept)[~is_dynamic]
+    if len(attention) and not attention.isnan().any():
+        mean, least = 100 * attention.mean(), 100 * attention.min()
+        lines.append(
+            ("attention", f"{mean:.1f} % of it is kept by static heads in the mean, {least:.1f} % by the lowest")
+        )
     for name, where in (("text", ~is_image), ("images", is_image)):
         if where.any() and len(static):
             lines.append((f"{name} kept", f"{100 * static[:, where].mean():.1f} % of its tokens, by static heads"))
@@ -148,52 +166,64 @@ def summary(event: PlanEvent) -> list[tuple[str, str]]:
 
 
 def draw(inspection: Inspection) -> Any:
-    """A matplotlib figure: head map, kept tokens by position and layer, and each picture with what was kept of it."""
+    """A matplotlib figure: maps of the heads, kept tokens by position, and what each type kept of a picture."""
     from matplotlib.figure import Figure
 
     event = inspection.event
     is_dynamic, pages = torch.tensor(event.is_dynamic), torch.tensor(event.head_pages, dtype=torch.float32)
     kept = event.kept_tokens().float()
+    types = [(name, where) for name, where in (("static", ~is_dynamic), ("dynamic", is_dynamic)) if where.any()]
     visual = [span for span in event.spans if span[2] == "image"][: len(inspection.pictures)]
-    in_a_row = max(1, min(len(visual), 3))
-    num_rows, width = 2 + -(-len(visual) // in_a_row), 6 // in_a_row
+    num_rows = 2 + len(visual)
     figure = Figure(figsize=(11, 3.4 * num_rows), layout="constrained")
     grid = figure.add_gridspec(num_rows, 6)
-    heads = figure.add_subplot(grid[0, :2])
-    shown = heads.imshow(pages.numpy(), aspect="auto", cmap="Blues", vmin=0)
-    figure.colorbar(shown, ax=heads, label="pages")
-    rows, columns = is_dynamic.nonzero(as_tuple=True)
-    heads.scatter(columns.numpy(), rows.numpy(), marker="o", s=12, color="darkorange", label="dynamic")
-    heads.set(xlabel="KV head", ylabel="layer", title="pages (dots: dynamic)")
-    places = figure.add_subplot(grid[0, 2:])
+    layers, heads = is_dynamic.nonzero(as_tuple=True)
+    maps: tuple[tuple[str, torch.Tensor, float | None, slice], ...] = (
+        ("pages", pages, None, slice(0, 2)),
+        ("attention kept", torch.tensor(event.attention_kept), 1.0, slice(2, 4)),
+    )
+    for name, values, most, place in maps:
+        axes = figure.add_subplot(grid[0, place])
+        shown = axes.imshow(values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=most)
+        figure.colorbar(shown, ax=axes, label=name)
+        axes.scatter(heads.numpy(), layers.numpy(), marker="o", s=12, color="darkorange", label="dynamic")
+        axes.set(xlabel="KV head", ylabel="layer", title=f"{name} (dots: dynamic)")
+    places = figure.add_subplot(grid[0, 4:])
     shown = places.imshow(kept.mean(1).numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     figure.colorbar(shown, ax=places, label="share of the layer's heads")
     places.set(xlabel="token of the prompt", ylabel="layer", title="tokens that went to the device")
     by_token = figure.add_subplot(grid[1, :])
-    mean = kept[~is_dynamic].mean(0) if (~is_dynamic).any() else kept.mean((0, 1))
-    by_token.plot(mean.numpy(), linewidth=0.7)
+    for name, where in types:
+        by_token.plot(kept[where].mean(0).numpy(), linewidth=0.7, label=f"{name} heads")
     for start, end, _ in event.spans:
         by_token.axvspan(start, end, color="gold", alpha=0.3)
-    by_token.set(
-        xlabel="token of the prompt", ylabel="share", title="static heads that keep a token; yellow are images"
-    )
-    by_token.set_xlim(0, len(mean))
+    by_token.set(xlabel="token of the prompt", ylabel="share", title="heads that keep a token; yellow are images")
+    by_token.set_xlim(0, kept.shape[-1])
+    by_token.legend()
+    width = 6 // len(types)
     for index, (start, end, _) in enumerate(visual):
-        row, column = divmod(index, in_a_row)
-        axes = figure.add_subplot(grid[2 + row, width * column : width * (column + 1)])
-        _draw_picture(axes, inspection.pictures[index], kept[:, :, start : min(end, kept.shape[-1])], end - start)
-        axes.set_title(f"image {index + 1}: tokens {start} to {end}")
+        for column, (name, where) in enumerate(types):
+            axes = figure.add_subplot(grid[2 + index, width * column : width * (column + 1)])
+            of_image = kept[where][:, start : min(end, kept.shape[-1])]
+            draw_picture(axes, inspection.pictures[index], of_image, end - start)
+            axes.set_title(f"image {index + 1}, tokens {start} to {end}: kept by {name} heads")
     return figure
 
 
-def _draw_picture(axes: Any, picture: bytes, kept: torch.Tensor, num_tokens: int) -> None:
-    """The picture, darker where fewer heads keep its tokens; tokens beyond the whole pages count as kept."""
+def draw_picture(axes: Any, picture: bytes, kept: torch.Tensor, num_tokens: int) -> None:
+    """The picture, darker where fewer heads keep its tokens; tokens beyond the whole pages count as kept.
+
+    Parameters
+    ----------
+    kept : [heads, <= num_tokens], 0 or 1.
+    num_tokens : of the picture.
+    """
     from PIL import Image
 
     with Image.open(io.BytesIO(picture)) as image:
         width, height = image.size
         share = torch.ones(num_tokens)
-        share[: kept.shape[-1]] = kept.mean((0, 1))
+        share[: kept.shape[-1]] = kept.mean(0)
         rows, columns = grid_of(num_tokens, width, height)
         axes.imshow(image.convert("RGB"), extent=(0, width, height, 0))
         darkness = 0.85 * (1 - share / share.max().clamp(min=1e-6)).view(rows, columns).numpy()

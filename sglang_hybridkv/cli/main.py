@@ -248,7 +248,7 @@ def _inspect(args: argparse.Namespace) -> Iterator[str]:
     else:
         prompt = _read(Path(args.prompt[1:]), "--prompt").decode() if args.prompt.startswith("@") else args.prompt
         pictures = [_read(path, "--image") for path in args.image]
-        found = inspect.ask(args.url, prompt, pictures, api_key=args.api_key)
+        found = inspect.ask(args.url, inspect.with_pictures(prompt, pictures), pictures, api_key=args.api_key)
     yield from (f"{name:12}  {value}" for name, value in inspect.summary(found.event))
     for path, write in (
         (args.save, found.save),

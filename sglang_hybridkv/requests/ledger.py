@@ -71,7 +71,7 @@ class Reservation:
     committed: bool = False
     head_counts: torch.Tensor | None = None
     digest: torch.Tensor | None = None
-    plan: tuple[torch.Tensor, torch.Tensor] | None = None
+    plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     seconds: Callable[[], float | None] = lambda: None
     written: torch.cuda.Event | None = None
     failed: bool = False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import torch
 
-from sglang_hybridkv.config import CONFIG_FLAG
+from sglang_hybridkv.config import EVENTS_FLAG
 
 if TYPE_CHECKING:
     from sglang_hybridkv.requests.ledger import Reservation
@@ -38,6 +38,8 @@ class PlanEvent(msgspec.Struct, tag="plan", kw_only=True):
     is_dynamic : [L][H].
     head_pages : [L][H], device pages of each head.
     kept : [L, H, covered_tokens / 8] bytes; see `kept_tokens`.
+    attention_kept : [L][H], from 0 to 1. What these rows hold of the attention of the observed queries to the covered
+        prompt, in the mean; NaN of a compressor that looks at no attention.
     plan : the digest in the request's record; of the rank's own heads, where there are several ranks.
     """
 
@@ -52,6 +54,7 @@ class PlanEvent(msgspec.Struct, tag="plan", kw_only=True):
     is_dynamic: list[list[bool]]
     head_pages: list[list[int]]
     kept: bytes
+    attention_kept: list[list[float]]
     plan: str
 
     def kept_tokens(self) -> torch.Tensor:
@@ -103,15 +106,16 @@ class PlanPublisher:
             self._socket.bind(self.endpoint)
         except zmq.ZMQError as error:
             self._socket.close()
-            given = f"{CONFIG_FLAG} events = {endpoint!r}"
-            raise ValueError(f"{given} cannot be bound at {self.endpoint} ({error.strerror})") from None
+            raise ValueError(
+                f"{EVENTS_FLAG} {endpoint} cannot be bound at {self.endpoint} ({error.strerror})"
+            ) from None
 
     def publish(self, request_id: str, prompt_tokens: int, budget: float, reservation: Reservation) -> None:
         """One event, from what the forward has written to the host; waits for that, and for no subscriber."""
         head_pages = reservation.head_counts_on_host()
         assert reservation.plan is not None, "compressed without its plan"
         assert reservation.digest is not None
-        is_dynamic, kept = reservation.plan
+        is_dynamic, kept, attention_kept = reservation.plan
         covered = reservation.geometry.covered
         event = PlanEvent(
             time=time.time(),
@@ -125,6 +129,7 @@ class PlanPublisher:
             is_dynamic=is_dynamic.tolist(),
             head_pages=head_pages.tolist(),
             kept=kept.numpy().tobytes(),
+            attention_kept=attention_kept.tolist(),
             plan=f"{int(reservation.digest) % 2**64:016x}",
         )
         sequence = next(self._sequence).to_bytes(8, "big")

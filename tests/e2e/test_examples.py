@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -57,3 +58,15 @@ def test_offline_engine_with_an_own_compressor(tmp_path: Path, vl_model: Path) -
         env={**engine_flags("cpu").env, "PYTHONPATH": path},
     )
     assert "'compressed': True" in printed
+
+
+def test_case_studies(tmp_path: Path) -> None:
+    run("case_studies/run.py", "--methods", "hybridkv", "--out", str(tmp_path), env=engine_flags("cpu").env)
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["stock"] * 4 + ["hybridkv"] * 4
+    assert all(row["right"] for row in rows[:4]), rows
+    assert all(row["resident_ratio"] < 0.15 for row in rows[4:])
+    page = (tmp_path / "README.md").read_text()
+    for study in ("difference", "moment"):
+        assert f"({study}.png)" in page
+        assert (tmp_path / f"{study}.png").stat().st_size > 10_000

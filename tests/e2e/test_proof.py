@@ -187,7 +187,7 @@ def test_plans_are_published_as_they_are_made(tenth: Server, vision: Vision) -> 
 
 def test_a_prompt_is_asked_and_its_plan_is_caught(tenth: Server, vision: Vision) -> None:
     pictures = [base64.b64decode(one.partition(",")[2]) for one in vision.images(80, 2).images]
-    found = inspect.ask(tenth.url, "What is new here? " * 120, pictures, max_tokens=4)
+    found = inspect.ask(tenth.url, inspect.with_pictures("What is new here? " * 120, pictures), pictures, max_tokens=4)
     event = found.event
     assert [kind for *_, kind in event.spans] == ["image", "image"]
     for (start, end, _), picture in zip(event.spans, pictures, strict=True):
@@ -195,9 +195,9 @@ def test_a_prompt_is_asked_and_its_plan_is_caught(tenth: Server, vision: Vision)
             rows, columns = inspect.grid_of(end - start, *image.size)
             assert (28 * columns, 28 * rows) == image.size
     with pytest.raises(ValueError, match="served dense, prompt_too_short"):
-        inspect.ask(tenth.url, "What?", [], max_tokens=4)
+        inspect.ask(tenth.url, "What?", max_tokens=4)
 
 
 def test_a_server_that_publishes_no_plans_says_how_to(stock: Reference) -> None:
     with pytest.raises(ValueError, match="does not compress; start it with --kv-compressor"):
-        inspect.ask(stock.server.url, "What?", [])
+        inspect.ask(stock.server.url, "What?")

@@ -3,12 +3,14 @@
 import base64
 import io
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
 from PIL import Image
 
-from sglang_hybridkv.cli.inspect import Inspection, draw, grid_of, summary
+from sglang_hybridkv.cli.inspect import Inspection, draw, grid_of, summary, write_page
 from sglang_hybridkv.cli.main import main
 from sglang_hybridkv.requests.plan_events import PlanEvent, pack_bits
 
@@ -38,9 +40,10 @@ def inspection():
         is_dynamic=is_dynamic.tolist(),
         head_pages=[[2, 1, 1], [1, 1, 1]],
         kept=pack_bits(kept).numpy().tobytes(),
+        attention_kept=[[0.9, 0.2, 0.5], [0.8, 0.6, 0.1]],
         plan="0" * 16,
     )
-    return Inspection(event, (picture(112, 84), picture(84, 56)), "an answer <b>")
+    return Inspection(event, (picture(112, 84), picture(84, 56)), "an answer <b>", {"resident_ratio": 0.25})
 
 
 @pytest.mark.parametrize(
@@ -55,6 +58,7 @@ def test_figures_in_words(inspection):
     found = dict(summary(inspection.event))
     assert found["heads"] == "2 of 6 are dynamic"
     assert found["pages a head"] == "1 to 2, 1.2 in the mean"
+    assert found["attention"] == "70.0 % of it is kept by static heads in the mean, 50.0 % by the lowest"
     assert found["prompt"] == "50 tokens, 48 of them in whole pages"
     # Four static heads: each keeps the 4 image tokens of the last page, and one of them 6 tokens of the first image.
     assert found["images kept"] == f"{100 * (4 * 4 + 6) / (4 * 16):.1f} % of its tokens, by static heads"
@@ -62,15 +66,44 @@ def test_figures_in_words(inspection):
 
 
 def test_all_is_drawn(inspection):
-    heads, bar, tokens, _, by_token, first, second = draw(inspection).axes
+    heads, bar, attention, _, tokens, _, by_token, *images = draw(inspection).axes
     assert heads.get_images()[0].get_array().tolist() == inspection.event.head_pages
     assert bar.get_ylabel() == "pages"
+    assert attention.get_images()[0].get_array().tolist() == torch.tensor(inspection.event.attention_kept).tolist()
     assert tokens.get_images()[0].get_array().shape == (2, 48)
-    assert len(by_token.get_lines()[0].get_xdata()) == 48
-    dark = first.get_images()[1].get_alpha()
-    assert dark.shape == (3, 4)
-    assert dark.flatten().tolist() == pytest.approx([0.0] * 6 + [0.85] * 6)
-    assert second.get_title() == "image 2: tokens 44 to 50"
+    assert [len(line.get_xdata()) for line in by_token.get_lines()] == [48, 48]
+    titles = [
+        f"image {index}, tokens {place}: kept by {kind} heads"
+        for index, place in ((1, "4 to 16"), (2, "44 to 50"))
+        for kind in ("static", "dynamic")
+    ]
+    assert [axes.get_title() for axes in images] == titles
+    static, dynamic = (axes.get_images()[1].get_alpha() for axes in images[:2])
+    assert static.shape == (3, 4)
+    assert static.flatten().tolist() == pytest.approx([0.0] * 6 + [0.85] * 6)  # one static head keeps the first six
+    assert dynamic.flatten().tolist() == pytest.approx([0.85] * 12)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed (Debian's package chromium)")
+def test_a_browser_shows_the_page(inspection, tmp_path):
+    """The drawing is on the screenshot: the red of the pictures, and more than a blank page has."""
+    page, shot = tmp_path / "kept.html", tmp_path / "shot.png"
+    write_page(inspection, page)
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--window-size=1200,2000",
+    ]
+    command += [f"--user-data-dir={tmp_path}/profile", f"--screenshot={shot}", page.as_uri()]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    with Image.open(shot) as image:
+        colours = image.convert("RGB").getcolors(2**24)
+    reds = sum(count for count, (red, green, blue) in colours if red > 200 and green < 40 and blue < 40)
+    assert reds > 5_000
+    assert len(colours) > 200
 
 
 def test_a_file_holds_all_of_it_and_a_page_needs_no_other(inspection, tmp_path, capsys):

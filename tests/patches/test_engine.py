@@ -23,8 +23,10 @@ def test_without_a_compressor_the_arguments_are_stock(make, off):
 
 @pytest.mark.parametrize("config", [{"theta": 0}, '{"theta": 0}'])
 def test_compressor_arguments_become_settings(make, config):
-    args = make(model_path="m", kv_compressor="hybridkv", kv_compressor_budget=0.5, kv_compressor_config=config)
+    ours = {"kv_compressor_budget": 0.5, "kv_compressor_events": "ipc:///tmp/a", "kv_compressor_config": config}
+    args = make(model_path="m", kv_compressor="hybridkv", **ours)
     settings = settings_of(args)
+    assert settings.config.events == "ipc:///tmp/a"
     assert (settings.config.budget, settings.config.theta, args.page_size) == (0.5, 0.0, settings.config.page_size)
 
 

@@ -4,7 +4,7 @@ import pytest
 from sglang.srt.server_args import ServerArgs
 
 from hybridkv_patches import activation, server_args
-from hybridkv_patches.server_args import BUDGET_FLAG, CONFIG_FLAG, FLAG
+from hybridkv_patches.server_args import BUDGET_FLAG, CONFIG_FLAG, EVENTS_FLAG, FLAG
 from sglang_hybridkv.srt.settings import settings_of
 
 
@@ -56,6 +56,8 @@ def test_settings_survive_the_trip_to_the_scheduler():
     settings = settings_of(parse(FLAG, "hybridkv", CONFIG_FLAG, '{"preset": "paper", "theta": 0.5}'))
     assert (settings.config.preset, settings.config.theta) == ("paper", 0.5)
     assert settings_of(parse(FLAG, "full")).config.budget == 1.0
+    for given in ((), (CONFIG_FLAG, '{"events": "ipc:///tmp/a"}')):
+        assert settings_of(parse(FLAG, "full", EVENTS_FLAG, "ipc:///tmp/a", *given)).config.events == "ipc:///tmp/a"
 
 
 def test_a_page_size_that_agrees_is_fine():
@@ -73,6 +75,12 @@ def test_a_page_size_that_agrees_is_fine():
         ((FLAG, "hybridkv", BUDGET_FLAG, "nan"), (f"{BUDGET_FLAG} = nan", "legal: a number above 0 and at most 1")),
         ((FLAG, "hybridkv", CONFIG_FLAG, "{"), (CONFIG_FLAG, "is not valid JSON")),
         ((FLAG, "hybridkv", CONFIG_FLAG, '{"budget": 0.2}', BUDGET_FLAG, "0.1"), ("0.2", "0.1", "differ")),
+        ((EVENTS_FLAG, "tcp://127.0.0.1:5559"), (EVENTS_FLAG, "would change nothing without")),
+        ((FLAG, "hybridkv", EVENTS_FLAG, "5559"), (f"{EVENTS_FLAG} = '5559' is not allowed", "tcp://127.0.0.1:5559")),
+        (
+            (FLAG, "hybridkv", CONFIG_FLAG, '{"events": "ipc:///tmp/a"}', EVENTS_FLAG, "ipc:///tmp/b"),
+            (f"{EVENTS_FLAG} 'ipc:///tmp/b' and events 'ipc:///tmp/a'", "differ"),
+        ),
         ((FLAG, "snapkv", CONFIG_FLAG, '{"theta": 0.5}'), ("no field 'theta'", "known fields: budget")),
         ((FLAG, "full", BUDGET_FLAG, "0.1"), (f"{BUDGET_FLAG} = 0.1", "legal: a number equal to 1")),
         ((FLAG, "hybridkv", "--page-size", "1"), ("--page-size 1", "differs from 8, the page_size", "leave it out")),

@@ -20,7 +20,7 @@ def reservation(kept, is_dynamic, head_pages):
     return SimpleNamespace(
         geometry=geometry,
         spans=(VisualSpan(3, 9, "image"),),
-        plan=(is_dynamic, pack_bits(kept)),
+        plan=(is_dynamic, pack_bits(kept), kept.float().mean(-1)),
         digest=torch.tensor(-1),
         head_counts_on_host=lambda: head_pages,
     )
@@ -68,6 +68,7 @@ def test_a_subscriber_reads_the_plan(plan, endpoint):
     assert [number for number, _ in messages] == list(range(messages[0][0], sequence + 1))
     assert torch.equal(event.kept_tokens(), kept)
     assert event.is_dynamic == is_dynamic.tolist()
+    assert torch.equal(torch.tensor(event.attention_kept), kept.float().mean(-1))
     assert event.head_pages == head_pages.tolist()
     assert (event.request_id, event.prompt_tokens, event.covered_tokens) == ("asked", 43, 40)
     assert (event.budget, event.page_size, event.rank, event.plan) == (0.2, 8, 0, "f" * 16)
@@ -96,9 +97,7 @@ def test_each_rank_has_a_place_of_its_own(endpoint, tmp_path):
     port = int(endpoint.rpartition(":")[2])
     publishers = [PlanPublisher(endpoint, 0), PlanPublisher(endpoint, 1)]
     assert [publisher.endpoint for publisher in publishers] == [endpoint, f"tcp://127.0.0.1:{port + 1}"]
-    with pytest.raises(
-        ValueError, match=r"^--kv-compressor-config events = 'tcp.*' cannot be bound at tcp.* \(Address"
-    ):
+    with pytest.raises(ValueError, match=r"^--kv-compressor-events tcp.* cannot be bound at tcp.* \(Address"):
         PlanPublisher(endpoint)
     file = f"ipc://{tmp_path}/plans"
     publishers += [PlanPublisher(file, 0), PlanPublisher(file, 2)]
