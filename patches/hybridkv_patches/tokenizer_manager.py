@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 from hybridkv_patches.hook import Hook
-from sglang_hybridkv.requests.settings import KEY, WARM_UP, params_by_name, read_settings
+from sglang_hybridkv.requests.settings import KEY, NAME, WARM_UP, params_by_name, read_settings
 from sglang_hybridkv.requests.stats import META_INFO_KEY
-from sglang_hybridkv.srt.http_exchange import current_exchange
+from sglang_hybridkv.srt.http_exchange import HEADER, current_exchange
 from sglang_hybridkv.srt.refusals import SCORE_EXTRACTION, refused_request
 from sglang_hybridkv.srt.settings import decode_change, settings_of
 
@@ -28,8 +28,10 @@ def add_settings(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> Non
     sampling, exchange = tokenized.sampling_params, current_exchange()
     theirs = params_by_name(sampling.custom_params)
     own = {name: value for name, value in theirs.items() if name != WARM_UP}  # or a client would not be counted
-    if exchange is not None and exchange.given is not None:
-        own[KEY] = exchange.given
+    given = None if exchange is None else exchange.given
+    # One prompt of several may have settings of its own; then a header for all is one too many.
+    if given is not None and own.setdefault(KEY, given) != given:
+        raise ValueError(f"{NAME} is given beside the header {HEADER}; give one of them")
     if KEY in own:
         read_settings(own[KEY], settings.config)
     if is_warming_up(manager):

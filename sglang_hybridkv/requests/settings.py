@@ -24,8 +24,8 @@ WARM_UP = "__hybridkv_warm_up"  # in custom_params of what a server asks itself 
 ENABLED = "enabled"
 SETTINGS = "settings"  # of a server, where they are changed
 LIMITS = ("request_override", "request_budget_min", "request_budget_max")
-_OF_A_REQUEST = (NAME, "is set for the whole server only", "a request may set")
-_OF_A_CHANGE = (SETTINGS, "is set when the server starts", "what may be changed is")
+_OF_A_REQUEST = ("is set for the whole server only", "a request may set")
+_OF_A_CHANGE = ("is set when the server starts", "what may be changed is")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ def params_by_name(custom_params: Any) -> dict[str, Any]:
     return custom_params if isinstance(custom_params, dict) else {}
 
 
-def read_settings(given: Any, config: CompressorConfig) -> RequestSettings:
-    """Settings of a request that has `given` under `KEY` in its custom_params, on a server with `config`.
+def read_settings(given: Any, config: CompressorConfig, source: str = NAME) -> RequestSettings:
+    """Settings of a request that has `given` in its `source`, on a server with `config`.
 
     Raises
     ------
@@ -59,22 +59,22 @@ def read_settings(given: Any, config: CompressorConfig) -> RequestSettings:
     """
     legal = (ENABLED, *config.per_request)
     if not isinstance(given, dict):
-        raise ValueError(f'{NAME} must be an object such as {{"budget": 0.2}}, got {kind_of(given)}')
+        raise ValueError(f'{source} must be an object such as {{"budget": 0.2}}, got {kind_of(given)}')
     if not config.request_override:
-        raise ValueError(f"{NAME} is not allowed: this server has request_override = false")
+        raise ValueError(f"{source} is not allowed: this server has request_override = false")
     for name in given:
         if name not in legal:
-            raise ValueError(_unknown(name, config, _OF_A_REQUEST, legal))
+            raise ValueError(_unknown(name, config, (source, *_OF_A_REQUEST), legal))
     enabled, values = given.get(ENABLED, True), {name: given[name] for name in given if name != ENABLED}
     if not isinstance(enabled, bool):
-        raise ValueError(not_allowed(f"{NAME}.{ENABLED}", enabled, "true or false"))
+        raise ValueError(not_allowed(f"{source}.{ENABLED}", enabled, "true or false"))
     if values and not enabled:
-        raise ValueError(f"{NAME}.{next(iter(values))} would change nothing with {ENABLED} = false; leave one out")
-    own = _validated(values, config, NAME, lambda name: _legal(name, config))
+        raise ValueError(f"{source}.{next(iter(values))} would change nothing with {ENABLED} = false; leave one out")
+    own = _validated(values, config, source, lambda name: _legal(name, config))
     least, most = config.request_budget_min, config.request_budget_max
     is_low, is_high = least is not None and own.budget < least, most is not None and own.budget > most
     if "budget" in values and (is_low or is_high):
-        raise ValueError(not_allowed(f"{NAME}.budget", values["budget"], _legal("budget", config)))
+        raise ValueError(not_allowed(f"{source}.budget", values["budget"], _legal("budget", config)))
     return RequestSettings(own, tuple(sorted(given.items())), enabled)
 
 
@@ -104,7 +104,7 @@ def change_settings(given: Any, config: Config) -> Config:
         raise ValueError(f'{SETTINGS} must be an object such as {{"budget": 0.2}}, got {kind}')
     for name in given:
         if name not in legal:
-            raise ValueError(_unknown(name, config, _OF_A_CHANGE, legal))
+            raise ValueError(_unknown(name, config, (SETTINGS, *_OF_A_CHANGE), legal))
     return _validated(given, config, SETTINGS, lambda name: legal_values(name, type(config)))
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import collections
 import contextvars
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import aclosing
 from typing import Any
 
-from sglang_hybridkv.config import CompressorConfig, load_json
+from sglang_hybridkv.config import CompressorConfig, load_json, unique_keys
 from sglang_hybridkv.requests.settings import KEY, NAME, read_settings
 from sglang_hybridkv.requests.stats import META_INFO_KEY
 
-HEADER = "x-kv-compressor"
+HEADER = "x-kv-compressor"  # of a request its settings, of an answer its record
+# SGLang's router hands on headers that begin like this one, and drops the other.
+ROUTED_HEADER = "x-request-id-kv-compressor"
 _MOST_RECORDS = 16  # of one header: a client's limit for all of them may be 16 KiB
 _MARK = f'"{KEY}"'.encode()
 _ESCAPE = rb"\u00"
@@ -35,7 +37,7 @@ class HttpExchange:
 
     Attributes
     ----------
-    given : what the request has under `KEY` of the custom_params in its body; None without it.
+    given : what the request has under `KEY` of the custom_params in its body, or in the header `HEADER`; None without.
     records : of its answers, by their index.
     """
 
@@ -84,10 +86,18 @@ class ExchangeMiddleware:
             await self.app(scope, receive, send)
             return
         exchange = HttpExchange()
+        try:
+            exchange.given = settings_in_headers(scope["headers"], self.read_config())
+        except ValueError as error:
+            await (await self.refuse(scope, str(error)))(scope, receive, send)
+            return
         if b"json" in dict(scope["headers"]).get(b"content-type", b"json"):  # without the header, a body is JSON, too
             body, receive = await _buffer(receive)
             try:
-                exchange.given = settings_in_body(body, self.read_config())
+                given = settings_in_body(body, self.read_config())
+                if given is not None and exchange.given is not None:
+                    raise ValueError(f"{NAME} is given beside the header {HEADER}; give one of them")
+                exchange.given = exchange.given if given is None else given
             except ValueError as error:
                 await (await self.refuse(scope, str(error)))(scope, receive, send)
                 return
@@ -145,6 +155,31 @@ async def _buffer(receive: Receive) -> tuple[bytes, Receive]:
         return pending.pop() if pending else await receive()
 
     return message.get("body", b""), replay
+
+
+def settings_in_headers(headers: Iterable[tuple[bytes, bytes]], config: CompressorConfig) -> dict[str, Any] | None:
+    """What the header `HEADER` or `ROUTED_HEADER` gives, a JSON object; None without them.
+
+    They are for what stands between client and server and drops fields of the body that it does not know. ValueError,
+    one sentence, if it is bad.
+    """
+    found = [value for name, value in headers if name in (HEADER.encode(), ROUTED_HEADER.encode())]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(f"the header {HEADER} is given {len(found)} times; give it once")
+    try:
+        given = load_json(found[0], unique_keys)
+    except RecursionError:
+        raise ValueError(f"the header {HEADER} is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(
+            f'the header {HEADER} is not valid JSON; expected an object such as {{"budget": 0.2}}'
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"the header {HEADER} {error}; give it once") from None
+    read_settings(given, config, HEADER)
+    return dict(given)
 
 
 def settings_in_body(body: bytes, config: CompressorConfig) -> dict[str, Any] | None:

@@ -305,6 +305,51 @@ def test_every_panel_of_the_board_shows_something(running: Server, prometheus: h
         query(prometheus, rule["query"])
 
 
+@pytest.fixture
+def router(tenth: Server, tmp_path: Path) -> Iterator[httpx.Client]:
+    """SGLang's, before one server."""
+    ports = [str(free_port()), str(free_port())]
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--worker-urls", tenth.url, "--port", ports[0]]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--prometheus-port", ports[1]], stdout=log, stderr=log)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{ports[0]}", timeout=60) as client:
+
+            def is_ready() -> bool:
+                try:
+                    return client.get("/readiness").is_success
+                except httpx.TransportError:
+                    return False
+
+            wait_for(is_ready, "worker")
+            yield client
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def test_settings_and_records_pass_sglang_s_router(router: httpx.Client) -> None:
+    """In headers, whatever the API; docs/replicas.md says which APIs drop custom_params there."""
+    words = "a b c d e f g h " * 60
+    bodies: dict[str, dict[str, Any]] = {
+        "/generate": {"text": words, "sampling_params": {"max_new_tokens": 4}},
+        "/v1/completions": {"model": "default", "prompt": words, "max_tokens": 4},
+        "/v1/chat/completions": {"model": "default", "messages": [{"role": "user", "content": words}], "max_tokens": 4},
+    }
+    for path, body in bodies.items():
+        headers = {"x-request-id-kv-compressor": '{"budget": 0.4}'}
+        answer = router.post(path, json=body, headers=headers).raise_for_status()
+        assert json.loads(answer.headers["x-kv-compressor"])["request_settings"] == {"budget": 0.4}
+        refused = router.post(path, json=body, headers={"x-request-id-kv-compressor": '{"budget": 4}'})
+        assert refused.status_code == 400
+        assert "x-kv-compressor.budget = 4 is not allowed" in refused.text
+    dropped = {}
+    for path, body in bodies.items():
+        answer = router.post(path, json={**body, **own(budget=0.4)}).raise_for_status()
+        dropped[path] = json.loads(answer.headers["x-kv-compressor"])["request_settings"] is None
+    assert dropped == {"/generate": True, "/v1/completions": False, "/v1/chat/completions": True}
+
+
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sglang_hybridkv.cli.main", "bench", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

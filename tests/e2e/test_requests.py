@@ -156,6 +156,23 @@ def test_every_api_takes_settings_and_gives_the_record(limited: Server, path: st
         assert (record["budget"], record["request_settings"]) == (0.4, {"budget": 0.4})
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_every_api_takes_settings_in_a_header(limited: Server, path: str) -> None:
+    model = limited.client.get("/v1/models").json()["data"][0]["id"]
+    for given, status in ((0.4, 200), (0.9, 400)):
+        headers = {HEADER: json.dumps({"budget": given})}
+        answer = limited.client.post(path, json=apis(model)[path], headers=headers)
+        assert answer.status_code == status
+        assert status == 400 or json.loads(answer.headers[HEADER])["request_settings"] == {"budget": given}
+
+
+def test_a_header_for_all_prompts_and_settings_of_one_are_refused(limited: Server) -> None:
+    body = {"text": [WORDS, WORDS], "sampling_params": [own(budget=0.3), {}]}
+    answer = limited.client.post("/generate", json=body, headers={HEADER: '{"budget": 0.4}'})
+    assert answer.status_code == 400
+    assert "give one of them" in answer.text
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", PATHS)
 def test_every_api_answers_a_bad_setting_with_status_400(limited: Server, path: str, stream: bool) -> None:

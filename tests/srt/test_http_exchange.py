@@ -133,6 +133,45 @@ def test_what_has_no_body_to_read_passes_by():
         assert len(Client(app, **options).sent) == 2
 
 
+@pytest.mark.parametrize("name", [b"x-kv-compressor", b"x-request-id-kv-compressor"])
+@pytest.mark.parametrize("body", [b"{}", b'{"custom_params": {"other": 1}}', b"\xff no JSON"])
+def test_a_header_says_the_same_as_a_body(body, name):
+    async def app(exchange, receive, send):
+        assert exchange.given == {"budget": 0.2}
+
+    assert Client(app, body, headers=[*JSON_TYPE, (name, b'{"budget": 0.2}')]).sent == []
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        (
+            [b'{"budget": 0.9}'],
+            "x-kv-compressor.budget = 0.9 is not allowed; legal: a number above 0 and at most 1, on",
+        ),
+        ([b'{"bugdet": 0.2}'], "x-kv-compressor has no field 'bugdet' (did you mean 'budget'?)"),
+        ([b'{"budget": 0.2, "budget": 0.3}'], "the header x-kv-compressor gives 'budget' twice; give it once"),
+        ([b"0.2"], 'x-kv-compressor must be an object such as {"budget": 0.2}, got a number'),
+        ([b"budget=0.2"], "the header x-kv-compressor is not valid JSON"),
+        ([b'{"budget\xff": 1}'], "the header x-kv-compressor is not valid JSON"),
+        ([b""], "the header x-kv-compressor is not valid JSON"),
+        ([b"[" * 60_000], "the header x-kv-compressor is nested too deeply"),
+        ([b'{"budget": 0.2}', b'{"budget": 0.2}'], "the header x-kv-compressor is given 2 times; give it once"),
+    ],
+)
+def test_a_bad_header_never_reaches_the_app(values, complaint):
+    client = Client(None, headers=[*JSON_TYPE, *((b"x-kv-compressor", value) for value in values)])
+    [refusal] = client.sent
+    assert complaint in refusal["sentence"]
+    assert client.seen == []
+
+
+def test_a_header_and_a_body_are_one_too_many():
+    header = (b"x-kv-compressor", b'{"budget": 0.2}')
+    [refusal] = Client(None, json.dumps(settings(budget=0.2)).encode(), headers=[*JSON_TYPE, header]).sent
+    assert "is given beside the header x-kv-compressor; give one of them" in refusal["sentence"]
+
+
 @pytest.mark.parametrize("headers", [JSON_TYPE, []])
 def test_a_bad_setting_never_reaches_the_app(headers):
     body = json.dumps(settings(budget=0.9)).encode()
