@@ -1,6 +1,7 @@
 """The documentation is current: generated pages, links, figures, and every command that it tells a reader to run."""
 
 import argparse
+import importlib
 import itertools
 import json
 import re
@@ -135,7 +136,8 @@ def commands() -> list[str]:
     found = []
     for path in TOLD:
         if path.suffix == ".md":
-            blocks = re.findall(r"^```\n(.*?)^```", read(path), flags=re.MULTILINE | re.DOTALL)
+            fences = re.findall(r"^```(\w*)\n(.*?)^```", read(path), flags=re.MULTILINE | re.DOTALL)
+            blocks = [block for language, block in fences if not language]
             lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
             found += re.findall(r"`(curl [^`]*)`", read(path))
         else:
@@ -188,7 +190,8 @@ def test_every_command_is_run_or_parsed_or_excused(command, server_flags):
     if program == "make":
         assert re.search(rf"^{arguments[0]}:", read(ROOT / "Makefile"), flags=re.MULTILINE)
     elif program == "curl":
-        assert "/server_info" in command, "only what benchmarks/harness.py asks, too"
+        paths = ("/server_info", "/kv_compressor/settings")
+        assert any(path in command for path in paths), "only what benchmarks/harness.py and test_operation.py ask, too"
     elif [program, *arguments[:1]] == ["hybridkv", "doctor"]:
         check_server(arguments[1:], server_flags)
     elif program == "hybridkv":
@@ -199,6 +202,9 @@ def test_every_command_is_run_or_parsed_or_excused(command, server_flags):
         check_server(arguments[2:], server_flags)
     elif arguments[:2] == ["-m", "pytest"]:
         assert all((ROOT / path).exists() for path in arguments[2:])
+    elif arguments[:2] == ["-m", "sglang_router.launch_router"]:
+        known = importlib.import_module("sglang_router.launch_router").parse_router_args
+        assert known(arguments[2:]).worker_urls
     elif arguments[0] == "-m":
         check_module(arguments[1], arguments[2:])
     else:
