@@ -50,8 +50,8 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--json", action="store_true", help="print the row as JSON; else in words")
     add("--engine", choices=["cpu", "cuda"], default="cpu", help="where the servers run")
-    add("--rounds", type=int, default=20, help="ratios of which the mean counts")
-    add("--batch", type=int, default=4, help="requests at once")
+    add("--rounds", type=int, default=60, help="ratios of which the mean counts")
+    add("--batch", type=int, default=1, help="requests at once")
     add("--prompt-tokens", type=int, default=2048, help="of each request")
     add("--new-tokens", type=int, default=256, help="generated tokens of each request")
     add("--model", default=MODEL, help="folder of a checkpoint, or the name of a tiny one to make")
