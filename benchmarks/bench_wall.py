@@ -32,7 +32,7 @@ from benchmarks.harness import Server, ServerError, end_on_sigterm, engine_flags
 from benchmarks.models.make_models import SPECS, make_model
 from benchmarks.provenance import run_metadata
 
-SERVERS = ("stock", "none", "hybridkv")
+SERVERS = ("stock", "none", "dense", "hybridkv")
 PREFIXES = ("distinct", "shared")
 LEAST_REQUESTS = 4
 MS = 1000.0

@@ -355,11 +355,29 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
+def random_prompts(folder: Path) -> list[str]:
+    """Flags of SGLang's benchmarks: five prompts of 900 tokens, of words in a file; they would download some."""
+    file = folder / "conversations.json"
+    file.write_text(json.dumps([{"conversations": [{"value": "a b c d e"}, {"value": "f g h i j"}]}] * 20))
+    sizes = {"random-input-len": 900, "random-output-len": 12, "random-range-ratio": 1, "num-prompts": 5}
+    flags = ["--dataset-name", "random", "--dataset-path", str(file)]
+    return flags + [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+
+
+def test_sglang_s_benchmark_of_servers_asks_ours(tenth: Server, tmp_path: Path) -> None:
+    before = (tenth.compressor_state() or {})["compressed_requests"]
+    model = tenth.server_info()["model_path"]
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", tenth.url]
+    command += ["--model", model, *random_prompts(tmp_path), "--output-file", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert (row["completed"], row["total_output_tokens"]) == (5, 60)
+    assert (tenth.compressor_state() or {})["compressed_requests"] >= before + 5
+
+
 def test_sglang_s_offline_benchmark_takes_our_flags_and_shows_the_proof(tmp_path: Path) -> None:
-    texts = tmp_path / "conversations.json"  # whose words SGLang's benchmark repeats; it would download some
-    texts.write_text(json.dumps([{"conversations": [{"value": "a b c d e"}, {"value": "f g h i j"}]}] * 20))
-    sizes = ["--dataset-name", "random", "--dataset-path", str(texts), "--num-prompts", "5", "--skip-warmup"]
-    sizes += ["--random-input-len", "900", "--random-output-len", "12", "--random-range-ratio", "1"]
+    sizes = ["--skip-warmup", *random_prompts(tmp_path)]
     recipe = engine_flags("cpu", dtype="float32")
     flags = ("--model-path", str(make_model("tiny-qwen2")), *recipe.flags, *compression_flags(0.2), *sizes)
     with mock.patch.dict(os.environ, recipe.env):
