@@ -126,7 +126,7 @@ def rows_of(kind: ServerKind, loads: Sequence[Load], args: argparse.Namespace, m
     recipe = engine_flags(
         args.engine,
         max_total_tokens=args.pool_tokens,
-        max_running_requests=max(args.clients),
+        max_running_requests=args.max_running,
         chunked_prefill_size=args.chunked_prefill_size,
         dtype=args.dtype,
     )
@@ -210,11 +210,12 @@ def _arguments() -> argparse.Namespace:
     add("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="what to compare")
     add("--budgets", type=float, nargs="+", default=[0.1], help="one hybridkv server each")
     add("--prefixes", nargs="+", choices=PREFIXES, default=list(PREFIXES), help="prompts of their own, or that share")
-    add("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="that ask at once")
+    add("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="that ask at once")
     add("--prompt-tokens", type=int, default=2048, help="of each request")
     add("--shared-tokens", type=int, default=1536, help="of them, the beginning of all where they share one")
     add("--new-tokens", type=int, default=192, help="generated tokens of each request")
     add("--pool-tokens", type=int, default=9216, help="max_total_tokens of all servers")
+    add("--max-running", type=int, default=16, help="max_running_requests of all servers")
     add("--repeats", type=int, default=2, help="runs of each point")
     add("--chunked-prefill-size", type=int, default=2048, help="as SGLang's, for all servers")
     add("--dtype", help="as SGLang's, for all servers")
@@ -224,7 +225,7 @@ def _arguments() -> argparse.Namespace:
     add("--plot", type=Path, metavar="ROWS", help="draw these rows; nothing is measured")
     add("--out", type=Path, default=Path("wall.png"), help="file of --plot")
     args = parser.parse_args()
-    for name in ("clients", "prompt_tokens", "shared_tokens", "new_tokens", "pool_tokens", "repeats"):
+    for name in ("clients", "max_running", "prompt_tokens", "shared_tokens", "new_tokens", "pool_tokens", "repeats"):
         values = getattr(args, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1")
@@ -242,7 +243,7 @@ def main() -> int:
     end_on_sigterm()
     model = make_model(args.model) if args.model in SPECS else Path(args.model)
     recorded = ("engine", "threads", "prompt_tokens", "shared_tokens", "new_tokens", "pool_tokens")
-    recorded += ("chunked_prefill_size", "dtype")
+    recorded += ("max_running", "chunked_prefill_size", "dtype")
     origin = {name: getattr(args, name) for name in recorded} | {"model": model.name} | run_metadata()
     rows = [] if args.resume is None else [row for row in _read(args.resume) if row["server"] != "ratio"]
     for row in rows:

@@ -28,7 +28,7 @@ def extend_app(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: A
         return await app.exception_handlers[HTTPException](Request(scope), HTTPException(400, sentence))
 
     live = admin.LiveSettings(server_args, tokenizer_manager)
-    admin.add_routes(app, live, has_admin_key=bool(server_args.admin_api_key))
+    admin.add_routes(app, live, server_args.admin_api_key)
     app.user_middleware.append(Middleware(ExchangeMiddleware, read_config=lambda: live.read().config, refuse=refuse))
 
 

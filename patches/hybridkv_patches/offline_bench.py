@@ -7,6 +7,7 @@ flags before it loads plugins, so that it does not know ours.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ def fault_of(name: str) -> str | None:
     if name in NAMES:
         return None
     known = ", ".join(NAMES)
+    if not name:
+        return f"say which benchmark: one of {known}"
     if name in WITHOUT_SCHEDULER:
         return f"{name} runs the model without a scheduler, so that nothing would be compressed; use one of {known}"
     if name == "serving":
@@ -47,7 +50,8 @@ def with_proof(measure: Any) -> Any:
 
 
 def _state(backend: Any) -> dict[str, Any] | None:
-    if not hasattr(backend, "get_server_info"):
+    """None without compression, and of SGLang's backend `runtime`, which tells it only to who waits for it."""
+    if not hasattr(backend, "get_server_info") or inspect.iscoroutinefunction(backend.get_server_info):
         return None
     state: dict[str, Any] | None = backend.get_server_info()["internal_states"][0].get("kv_compressor")
     return state

@@ -106,10 +106,13 @@ def change_settings(original, scheduler, recv_req):
         return original(scheduler, recv_req)
     from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
-    given = settings_module.decode_change(recv_req.server_args)
-    if given is None:
+    if not settings_module.is_change(recv_req.server_args):
         return original(scheduler, recv_req)
-    scheduler.tree_cache.compression.change_settings(given)
+    try:
+        scheduler.tree_cache.compression.change_settings(settings_module.decode_change(recv_req.server_args))
+    except ValueError as error:  # checked where it was asked for, with the same settings
+        logger.error("KV compressor: settings were not changed: %s", error)
+        return SetInternalStateReqOutput(updated=False)
     return SetInternalStateReqOutput(updated=True)
 
 

@@ -11,13 +11,13 @@ from sglang_hybridkv.requests.settings import KEY, NAME, WARM_UP, params_by_name
 from sglang_hybridkv.requests.stats import META_INFO_KEY
 from sglang_hybridkv.srt.http_exchange import HEADER, current_exchange
 from sglang_hybridkv.srt.refusals import SCORE_EXTRACTION, refused_request
-from sglang_hybridkv.srt.settings import decode_change, settings_of
+from sglang_hybridkv.srt.settings import is_change, settings_of
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 
 
-def add_settings(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> None:
+def add_settings(tokenized: Any, manager: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER _create_tokenized_object: ValueError, which is the client's answer, when its settings are bad.
 
     Some APIs drop custom_params; what stood in the body of the HTTP request goes in here.
@@ -28,16 +28,23 @@ def add_settings(tokenized: Any, manager: Any, *args: Any, **kwargs: Any) -> Non
     sampling, exchange = tokenized.sampling_params, current_exchange()
     theirs = params_by_name(sampling.custom_params)
     own = {name: value for name, value in theirs.items() if name != WARM_UP}  # or a client would not be counted
-    given = None if exchange is None else exchange.given
-    # One prompt of several may have settings of its own; then a header for all is one too many.
-    if given is not None and own.setdefault(KEY, given) != given:
-        raise ValueError(f"{NAME} is given beside the header {HEADER}; give one of them")
-    if KEY in own:
+    if exchange is not None and exchange.given is not None:
+        # One prompt of several may have settings of its own; then a header for all is one too many.
+        if exchange.is_in_header and _sets_its_own(request):
+            raise ValueError(f"{NAME} is given beside the header {HEADER}; give one of them")
+        own[KEY] = exchange.given  # which was checked when it arrived
+    elif KEY in own:
         read_settings(own[KEY], settings.config)
     if is_warming_up(manager):
         own[WARM_UP] = True
     if own or theirs:
         sampling.custom_params = own
+
+
+def _sets_its_own(request: Any) -> bool:
+    """Whether a request, one prompt of several, has settings in its sampling_params."""
+    sampling = getattr(request, "sampling_params", None)
+    return isinstance(sampling, dict) and KEY in params_by_name(sampling.get("custom_params"))
 
 
 def is_warming_up(manager: Any) -> bool:
@@ -87,7 +94,7 @@ def refuse_score_extraction(manager: Any, *args: Any, **kwargs: Any) -> None:
 
 def refuse_internal_state(manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """BEFORE set_internal_state: settings of the compressor are changed at a route of their own."""
-    if settings_of(manager.server_args) is not None and decode_change(obj.server_args) is not None:
+    if settings_of(manager.server_args) is not None and is_change(obj.server_args):
         from fastapi import HTTPException
 
         raise HTTPException(400, "settings of the KV compressor are changed by PUT /kv_compressor/settings")

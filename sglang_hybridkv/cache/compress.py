@@ -107,17 +107,17 @@ def compress_prompt(
     reservation.head_counts = plan.heads.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
     reservation.digest = digest_plan(kept_rows, is_dynamic, geometry.covered).to("cpu", non_blocking=True)
     if compressor.config.events is not None:
-        on_device = is_dynamic, pack_bits(plan.kept), attention_kept(observed.salience, plan.kept)
+        on_device = is_dynamic, pack_bits(plan.kept), salience_kept(observed.salience, plan.kept)
         reservation.plan = tuple(one.to("cpu", non_blocking=True) for one in on_device)
     if outcome.is_cuda:
         reservation.written = torch.cuda.Event()
         reservation.written.record()
 
 
-def attention_kept(salience: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def salience_kept(salience: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """[L, H], fp32: what `kept` [L, H, covered], bool, hold of the salience [L, H, >= covered] of a prompt.
 
-    With most compressors salience is the observed queries' mean probability. NaN where a compressor looks at none.
+    NaN where a compressor gives no token any.
     """
     salience = salience[..., : kept.shape[-1]]
     return (salience * kept).sum(-1) / salience.sum(-1)

@@ -309,14 +309,15 @@ def as_sentences(plans: Mapping[str, Plan], shortest: int | None, price: float |
     yield (
         f"By bytes, a request adds less to a step than on stock from prompts of {shortest:,} tokens on."
         if shortest is not None
-        else "By bytes, a request adds no less to a step than on stock, whatever its length."
+        else "By bytes, a request of no length that was looked at adds less to a step than on stock."
     )
     yield f"Stock has room for {stock.requests_at_once:,} requests at once, {name} for {compressed.requests_at_once:,}."
     if price is not None:
         saved = saved_a_year(stock, compressed, price)
         if saved is not None:
             servers = compressed.tokens_per_s / stock.tokens_per_s
-            yield f"One such server answers what {servers:.2f} stock servers answer, which saves {saved:,.0f} a year."
+            change = f"saves {saved:,.0f}" if saved >= 0 else f"costs {-saved:,.0f} more"
+            yield f"One such server answers what {servers:.2f} stock servers do, which {change} a year."
 
 
 def write_plot(

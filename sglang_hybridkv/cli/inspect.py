@@ -20,7 +20,7 @@ from sglang_hybridkv.requests.plan_events import TOPIC, PlanEvent, read_message,
 
 _SECONDS = 600.0  # that an answer may take
 _KNOCK_SECONDS = 20.0  # until the server knows of the subscriber
-_MAGIC = b"hybridkv plan 1\n"
+_MAGIC = b"hybridkv plan 2\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +153,11 @@ def summary(event: PlanEvent) -> list[tuple[str, str]]:
         ("heads", f"{int(is_dynamic.sum())} of {is_dynamic.numel()} are dynamic"),
         ("pages a head", f"{int(pages.min())} to {int(pages.max())}, {pages.float().mean():.1f} in the mean"),
     ]
-    attention = torch.tensor(event.attention_kept)[~is_dynamic]
-    if len(attention) and not attention.isnan().any():
-        mean, least = 100 * attention.mean(), 100 * attention.min()
+    salience = torch.tensor(event.salience_kept)[~is_dynamic]
+    if len(salience) and not salience.isnan().any():
+        mean, least = 100 * salience.mean(), 100 * salience.min()
         lines.append(
-            ("attention", f"{mean:.1f} % of it is kept by static heads in the mean, {least:.1f} % by the lowest")
+            ("salience", f"{mean:.1f} % of it is kept by static heads in the mean, {least:.1f} % by the lowest")
         )
     for name, where in (("text", ~is_image), ("images", is_image)):
         if where.any() and len(static):
@@ -180,7 +180,7 @@ def draw(inspection: Inspection) -> Any:
     layers, heads = is_dynamic.nonzero(as_tuple=True)
     maps: tuple[tuple[str, torch.Tensor, float | None, slice], ...] = (
         ("pages", pages, None, slice(0, 2)),
-        ("attention kept", torch.tensor(event.attention_kept), 1.0, slice(2, 4)),
+        ("salience kept", torch.tensor(event.salience_kept), 1.0, slice(2, 4)),
     )
     for name, values, most, place in maps:
         axes = figure.add_subplot(grid[0, place])

@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="SGLang's offline benchmarks with the flags of this plugin",
-        description="Run sglang.benchmark.NAME with flags that SGLang's own command does not know. The result says "
-        "how many requests were compressed.",
+        description="Run sglang.benchmark.NAME with flags that SGLang's own command does not know. The result of "
+        "offline_throughput says how many requests were compressed.",
     )
     bench.add_argument("name", metavar="NAME", help="offline_throughput or one_batch_server")
     bench.add_argument("flags", metavar="FLAG", nargs=argparse.REMAINDER, help="as SGLang's benchmark would get them")

@@ -38,8 +38,8 @@ class PlanEvent(msgspec.Struct, tag="plan", kw_only=True):
     is_dynamic : [L][H].
     head_pages : [L][H], device pages of each head.
     kept : [L, H, covered_tokens / 8] bytes; see `kept_tokens`.
-    attention_kept : [L][H], from 0 to 1. What these rows hold of the attention of the observed queries to the covered
-        prompt, in the mean; NaN of a compressor that looks at no attention.
+    salience_kept : [L][H], from 0 to 1. What these rows hold of the salience that the compressor saw in the covered
+        prompt, before it is pooled; with most, the mean attention of the observed queries. NaN where there is none.
     plan : the digest in the request's record; of the rank's own heads, where there are several ranks.
     """
 
@@ -54,7 +54,7 @@ class PlanEvent(msgspec.Struct, tag="plan", kw_only=True):
     is_dynamic: list[list[bool]]
     head_pages: list[list[int]]
     kept: bytes
-    attention_kept: list[list[float]]
+    salience_kept: list[list[float]]
     plan: str
 
     def kept_tokens(self) -> torch.Tensor:
@@ -115,7 +115,7 @@ class PlanPublisher:
         head_pages = reservation.head_counts_on_host()
         assert reservation.plan is not None, "compressed without its plan"
         assert reservation.digest is not None
-        is_dynamic, kept, attention_kept = reservation.plan
+        is_dynamic, kept, salience_kept = reservation.plan
         covered = reservation.geometry.covered
         event = PlanEvent(
             time=time.time(),
@@ -129,7 +129,7 @@ class PlanPublisher:
             is_dynamic=is_dynamic.tolist(),
             head_pages=head_pages.tolist(),
             kept=kept.numpy().tobytes(),
-            attention_kept=attention_kept.tolist(),
+            salience_kept=salience_kept.tolist(),
             plan=f"{int(reservation.digest) % 2**64:016x}",
         )
         sequence = next(self._sequence).to_bytes(8, "big")

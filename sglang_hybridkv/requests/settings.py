@@ -39,7 +39,7 @@ class RequestSettings:
     enabled : False when the request asks to be served dense.
     """
 
-    config: CompressorConfig
+    config: CompressorConfig = dataclasses.field(hash=False)  # whose fields may be of any kind
     given: tuple[tuple[str, Any], ...] = ()
     enabled: bool = True
 

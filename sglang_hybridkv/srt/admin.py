@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -66,37 +67,45 @@ class LiveSettings:
 
     async def change(self, given: Any) -> dict[str, Any]:
         """Have the schedulers change what is `given`, then show it; ValueError, one sentence, when it is bad."""
+        # A client that leaves must not part what the schedulers know from what this process knows.
+        return await asyncio.shield(self._change(given))
+
+    async def _change(self, given: Any) -> dict[str, Any]:
         async with self._lock:
             settings = self.read()
             config = change_settings(given, settings.config)
             self._manager.auto_create_handle_loop()
             message = SetInternalStateReq(server_args=settings_module.encode_change(given))
             answers = await self._manager.set_internal_state_communicator(message)
-            assert all(answer.updated for answer in answers), "the settings are the same in all processes"
+            if not all(answer.updated for answer in answers):
+                raise RuntimeError("a scheduler has not changed its settings; its log says why")
             changed = settings_module.Settings(settings.name, config)
             for server_args in (self._server_args, self._manager.server_args):
                 settings_module.stash(server_args, changed)
             return self.show()
 
 
-def add_routes(app: FastAPI, live: LiveSettings, *, has_admin_key: bool) -> None:
-    """Give the HTTP server's `app` the two routes; without an admin key they are refused."""
+def add_routes(app: FastAPI, live: LiveSettings, admin_key: str | None) -> None:
+    """Give the HTTP server's `app` the two routes; on a server without an admin key they are refused."""
 
-    def check_key() -> None:
-        # As SGLang's own endpoints of this kind: where there is a key, its middleware has asked for it.
-        if not has_admin_key:
+    def check_key(request: Request) -> None:
+        if not admin_key:
             raise HTTPException(400, f"{PATH} needs an admin key, and this server runs without --admin-api-key")
+        # SGLang's middleware has asked for it, where it took this path for what it is.
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {admin_key}".encode()):
+            raise HTTPException(401, "Unauthorized")
 
     @app.get(PATH)
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def show_settings() -> dict[str, Any]:
-        check_key()
+    async def show_settings(request: Request) -> dict[str, Any]:
+        check_key(request)
         return live.show()
 
     @app.put(PATH)
     @auth_level(AuthLevel.ADMIN_OPTIONAL)
     async def put_settings(request: Request) -> dict[str, Any]:
-        check_key()
+        check_key(request)
         try:
             return await live.change(read_body(await request.body()))
         except ValueError as error:

@@ -37,12 +37,14 @@ class HttpExchange:
 
     Attributes
     ----------
-    given : what the request has under `KEY` of the custom_params in its body, or in the header `HEADER`; None without.
+    given : what the request has under `KEY` of the custom_params in its body, or in a header; None without.
+    is_in_header : whether it was a header.
     records : of its answers, by their index.
     """
 
     def __init__(self, given: dict[str, Any] | None = None):
         self.given = given
+        self.is_in_header = False
         self.records: dict[int, dict[str, Any]] = {}
 
     async def noting(self, answers: AsyncGenerator[Any, None]) -> AsyncIterator[Any]:
@@ -88,6 +90,7 @@ class ExchangeMiddleware:
         exchange = HttpExchange()
         try:
             exchange.given = settings_in_headers(scope["headers"], self.read_config())
+            exchange.is_in_header = exchange.given is not None
         except ValueError as error:
             await (await self.refuse(scope, str(error)))(scope, receive, send)
             return
@@ -167,7 +170,9 @@ def settings_in_headers(headers: Iterable[tuple[bytes, bytes]], config: Compress
     if not found:
         return None
     if len(found) > 1:
-        raise ValueError(f"the header {HEADER} is given {len(found)} times; give it once")
+        raise ValueError(
+            f"the headers {HEADER} and {ROUTED_HEADER} are given {len(found)} times; give one of them once"
+        )
     try:
         given = load_json(found[0], unique_keys)
     except RecursionError:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_hybridkv.requests.admission import DenseReason
+
 if TYPE_CHECKING:
     from sglang_hybridkv.requests.stats import HeldBytes, RequestRecord
 
@@ -41,6 +43,10 @@ class CompressionMetrics:
             "Requests by outcome, compressed or dense; reason says why dense, and is empty otherwise.",
             ("outcome", "reason"),
         )
+        # From the start with 0: Prometheus sees no increase of what begins with 1.
+        self._requests.labels(**labels, outcome="compressed", reason="")
+        for reason in DenseReason:
+            self._requests.labels(**labels, outcome="dense", reason=reason.value)
         self._held = {
             "device": make(Gauge, "device_bytes", "Device bytes that compressed requests hold now."),
             "stock": make(Gauge, "stock_bytes", "Device bytes that they would hold now without compression."),
@@ -76,9 +82,11 @@ class CompressionMetrics:
         )
         self._seen_chunks = (0, 0)
 
-    def show_settings(self, settings: dict[str, float | bool | None]) -> None:
-        """Settings by name, as they are now; a limit that is not set is NaN."""
+    def show_settings(self, settings: dict[str, Any]) -> None:
+        """Settings by name, as they are now, but texts; a limit that is not set is NaN."""
         for name, value in settings.items():
+            if isinstance(value, str):
+                continue
             self._setting.labels(**self._labels, name=name).set(float("nan") if value is None else value)
 
     def count_dense(self, reason: str) -> None:

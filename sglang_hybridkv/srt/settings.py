@@ -56,10 +56,13 @@ def encode_change(given: dict[str, Any]) -> dict[str, int]:
     return {_CHANGE + json.dumps(given): 0}
 
 
-def decode_change(server_args: dict[str, Any]) -> dict[str, Any] | None:
-    """What `encode_change` was given; None of a message about SGLang's own state."""
-    for name in server_args:
-        if name.startswith(_CHANGE):
-            given: dict[str, Any] = json.loads(name.removeprefix(_CHANGE))
-            return given
-    return None
+def is_change(server_args: dict[str, Any]) -> bool:
+    """Whether a message has changed settings; others are about SGLang's own state."""
+    return any(name.startswith(_CHANGE) for name in server_args)
+
+
+def decode_change(server_args: dict[str, Any]) -> dict[str, Any]:
+    """What `encode_change` was given."""
+    [name] = server_args
+    given: dict[str, Any] = json.loads(name.removeprefix(_CHANGE))
+    return given

@@ -76,7 +76,7 @@ def test_rows_are_drawn(tmp_path: Path) -> None:
 def test_rows_of_other_settings_are_not_gone_on_with(tmp_path: Path, capsys, monkeypatch) -> None:
     given = tmp_path / "rows.jsonl"
     origin = {"engine": "cpu", "threads": 1, "prompt_tokens": 64, "shared_tokens": 32, "new_tokens": 8}
-    origin |= {"pool_tokens": 9216, "chunked_prefill_size": 2048, "dtype": None}
+    origin |= {"pool_tokens": 9216, "max_running": 16, "chunked_prefill_size": 2048, "dtype": None}
     given.write_text(json.dumps({**row("stock", 1, 0, 1.0), **origin}))
     command = [
         "bench_wall",

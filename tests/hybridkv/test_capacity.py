@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,8 @@ def test_table_and_json_say_the_same(model, capsys):
     table, sentences = (part.splitlines() for part in capsys.readouterr().out.split("\n\n"))
     assert f"from prompts of {shortest:,} tokens on" in sentences[0]
     assert "which saves" in sentences[2]
+    assert main([*model, *GIVEN, "--price", "3", "--link-gb-s", "0.5"]) == 0
+    assert re.search(r"answers what 0\.\d+ stock servers do, which costs [\d,]+ more a year", capsys.readouterr().out)
     assert table[0].split() == ["stock", "hybridkv"]
     assert table[1].split()[-2:] == [str(plan["requests_at_once"]) for plan in plans.values()]
     assert table[-1].split()[-2:] == [f"{plan['cost_per_million']:.2f}" for plan in plans.values()]

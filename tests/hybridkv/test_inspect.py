@@ -40,7 +40,7 @@ def inspection():
         is_dynamic=is_dynamic.tolist(),
         head_pages=[[2, 1, 1], [1, 1, 1]],
         kept=pack_bits(kept).numpy().tobytes(),
-        attention_kept=[[0.9, 0.2, 0.5], [0.8, 0.6, 0.1]],
+        salience_kept=[[0.9, 0.2, 0.5], [0.8, 0.6, 0.1]],
         plan="0" * 16,
     )
     return Inspection(event, (picture(112, 84), picture(84, 56)), "an answer <b>", {"resident_ratio": 0.25})
@@ -58,7 +58,7 @@ def test_figures_in_words(inspection):
     found = dict(summary(inspection.event))
     assert found["heads"] == "2 of 6 are dynamic"
     assert found["pages a head"] == "1 to 2, 1.2 in the mean"
-    assert found["attention"] == "70.0 % of it is kept by static heads in the mean, 50.0 % by the lowest"
+    assert found["salience"] == "70.0 % of it is kept by static heads in the mean, 50.0 % by the lowest"
     assert found["prompt"] == "50 tokens, 48 of them in whole pages"
     # Four static heads: each keeps the 4 image tokens of the last page, and one of them 6 tokens of the first image.
     assert found["images kept"] == f"{100 * (4 * 4 + 6) / (4 * 16):.1f} % of its tokens, by static heads"
@@ -69,7 +69,7 @@ def test_all_is_drawn(inspection):
     heads, bar, attention, _, tokens, _, by_token, *images = draw(inspection).axes
     assert heads.get_images()[0].get_array().tolist() == inspection.event.head_pages
     assert bar.get_ylabel() == "pages"
-    assert attention.get_images()[0].get_array().tolist() == torch.tensor(inspection.event.attention_kept).tolist()
+    assert attention.get_images()[0].get_array().tolist() == torch.tensor(inspection.event.salience_kept).tolist()
     assert tokens.get_images()[0].get_array().shape == (2, 48)
     assert [len(line.get_xdata()) for line in by_token.get_lines()] == [48, 48]
     titles = [

@@ -55,25 +55,25 @@ def test_settings_are_checked_whoever_asks(manager):
     """An Engine has no HTTP; --preferred-sampling-params come in here, too."""
     settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
     good = tokenized({"kv_compressor": {"budget": 0.2}, "thinking_budget": 7})
-    tokenizer_manager.add_settings(good, manager)
+    tokenizer_manager.add_settings(good, manager, None)
     assert good.sampling_params.custom_params == {"kv_compressor": {"budget": 0.2}, "thinking_budget": 7}
     with pytest.raises(ValueError, match=r"budget = 2 is not allowed"):
-        tokenizer_manager.add_settings(tokenized({"kv_compressor": {"budget": 2}}), manager)
+        tokenizer_manager.add_settings(tokenized({"kv_compressor": {"budget": 2}}), manager, None)
     plain = tokenized()
-    tokenizer_manager.add_settings(plain, manager)
+    tokenizer_manager.add_settings(plain, manager, None)
     assert plain.sampling_params.custom_params is None
 
 
 def test_a_client_cannot_pass_for_a_warm_up(manager):
     settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
     marked = tokenized({WARM_UP: True, "thinking_budget": 7})
-    tokenizer_manager.add_settings(marked, manager)
+    tokenizer_manager.add_settings(marked, manager, None)
     assert marked.sampling_params.custom_params == {"thinking_budget": 7}
 
 
 def test_without_compression_custom_params_are_nobodys_business(manager):
     theirs = tokenized({"kv_compressor": {"budget": 2}})
-    tokenizer_manager.add_settings(theirs, manager)
+    tokenizer_manager.add_settings(theirs, manager, None)
     assert theirs.sampling_params.custom_params == {"kv_compressor": {"budget": 2}}
 
 

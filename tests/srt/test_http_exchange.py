@@ -156,7 +156,10 @@ def test_a_header_says_the_same_as_a_body(body, name):
         ([b'{"budget\xff": 1}'], "the header x-kv-compressor is not valid JSON"),
         ([b""], "the header x-kv-compressor is not valid JSON"),
         ([b"[" * 60_000], "the header x-kv-compressor is nested too deeply"),
-        ([b'{"budget": 0.2}', b'{"budget": 0.2}'], "the header x-kv-compressor is given 2 times; give it once"),
+        (
+            [b'{"budget": 0.2}', b'{"budget": 0.2}'],
+            "x-request-id-kv-compressor are given 2 times; give one of them once",
+        ),
     ],
 )
 def test_a_bad_header_never_reaches_the_app(values, complaint):
@@ -164,6 +167,12 @@ def test_a_bad_header_never_reaches_the_app(values, complaint):
     [refusal] = client.sent
     assert complaint in refusal["sentence"]
     assert client.seen == []
+
+
+def test_both_headers_are_one_too_many():
+    headers = [(name, b'{"budget": 0.2}') for name in (b"x-kv-compressor", b"x-request-id-kv-compressor")]
+    [refusal] = Client(None, headers=[*JSON_TYPE, *headers]).sent
+    assert "x-kv-compressor and x-request-id-kv-compressor are given 2 times" in refusal["sentence"]
 
 
 def test_a_header_and_a_body_are_one_too_many():

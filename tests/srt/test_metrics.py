@@ -1,9 +1,13 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 
 pytest.importorskip("sglang")
 
 from sglang_hybridkv.cache.stopwatch import Stopwatch
+from sglang_hybridkv.requests.admission import DenseReason
 from sglang_hybridkv.srt.metrics import DeviceTotals
 from tests.conftest import ON_CUDA
 
@@ -40,3 +44,26 @@ def test_totals_of_a_device_arrive(device):
             reader.read()
             torch.cuda.synchronize()
         assert reader.read() == expected
+
+
+def test_every_outcome_is_there_before_it_happens():
+    """Prometheus sees no increase of a series that begins with 1, so that an alert on the first one would be silent."""
+    code = """
+from prometheus_client import REGISTRY
+from sglang_hybridkv.srt.metrics import CompressionMetrics
+made = CompressionMetrics({"model_name": "m"}, pool_bytes=1, host_store_bytes=1, chunk_bytes=1)
+made.show_settings({"budget": 0.2, "request_override": True, "request_budget_min": None, "word": "text"})
+for family in REGISTRY.collect():
+    for sample in family.samples:
+        if sample.name in ("sglang:kv_compressor_requests_total", "sglang:kv_compressor_setting"):
+            print(sample.labels.get("outcome"), sample.labels.get("reason", sample.labels.get("name")), sample.value)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = set(done.stdout.splitlines())
+    assert lines == {
+        "compressed  0.0",
+        *(f"dense {reason.value} 0.0" for reason in DenseReason),
+        "None budget 0.2",
+        "None request_override 1.0",
+        "None request_budget_min nan",
+    }

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.chunks import CODED_SCORES, encode_keys
-from sglang_hybridkv.cache.compress import digest_plan
+from sglang_hybridkv.cache.compress import digest_plan, salience_kept
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
@@ -352,3 +352,9 @@ def test_the_digest_does_not_depend_on_the_pages_that_a_prompt_got():
         pool.compress(prompt, statistic, salience)
         digests.append(int(prompt.reservation.digest))
     assert digests[0] == digests[1] != 0
+
+
+def test_the_salience_that_is_kept_is_a_share_of_the_covered_prompt():
+    salience = torch.tensor([[[1.0, 2.0, 3.0, 4.0, 90.0], [0.0, 0.0, 5.0, 0.0, 7.0], [0.0, 0.0, 0.0, 0.0, 0.0]]])
+    kept = torch.tensor([[[True, False, False, True], [False, True, True, False], [True, True, True, True]]])
+    assert salience_kept(salience, kept).nan_to_num(nan=-1.0).tolist() == [[0.5, 1.0, -1.0]]

@@ -68,7 +68,7 @@ def test_a_subscriber_reads_the_plan(plan, endpoint):
     assert [number for number, _ in messages] == list(range(messages[0][0], sequence + 1))
     assert torch.equal(event.kept_tokens(), kept)
     assert event.is_dynamic == is_dynamic.tolist()
-    assert torch.equal(torch.tensor(event.attention_kept), kept.float().mean(-1))
+    assert torch.equal(torch.tensor(event.salience_kept), kept.float().mean(-1))
     assert event.head_pages == head_pages.tolist()
     assert (event.request_id, event.prompt_tokens, event.covered_tokens) == ("asked", 43, 40)
     assert (event.budget, event.page_size, event.rank, event.plan) == (0.2, 8, 0, "f" * 16)
