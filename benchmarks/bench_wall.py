@@ -193,7 +193,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         repeats = len({row["repeat"] for row in rows})
         panels[0, column].set_title(f"{prefix} prompts, {repeats} runs a point")
         panels[1, column].set_xlabel("clients at once (logarithmic)")
-    panels[0, 0].legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=150)
 
 
