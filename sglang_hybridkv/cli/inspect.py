@@ -168,6 +168,7 @@ def summary(event: PlanEvent) -> list[tuple[str, str]]:
 def draw(inspection: Inspection) -> Any:
     """A matplotlib figure: maps of the heads, kept tokens by position, and what each type kept of a picture."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     event = inspection.event
     is_dynamic, pages = torch.tensor(event.is_dynamic), torch.tensor(event.head_pages, dtype=torch.float32)
@@ -188,10 +189,13 @@ def draw(inspection: Inspection) -> Any:
         figure.colorbar(shown, ax=axes, label=name)
         axes.scatter(heads.numpy(), layers.numpy(), marker="o", s=12, color="darkorange", label="dynamic")
         axes.set(xlabel="KV head", ylabel="layer", title=f"{name} (dots: dynamic)")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
     places = figure.add_subplot(grid[0, 4:])
     shown = places.imshow(kept.mean(1).numpy(), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     figure.colorbar(shown, ax=places, label="share of the layer's heads")
     places.set(xlabel="token of the prompt", ylabel="layer", title="tokens that went to the device")
+    places.yaxis.set_major_locator(MaxNLocator(integer=True))
     by_token = figure.add_subplot(grid[1, :])
     for name, where in types:
         by_token.plot(kept[where].mean(0).numpy(), linewidth=0.7, label=f"{name} heads")
