@@ -203,14 +203,14 @@ def _measure(server: Server, kind: ServerKind, batch: int, args: argparse.Namesp
     }
 
 
-def server_rows(kind: ServerKind, args: argparse.Namespace, model: Path, progress: Progress) -> Iterator[Row]:
-    """Start a server, yield its rows and stop it: each batch size, then time to first token."""
+def make_server(
+    kind: ServerKind, args: argparse.Namespace, model: Path, bench: str, *, max_total_tokens: int, max_running: int
+) -> Server:
+    """A server of the comparison that is not started yet; engine, dtype, threads and chunk size are those of `args`."""
     recipe = engine_flags(
         args.engine,
-        max_total_tokens=args.max_total_tokens,
-        # This is more than run at once: SGLang counts a prompt that is prefilled in chunks twice, and would leave the
-        # last one waiting.
-        max_running_requests=max(args.batches) + 4,
+        max_total_tokens=max_total_tokens,
+        max_running_requests=max_running,
         chunked_prefill_size=args.chunked_prefill_size,
         dtype=args.dtype,
     )
@@ -218,7 +218,14 @@ def server_rows(kind: ServerKind, args: argparse.Namespace, model: Path, progres
     free = ("--attention-backend", "triton") if args.engine == "cuda" else ()
     flags = [flag for flag in recipe.flags if kind.name != "stock" or flag not in free] + list(kind.flags)
     env = {**recipe.env, "OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "passive"}
-    with Server(model, flags, env, name=f"serving-{kind.label.replace(' ', '-')}") as server:
+    return Server(model, flags, env, name=f"{bench}-{kind.label.replace(' ', '-')}")
+
+
+def server_rows(kind: ServerKind, args: argparse.Namespace, model: Path, progress: Progress) -> Iterator[Row]:
+    """Start a server, yield its rows and stop it: each batch size, then time to first token."""
+    # More than run at once: SGLang counts a prompt that is prefilled in chunks twice, and would leave one waiting.
+    sizes = {"max_total_tokens": args.max_total_tokens, "max_running": max(args.batches) + 4}
+    with make_server(kind, args, model, "serving", **sizes) as server:
         progress.console.print(f"[bold]{kind.label}[/]  [dim]{server.log}[/]")
         # As many requests run at once as will be measured, so that what is made on first use is made here.
         _run_batch(server, max(args.batches), min(WARM_UP_TOKENS, args.prompt_tokens), 8, 0)

@@ -27,8 +27,17 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from benchmarks.bench_memory import random_prompt
-from benchmarks.bench_serving import MODEL, ServerKind, Stream, Unfit, check_service, server_kinds, stream_answer
-from benchmarks.harness import Server, ServerError, end_on_sigterm, engine_flags
+from benchmarks.bench_serving import (
+    MODEL,
+    ServerKind,
+    Stream,
+    Unfit,
+    check_service,
+    make_server,
+    server_kinds,
+    stream_answer,
+)
+from benchmarks.harness import Server, ServerError, end_on_sigterm
 from benchmarks.models.make_models import SPECS, make_model
 from benchmarks.provenance import run_metadata
 
@@ -123,18 +132,8 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def rows_of(kind: ServerKind, loads: Sequence[Load], args: argparse.Namespace, model: Path) -> Iterator[Row]:
     """Start a server, yield a row a load and stop it."""
-    recipe = engine_flags(
-        args.engine,
-        max_total_tokens=args.pool_tokens,
-        max_running_requests=args.max_running,
-        chunked_prefill_size=args.chunked_prefill_size,
-        dtype=args.dtype,
-    )
-    # In production a GPU server chooses its own attention backend.
-    free = ("--attention-backend", "triton") if args.engine == "cuda" else ()
-    flags = [flag for flag in recipe.flags if kind.name != "stock" or flag not in free] + list(kind.flags)
-    env = {**recipe.env, "OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "passive"}
-    with Server(model, flags, env, name=f"wall-{kind.label.replace(' ', '-')}") as server:
+    sizes = {"max_total_tokens": args.pool_tokens, "max_running": args.max_running}
+    with make_server(kind, args, model, "wall", **sizes) as server:
         for ids in (random_prompt(1, args.prompt_tokens), random_prompt(2, args.prompt_tokens)):
             stream_answer(server, ids, args.new_tokens)  # what is made on first use is made here
         for load in loads:

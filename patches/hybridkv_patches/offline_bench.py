@@ -40,6 +40,8 @@ def with_proof(measure: Any) -> Any:
         before = _state(backend)
         result: dict[str, Any] = measure(*args, backend=backend, **kwargs)
         after = _state(backend)
+        if _is_silent(backend):
+            print("KV compressor: SGLang's backend runtime does not say whether anything was compressed; use engine")
         if after is not None:
             done = after["compressed_requests"] - (before or after)["compressed_requests"]
             result["kv_compressor"] = {name: after[name] for name in _PROOF} | {"compressed_in_this_run": done}
@@ -49,9 +51,14 @@ def with_proof(measure: Any) -> Any:
     return measure_and_prove
 
 
+def _is_silent(backend: Any) -> bool:
+    """Whether it is SGLang's `runtime`, which tells its state only to who waits for it."""
+    return inspect.iscoroutinefunction(backend.get_server_info)
+
+
 def _state(backend: Any) -> dict[str, Any] | None:
-    """None without compression, and of SGLang's backend `runtime`, which tells it only to who waits for it."""
-    if not hasattr(backend, "get_server_info") or inspect.iscoroutinefunction(backend.get_server_info):
+    """None without compression, and where it is not told."""
+    if _is_silent(backend):
         return None
     state: dict[str, Any] | None = backend.get_server_info()["internal_states"][0].get("kv_compressor")
     return state

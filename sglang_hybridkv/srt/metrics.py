@@ -68,6 +68,8 @@ class CompressionMetrics:
             buckets=_RATIO_BUCKETS,
         )
         self._heads = make(Counter, "heads", "Heads of compressed requests by type, static or dynamic.", ("type",))
+        for kind in ("static", "dynamic"):
+            self._heads.labels(**labels, type=kind)
         self._seconds = make(
             Histogram,
             "compress_seconds",

@@ -271,7 +271,8 @@ def test_every_panel_of_the_board_shows_something(running: Server, prometheus: h
     # A rate wants two samples of a counter that has changed between them.
     ask(running, text(41033, 640), 30)
     ask(running, text(41034, 30))
-    rates = [f"sum(rate({series}[1m])) > 0" for series in (compressed, dense)]
+    others = (f'{{__name__=~"sglang[:_]kv_compressor_{name}_total"}}' for name in ("heads", "chunks_hit"))
+    rates = [f"sum(rate({series}[1m])) > 0" for series in (compressed, dense, *others)]
     wait_for(lambda: all(query(prometheus, rate) for rate in rates), "rate")
 
     names = {"$__rate_interval": "1m", "$model": ".*", "$instance": running.url.removeprefix("http://")}
@@ -303,6 +304,9 @@ def test_every_panel_of_the_board_shows_something(running: Server, prometheus: h
     assert all(rule["health"] in ("ok", "unknown") for rule in rules), rules
     for rule in rules:
         query(prometheus, rule["query"])
+    for reason in ("compressor_failed", "host_store_full"):  # or the first one would raise no alert
+        [series] = query(prometheus, f'{{__name__=~"sglang[:_]kv_compressor_requests_total", reason="{reason}"}}')
+        assert series["value"][1] == "0"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hybridkv_patches import tokenizer_manager
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.requests.settings import WARM_UP
 from sglang_hybridkv.requests.stats import META_INFO_KEY
-from sglang_hybridkv.srt import settings
+from sglang_hybridkv.srt import http_exchange, settings
 from sglang_hybridkv.srt.settings import Settings
 
 STOCK = TokenizerManager.update_request_meta_info
@@ -108,3 +108,30 @@ def test_score_extraction_is_refused_by_name(manager):
     settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
     with pytest.raises(ValueError, match="^score_extraction_token is not served with --kv-compressor hybridkv; "):
         tokenizer_manager.refuse_score_extraction(manager, True, False)
+
+
+@pytest.mark.parametrize(
+    ("own", "is_in_header", "found"),
+    [
+        ({}, False, {"budget": 0.2}),
+        ({}, True, {"budget": 0.2}),  # beside --preferred-sampling-params, which are not the request's
+        ({"kv_compressor": {"budget": 0.2}}, False, {"budget": 0.2}),
+        ({"kv_compressor": {"budget": 0.3}}, True, None),
+    ],
+)
+def test_a_requests_own_settings_win_over_preferred_ones(manager, own, is_in_header, found):
+    settings.stash(manager.server_args, Settings("hybridkv", HybridKVConfig()))
+    exchange = http_exchange.HttpExchange({"budget": 0.2})
+    exchange.is_in_header = is_in_header
+    merged = tokenized({"kv_compressor": {"budget": 0.3}})  # as SGLang merges them
+    token = http_exchange._current.set(exchange)
+    try:
+        request = SimpleNamespace(sampling_params={"custom_params": own})
+        if found is None:
+            with pytest.raises(ValueError, match="is given beside the header x-kv-compressor"):
+                tokenizer_manager.add_settings(merged, manager, request)
+        else:
+            tokenizer_manager.add_settings(merged, manager, request)
+            assert merged.sampling_params.custom_params == {"kv_compressor": found}
+    finally:
+        http_exchange._current.reset(token)

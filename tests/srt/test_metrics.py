@@ -55,6 +55,8 @@ made = CompressionMetrics({"model_name": "m"}, pool_bytes=1, host_store_bytes=1,
 made.show_settings({"budget": 0.2, "request_override": True, "request_budget_min": None, "word": "text"})
 for family in REGISTRY.collect():
     for sample in family.samples:
+        if sample.name == "sglang:kv_compressor_heads_total":
+            print(sample.labels["type"], sample.value)
         if sample.name in ("sglang:kv_compressor_requests_total", "sglang:kv_compressor_setting"):
             print(sample.labels.get("outcome"), sample.labels.get("reason", sample.labels.get("name")), sample.value)
 """
@@ -62,6 +64,8 @@ for family in REGISTRY.collect():
     lines = set(done.stdout.splitlines())
     assert lines == {
         "compressed  0.0",
+        "static 0.0",
+        "dynamic 0.0",
         *(f"dense {reason.value} 0.0" for reason in DenseReason),
         "None budget 0.2",
         "None request_override 1.0",
