@@ -99,15 +99,20 @@ class ServedModel:
     published : models that have it.
     sees : images and videos, or text alone.
     checkpoints : tiny ones of `SPECS` that tests/e2e/test_equality.py asks.
+    since : the first supported SGLang on which these tests pass.
     """
 
     published: str
     sees: str
     checkpoints: tuple[str, ...]
+    since: str = "0.5.21"
 
 
 _TEXT, _IMAGES, _ALL = "text", "text, images", "text, images, video"
 SERVED_MODELS = {
+    "Gemma3ForCausalLM": ServedModel(
+        "Gemma 3 (text); its layers with a window are not compressed", _TEXT, ("tiny-gemma3",)
+    ),
     "Glm4vMoeForConditionalGeneration": ServedModel("GLM-4.5V, GLM-4.6V", _IMAGES, ("tiny-glm4v_moe",)),
     "InternVLChatModel": ServedModel("InternVL 3 and 3.5, with a language model of Qwen", _IMAGES, ("tiny-internvl",)),
     "LlamaForCausalLM": ServedModel("Llama 2, 3, 3.1, 3.2 (text)", _TEXT, ("tiny-llama",)),
@@ -136,7 +141,7 @@ Tests of this project compare these with stock SGLang.
 
 {table}
 
-Each of these tests starts stock SGLang and a compressing server with a tiny checkpoint of random weights, on a CPU in
+All of them passed on SGLang 0.5.21 and on 0.5.23. Each starts stock SGLang and a compressing server with a tiny checkpoint of random weights, on a CPU in
 fp32, and compares tokens and log-probabilities at budget 1.0 through the compressed path: prompts in one piece and in
 several, eight requests at once, and for models that see, images and videos of several shapes, across the border of a
 piece and from the cache. Then a smaller budget is asked for, and the exact prefix once more.
@@ -175,7 +180,13 @@ Compression needs:
 
 A model that does not meet one of them is refused after it was loaded, in one sentence that repeats the words above. The
 last but one is seen when attention first runs. Seen once, on tiny checkpoints of random weights: Granite and OLMo 2
-start so, and Gemma 3 is refused for its sliding window.
+start so.
+
+Layers with a window of the last tokens, as Gemma 3 has in five of six, are not compressed. When a prompt is compressed,
+they keep as many of its last pages as the window reaches, on the device, whatever the budget; the budget is a share of
+what the other layers hold. So a prompt shorter than the window saves nothing in these layers, and of a long one they
+keep little. SGLang gives Gemma 2 and 3 one pool for all layers, which compression needs; models for which it makes a
+pool of its own for the windows are refused, unless `--disable-hybrid-swa-memory` leaves them one.
 
 ## The self-test
 
@@ -350,13 +361,14 @@ def quality_page() -> str:
 def models_page() -> str:
     """docs/models.md."""
     tests = "tests/e2e/test_equality.py"
+    columns = ["architecture", "models that have it", "what they see", "since SGLang", f"checkpoints in {tests}"]
     rows = [
-        (f"`{name}`", model.published, model.sees, ", ".join(f"`{one}`" for one in model.checkpoints))
+        (f"`{name}`", model.published, model.sees, model.since, ", ".join(f"`{one}`" for one in model.checkpoints))
         for name, model in SERVED_MODELS.items()
     ]
     return MODELS_PAGE.format(
         generated=GENERATED,
-        table=_table(["architecture", "models that have it", "what they see", f"checkpoints in {tests}"], rows),
+        table=_table(columns, rows),
         requirements="\n".join(f"- {one.words};" for one in model_requirements.REQUIREMENTS),
         no_other_inputs=model_requirements.NO_OTHER_INPUTS,
         steps=self_test.NUM_STEPS,

@@ -105,11 +105,23 @@ def test_a_build_that_fails_leaves_no_older_library(tmp_path):
     copy = copy_of_the_checkout(tmp_path)
     library = copy / "kernels" / LIBRARY
     library.write_text("an older build")
+    os.utime(library, (0, 0))
     nothing = {"CC": "/nowhere/no-compiler", "CXX": "/nowhere/no-compiler"}
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=copy, check=True, env=os.environ | nothing
     )
     assert not library.exists()
+
+
+def test_a_library_that_is_newer_than_its_sources_serves_another_environment_too(tmp_path):
+    copy = copy_of_the_checkout(tmp_path)
+    library = copy / "kernels" / LIBRARY
+    library.write_text("built a moment ago")
+    nothing = {"CC": "/nowhere/no-compiler", "CXX": "/nowhere/no-compiler"}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=copy, check=True, env=os.environ | nothing
+    )
+    assert library.read_text() == "built a moment ago"
 
 
 def test_source_distribution_is_the_checkout(tmp_path):

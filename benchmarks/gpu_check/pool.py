@@ -20,7 +20,10 @@ from sglang_hybridkv.requests.spans import VisualSpan
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Model and pool of one check. `head_dim` and `page_size` as in the kernels; `group_size` query heads a KV head."""
+    """Model and pool of one check.
+
+    `head_dim`, `page_size` and `windows` as in the kernels; `group_size` query heads a KV head.
+    """
 
     dtype: torch.dtype = torch.float32
     page_size: int = 16
@@ -28,6 +31,7 @@ class Shape:
     head_dim: int = 64
     num_layers: int = 2
     num_kv_heads: int = 2
+    windows: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -65,6 +69,7 @@ def make_geometry(prompt_len: int, config: CompressorConfig, layout: HeadPageLay
         page_size=config.page_size,
         head_pages_per_page=layout.head_pages_per_page,
         summary_vectors=config.summary_vectors(covered_tokens(prompt_len, layout.page_size)),
+        head_windows=layout.head_windows,
     )
 
 
@@ -90,6 +95,7 @@ class Pool:
         sizes = (shape.num_layers, num_pages * shape.page_size, shape.num_kv_heads, shape.head_dim)
         self.keys, self.values = (torch.zeros(sizes, dtype=shape.dtype, device=self.device) for _ in range(2))
         sizes_of_cache = {"num_rows": num_rows + 1, "max_prompt_tokens": max_context, "num_host_pages": num_host_pages}
+        sizes_of_cache["windows"] = shape.windows
         with torch.device("cpu"):  # tests may have another default device, a server has not
             self.cache = CompressedCache.create(self.keys, self.values, compressor, **sizes_of_cache)
         memory = self.cache.memory
@@ -147,9 +153,10 @@ class Pool:
     ) -> None:
         """Compress a request, then give back its prompt's pages and what was reserved and not used.
 
-        `statistic` is [L, H], `salience` [L, H, N], `query_rms` [L, H, D]; they are random unless given.
+        `statistic` is [L, H], `salience` [L, H, N], `query_rms` [L, H, D], of the L layers without a window; they are
+        random unless given.
         """
-        heads = (self.shape.num_layers, self.shape.num_kv_heads)
+        heads = (len(self.layout.full_layers), self.shape.num_kv_heads)
         statistic = self.rand(*heads) if statistic is None else statistic
         salience = self.rand(*heads, request.seq_len) / request.seq_len if salience is None else salience
         request.query_rms = self.rand(*heads, self.shape.head_dim) if query_rms is None else query_rms

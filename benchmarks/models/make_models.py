@@ -25,8 +25,11 @@ from benchmarks.models.folders import make_once
 
 DEFAULT_DIR = Path(__file__).resolve().parents[2] / ".models"
 MAX_POSITIONS = 32768
+WINDOW = 90  # tokens, where a model has layers with one; no multiple of a page
 VOCAB_TARGET = 1024
 LOGIT_STD = 3.0
+GEMMA_EMBEDDING = 0.3
+"""Root mean square of an input. Embeddings are the head, too: small beside what layers add, lest tokens repeat."""
 HEAD_SPREADS = (0.5, 1.5, 3.0, 9.0)
 """Standard deviation of the attention scores, one value per KV head; rotated by one head from layer to layer."""
 
@@ -124,6 +127,7 @@ SPECS = {
     "tiny-qwen2_vl": ModelSpec("qwen2_vl", seed=11),
     "tiny-glm4v_moe": ModelSpec("glm4v_moe", num_q_heads=6, num_kv_heads=2, seed=12),
     "tiny-internvl": ModelSpec("internvl", num_q_heads=6, num_kv_heads=2, seed=13),
+    "tiny-gemma3": ModelSpec("gemma3", num_q_heads=6, num_kv_heads=2, num_layers=6, seed=14),
 }
 
 
@@ -178,6 +182,23 @@ def _text_config(spec: ModelSpec, tokenizer: Any) -> dict[str, Any]:
         "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
         "pad_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
     }
+
+
+def _gemma3_config(spec: ModelSpec, tokenizer: Any) -> Any:
+    """The first and the last of its layers attend to a window; in published checkpoints five in six do."""
+    from transformers import Gemma3TextConfig
+
+    windowed, full = "sliding_attention", "full_attention"
+    return Gemma3TextConfig(
+        **_text_config(spec, tokenizer) | {"tie_word_embeddings": True},
+        layer_types=[windowed, *[full] * (spec.num_layers - 2), windowed],
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=spec.head_dim,
+        rope_parameters={
+            windowed: {"rope_type": "default", "rope_theta": 1e4},
+            full: {"rope_type": "default", "rope_theta": 1e6},
+        },
+    )
 
 
 def _vl_config(spec: ModelSpec, tokenizer: Any) -> Any:
@@ -307,6 +328,8 @@ def _build(spec: ModelSpec, tokenizer: Any) -> Any:
         return transformers.Qwen3VLMoeForConditionalGeneration(_qwen3_vl_config(spec, tokenizer))
     if spec.family == "glm4v_moe":
         return transformers.Glm4vMoeForConditionalGeneration(_glm4v_config(spec, tokenizer))
+    if spec.family == "gemma3":
+        return transformers.Gemma3ForCausalLM(_gemma3_config(spec, tokenizer))
     name, own = TEXT_FAMILIES["qwen3" if spec.family == "internvl" else spec.family]
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     config = getattr(transformers, f"{name}Config")(**_text_config(spec, tokenizer), **rope, **own)
@@ -325,9 +348,13 @@ def _initialise(model: Any, spec: ModelSpec) -> None:
                 # Experts lie one after the other in one tensor of three dimensions.
                 fan_in = weight.shape[-1] if weight.ndim == 3 else weight[0].numel()
                 std = 1.0 if "embed_tokens" in name else 1.0 / math.sqrt(fan_in)
+                if spec.family == "gemma3" and "embed_tokens" in name:
+                    std = GEMMA_EMBEDDING / math.sqrt(fan_in)
                 weight.normal_(0.0, LOGIT_STD * std if "lm_head" in name else std, generator=generator)
             elif name.endswith("bias"):
                 weight.normal_(0.0, 0.2, generator=generator)
+        if spec.family == "gemma3":
+            model.model.norm.weight.fill_(LOGIT_STD / GEMMA_EMBEDDING - 1.0)
         _spread_heads(model, spec)
 
 
@@ -341,7 +368,9 @@ def _spread_heads(model: Any, spec: ModelSpec) -> None:
     for layer_id, layer in enumerate(text.layers):
         attention = layer.self_attn
         if hasattr(attention, "k_norm"):
-            attention.k_norm.weight *= HEAD_SPREADS[layer_id % len(HEAD_SPREADS)]
+            spread = HEAD_SPREADS[layer_id % len(HEAD_SPREADS)]
+            # Gemma adds one to it.
+            attention.k_norm.weight.fill_(spread - 1.0 if spec.family == "gemma3" else spread)
             continue
         is_fused = hasattr(attention, "qkv_proj")
         key, first = (attention.qkv_proj, spec.num_q_heads * spec.head_dim) if is_fused else (attention.k_proj, 0)

@@ -16,12 +16,33 @@ from hybridkv_kernels import checks
 
 @dataclasses.dataclass(frozen=True)
 class HeadPageLayout:
-    """Shape of a pool that keeps all layers of K (and of V) in one tensor [L, pages_per_layer * P, H, D]."""
+    """Shape of a pool that keeps all layers of K (and of V) in one tensor [L, pages_per_layer * P, H, D].
+
+    Attributes
+    ----------
+    windows : of each layer the last tokens that it attends to, 0 for all of them; empty where all layers do. The heads
+        of a layer with a window are not compressed: they keep the last rows of a prompt, in its order.
+    """
 
     num_layers: int
     num_kv_heads: int
     pages_per_layer: int
     page_size: int
+    windows: tuple[int, ...] = ()
+
+    def window(self, layer_idx: int) -> int:
+        """Tokens that the layer attends to, the newest included; 0 for all."""
+        return self.windows[layer_idx] if self.windows else 0
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Layers that attend to all tokens, the ones that are compressed."""
+        return tuple(layer_idx for layer_idx in range(self.num_layers) if not self.window(layer_idx))
+
+    @property
+    def head_windows(self) -> tuple[int, ...]:
+        """The window of each KV head that has one, over all layers."""
+        return tuple(window for window in self.windows if window for _ in range(self.num_kv_heads))
 
     @property
     def head_pages_per_page(self) -> int:

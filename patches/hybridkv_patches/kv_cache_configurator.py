@@ -49,16 +49,23 @@ def build_allocator(original, configurator, **kwargs):
 
     from sglang_hybridkv.srt.allocator import HybridAllocator
     from sglang_hybridkv.srt.compression import Compression
+    from sglang_hybridkv.srt.model_requirements import model_windows
     from sglang_hybridkv.srt.ranks import tensor_parallel_ranks
+    from sglang_hybridkv.srt.refusals import check_windows
 
     if type(stock) is not PagedTokenToKVPoolAllocator:
-        raise RuntimeError(f"--kv-compressor needs SGLang's paged allocator, got {type(stock).__name__}")
+        raise RuntimeError(
+            f"--kv-compressor needs SGLang's paged allocator, got {type(stock).__name__}; where layers have a window, "
+            "--disable-hybrid-swa-memory gives the model one pool"
+        )
     pool = stock.get_kvcache()
     ours = HybridAllocator(stock.size, stock.page_size, stock.dtype, stock.device, pool, stock.need_sort)
     num_rows, max_context = kwargs["req_to_token_pool"].req_to_token.shape
     num_kv_heads = configurator.model_config.get_total_num_kv_heads()
+    pool.windows = model_windows(configurator.model)
     ranks = tensor_parallel_ranks()
     try:
+        check_windows(configurator.server_args, pool.windows, active)
         compression = Compression(active, pool, ours, num_rows, max_context, ranks=ranks, num_kv_heads=num_kv_heads)
     except ValueError as error:
         logger.error(error)

@@ -8,11 +8,11 @@ import torch
 
 from hybridkv_kernels.chunks import Retrieval, encode_keys, summarize_chunks, top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
-from hybridkv_kernels.head_pages import HeadPageTable
+from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
 from sglang_hybridkv.cache.memory import CacheMemory
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
-from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.geometry import PromptGeometry, window_pages
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.requests.plan_events import pack_bits
 from sglang_hybridkv.requests.spans import VisualSpan, text_mask
@@ -20,7 +20,7 @@ from sglang_hybridkv.requests.spans import VisualSpan, text_mask
 
 @dataclasses.dataclass(frozen=True)
 class ObservedPrompt:
-    """What a compressor has seen of a prompt, layer by layer.
+    """What a compressor has seen of a prompt, layer by layer; L counts the layers that are compressed.
 
     Attributes
     ----------
@@ -37,7 +37,7 @@ class ObservedPrompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptPlan:
-    """What becomes of a prompt.
+    """What becomes of a prompt, in the layers that are compressed, or in all of them (`with_windows`).
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ def plan_prompt(
     config = compressor.config
     pooled = pool_salience(observed.salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
     observation = PromptObservation(observed.statistic, pooled, is_text, geometry.num_prompt_pages)
-    heads = compressor.plan(observation, geometry.total_head_pages, may_retrieve=may_retrieve)
+    heads = compressor.plan(observation, geometry.budget_head_pages, may_retrieve=may_retrieve)
     return PromptPlan(heads, kept_tokens(compressor, observation, heads), is_text)
 
 
@@ -92,35 +92,56 @@ def compress_prompt(
     slots = slots[: geometry.covered]
     plan = plan_prompt(compressor, geometry, observed, may_retrieve=reservation.may_retrieve)
     _check_plan(compressor, plan, reservation)
+    num_dynamic = plan.heads.is_dynamic.sum()
+    outcome = torch.stack((plan.heads.is_dynamic.numel() - num_dynamic, num_dynamic))
+    plan = with_windows(plan, memory.layout)
     place_heads(memory.table, row, plan.heads, geometry)
     kept_rows = plan.kept.nonzero(as_tuple=True)
     is_dynamic = plan.heads.is_dynamic
     _move_kept_rows(memory, row, slots, kept_rows, is_dynamic)
-    for layer_idx in range(memory.layout.num_layers):
+    for place, layer_idx in enumerate(memory.layout.full_layers):
         if compressor.merges and not plan.kept[layer_idx].all():
             _merge_layer(memory, compressor, row, slots, plan, layer_idx)
         if compressor.config.retrieval is not None:
-            _offload_layer(memory, compressor.config.retrieval, row, slots, layer_idx, observed.query_rms[layer_idx])
-    num_dynamic = is_dynamic.sum()
-    outcome = torch.stack((is_dynamic.numel() - num_dynamic, num_dynamic))
+            _offload_layer(memory, compressor.config.retrieval, row, slots, layer_idx, observed.query_rms[place])
     reservation.outcome.copy_(outcome, non_blocking=True)
     reservation.head_counts = plan.heads.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
     reservation.digest = digest_plan(kept_rows, is_dynamic, geometry.covered).to("cpu", non_blocking=True)
     if compressor.config.events is not None:
-        on_device = is_dynamic, pack_bits(plan.kept), salience_kept(observed.salience, plan.kept)
+        on_device = is_dynamic, pack_bits(plan.kept), salience_kept(observed.salience, plan.kept, memory.layout)
         reservation.plan = tuple(one.to("cpu", non_blocking=True) for one in on_device)
     if outcome.is_cuda:
         reservation.written = torch.cuda.Event()
         reservation.written.record()
 
 
-def salience_kept(salience: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """[L, H], fp32: what `kept` [L, H, covered], bool, hold of the salience [L, H, >= covered] of a prompt.
+def with_windows(plan: PromptPlan, layout: HeadPageLayout) -> PromptPlan:
+    """The plan of all layers: heads that attend to their last tokens only are static, and keep the last rows."""
+    if not layout.windows:
+        return plan
+    full, device = torch.tensor(layout.full_layers), plan.kept.device
+    covered = plan.kept.shape[-1]
+    shape = layout.num_layers, layout.num_kv_heads
+    is_dynamic = torch.zeros(shape, dtype=torch.bool, device=device)
+    counts = torch.zeros(shape, dtype=plan.heads.num_head_pages.dtype, device=device)
+    kept = torch.zeros(*shape, covered, dtype=torch.bool, device=device)
+    is_dynamic[full], counts[full], kept[full] = plan.heads.is_dynamic, plan.heads.num_head_pages, plan.kept
+    for layer_idx in range(layout.num_layers):
+        if layout.window(layer_idx):
+            pages = window_pages(layout.window(layer_idx), covered // layout.page_size, layout.page_size)
+            counts[layer_idx], kept[layer_idx, :, covered - pages * layout.page_size :] = pages, True
+    return PromptPlan(HeadPlan(is_dynamic, counts), kept, plan.is_text)
 
-    NaN where a compressor gives no token any.
+
+def salience_kept(salience: torch.Tensor, kept: torch.Tensor, layout: HeadPageLayout) -> torch.Tensor:
+    """[L, H], fp32: what `kept` [L, H, covered], bool, hold of the salience of a prompt, [compressed L, H, >= covered].
+
+    NaN where a compressor gives no token any, and in layers with a window.
     """
-    salience = salience[..., : kept.shape[-1]]
-    return (salience * kept).sum(-1) / salience.sum(-1)
+    full, salience = torch.tensor(layout.full_layers), salience[..., : kept.shape[-1]]
+    shares = torch.full(kept.shape[:2], float("nan"), device=kept.device)
+    shares[full] = (salience * kept[full]).sum(-1) / salience.sum(-1)
+    return shares
 
 
 def place_heads(table: HeadPageTable, row: int, plan: HeadPlan, geometry: PromptGeometry) -> None:
@@ -193,10 +214,10 @@ def _check_plan(compressor: Compressor, plan: PromptPlan, reservation: Reservati
         )
     ).tolist()
     origin = f"KV compressor {compressor.name!r}"
-    if total > geometry.total_head_pages or least < 1 or most > geometry.num_prompt_pages:
+    if total > geometry.budget_head_pages or least < 1 or most > geometry.num_prompt_pages:
         raise ValueError(
             f"{origin}: num_head_pages = {least} to {most}, {total} in all; legal: 1 to {geometry.num_prompt_pages} "
-            f"a head, at most {geometry.total_head_pages} in all"
+            f"a head, at most {geometry.budget_head_pages} in all"
         )
     most_dynamic = geometry.max_dynamic_heads if reservation.may_retrieve else 0
     if num_dynamic > most_dynamic:

@@ -60,13 +60,14 @@ class CompressedCache:
         num_rows: int,
         max_prompt_tokens: int,
         num_host_pages: int,
+        windows: tuple[int, ...] = (),
     ) -> CompressedCache:
         """A cache over the pool `keys`, `values` [L, slots, H, D], which stay the caller's.
 
         Parameters
         ----------
         compressor : that has met the model (`Compressor.bind`).
-        num_rows, max_prompt_tokens, num_host_pages : as `make_memory` takes them.
+        num_rows, max_prompt_tokens, num_host_pages, windows : as `make_memory` takes them.
         """
         memory = make_memory(
             keys,
@@ -75,6 +76,7 @@ class CompressedCache:
             num_rows=num_rows,
             max_prompt_tokens=max_prompt_tokens,
             num_host_pages=num_host_pages,
+            windows=windows,
         )
         return cls(memory, compressor)
 
@@ -98,16 +100,21 @@ class CompressedCache:
     ) -> None:
         """Look at one layer of a part of a watched prompt, right after its attention; after the last one, compress.
 
+        Layers with a window are not looked at.
+
         Parameters
         ----------
         q : [T, H * G, D]. Queries of the part, whose first token is the prompt's `start`-th.
         token_slots : [>= prompt], integer. Token slots of the request.
         """
-        observed = self.observer.gather(row, layer_idx, q, start)
-        if not self.observer.is_final(row):
-            return
+        layout = self.memory.layout
+        is_last, is_final = layer_idx == layout.num_layers - 1, self.observer.is_final(row)
         slots = token_slots[: self.observer.prompt_len(row)].long()
-        if self.observer.score(row, observed, *self.memory.views.layer_rows(layer_idx), slots, scaling):
+        if not layout.window(layer_idx):
+            observed = self.observer.gather(row, layer_idx, q, start)
+            if is_final:
+                self.observer.score(row, observed, *self.memory.views.layer_rows(layer_idx), slots, scaling)
+        if is_last and is_final:
             self.compress(row, slots, self.observer.finish(row))
 
     def compress(self, row: int, slots: torch.Tensor, observed: ObservedPrompt) -> None:
@@ -143,6 +150,8 @@ class CompressedCache:
         The other rows, for `retrieve_ahead`; None without prefetch.
         """
         later = None
+        if self.memory.layout.window(layer_idx):
+            return None
         if self.prefetch is not None:
             req_rows, later = self.prefetch.split(q, self.memory.table, layer_idx, req_rows)
         self.retrieve(layer_idx, q, req_rows)
@@ -153,7 +162,7 @@ class CompressedCache:
         if later is None:
             return
         assert self.prefetch is not None
-        is_last = layer_idx == self.memory.layout.num_layers - 1
+        is_last = layer_idx == self.memory.layout.full_layers[-1]
         self.prefetch.beside(lambda: self.retrieve(layer_idx, q, later), q, later, is_last=is_last)
 
     def attend(

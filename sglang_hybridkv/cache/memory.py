@@ -32,10 +32,10 @@ class CacheMemory:
         return self.views.layout
 
 
-def layout_of(keys: torch.Tensor, page_size: int) -> HeadPageLayout:
+def layout_of(keys: torch.Tensor, page_size: int, windows: tuple[int, ...] = ()) -> HeadPageLayout:
     """Layout of a pool of keys (or values) [L, slots, H, D] in pages of `page_size` slots."""
     num_layers, num_slots, num_kv_heads, _ = keys.shape
-    return HeadPageLayout(num_layers, num_kv_heads, num_slots // page_size, page_size)
+    return HeadPageLayout(num_layers, num_kv_heads, num_slots // page_size, page_size, windows)
 
 
 def make_memory(
@@ -46,6 +46,7 @@ def make_memory(
     num_rows: int,
     max_prompt_tokens: int,
     num_host_pages: int,
+    windows: tuple[int, ...] = (),
 ) -> CacheMemory:
     """Table and host store for the pool `keys`, `values` [L, slots, H, D], which stay the caller's.
 
@@ -55,6 +56,7 @@ def make_memory(
     num_rows : request rows, row 0, which is padding, included.
     max_prompt_tokens : of the longest prompt that is compressed.
     num_host_pages : size of the host store; it is page-locked beside a CUDA pool.
+    windows : as in `HeadPageLayout`.
 
     Raises
     ------
@@ -63,7 +65,8 @@ def make_memory(
     """
     if config.retrieval is not None and config.retrieval.is_coded:
         config.retrieval.coded_channels(keys.shape[-1])
-    layout, page_size, device = layout_of(keys, config.page_size), config.page_size, keys.device
+    page_size, device = config.page_size, keys.device
+    layout = layout_of(keys, page_size, windows)
     prompt_pages = -(-max_prompt_tokens // page_size)
     summary_pages = -(-config.summary_vectors(prompt_pages * page_size) // (2 * page_size))
     return CacheMemory(

@@ -103,8 +103,8 @@ class PromptObserver:
         v_rows: torch.Tensor,
         slots: torch.Tensor,
         scaling: float,
-    ) -> bool:
-        """Score one layer of a prompt; True when it was the last.
+    ) -> None:
+        """Score the next layer of a prompt, of those that are compressed.
 
         Parameters
         ----------
@@ -123,7 +123,6 @@ class PromptObserver:
         prompt.salience.append(salience)
         by_head = q.float().unflatten(1, (k_rows.shape[1], -1))  # [W, H, G, D]
         prompt.query_rms.append(by_head.square().mean(dim=(0, 2)).sqrt())
-        return len(prompt.statistic) == self.num_layers
 
     def finish(self, row: int) -> ObservedPrompt:
         """What was seen of a prompt whose layers have all run; the row is forgotten."""

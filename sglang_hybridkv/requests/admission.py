@@ -47,11 +47,22 @@ EXPLANATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class PoolShape:
-    """What admission has to know of the KV pool."""
+    """What admission has to know of the KV pool.
+
+    Attributes
+    ----------
+    head_windows : of each KV head that attends to its last tokens only, how many; the others are compressed.
+    """
 
     page_size: int
     head_pages_per_page: int
     num_tokens: int
+    head_windows: tuple[int, ...] = ()
+
+    @property
+    def num_compressed_heads(self) -> int:
+        """KV heads of all layers that attend to the whole context."""
+        return self.head_pages_per_page - len(self.head_windows)
 
 
 def decide(
@@ -84,10 +95,11 @@ def decide(
         page_size=pool.page_size,
         head_pages_per_page=pool.head_pages_per_page,
         summary_vectors=config.summary_vectors(covered),
-        max_dynamic_heads=config.most_dynamic_heads(pool.head_pages_per_page, covered),
+        max_dynamic_heads=config.most_dynamic_heads(pool.num_compressed_heads, covered),
+        head_windows=pool.head_windows,
     )
     floor = min(config.min_head_pages, geometry.num_prompt_pages)
-    if geometry.total_head_pages < floor * pool.head_pages_per_page:
+    if geometry.budget_head_pages < floor * pool.num_compressed_heads:
         return DenseReason.BUDGET_BELOW_FLOOR
     if config.budget < 1.0 and geometry.num_pages >= geometry.num_prompt_pages:
         return DenseReason.SAVES_NOTHING

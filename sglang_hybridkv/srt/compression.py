@@ -84,7 +84,7 @@ class Compression:
         self.page_bytes = pool.page_bytes * self.ranks.size
         compressor = get_compressor(settings.name)(settings.config)
         num_kv_heads = num_kv_heads or pool.head_num
-        compressor.bind(pool.layer_num, num_kv_heads)
+        compressor.bind(pool.layer_num - sum(map(bool, pool.windows)), num_kv_heads)
         compressor.take_heads(self.ranks.heads(num_kv_heads, pool.head_num))
         self.cache = CompressedCache.create(
             pool.keys,
@@ -94,10 +94,11 @@ class Compression:
             # No prompt is longer than the pool: kernels take scratch for every token that a row could name.
             max_prompt_tokens=min(max_context, allocator.size),
             num_host_pages=_host_store_bytes(settings.config, pool, self.ranks) // self.page_bytes,
+            windows=pool.windows,
         )
         self.store = self.cache.memory.store
         layout = self.cache.memory.layout
-        self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size)
+        self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size, layout.head_windows)
         self.ledger = Ledger(layout.page_size)
         self.stats = CompressionStats()
         self.server_settings = RequestSettings(self.config)
@@ -255,7 +256,7 @@ class Compression:
         assert reservation.digest is not None, "committed before it was compressed"
         geometry, per_page = reservation.geometry, self.shape.head_pages_per_page
         num_heads = agreed.num_static + agreed.num_dynamic
-        assert num_heads == per_page * self.ranks.size, "committed before it was compressed"
+        assert num_heads == self.shape.num_compressed_heads * self.ranks.size, "committed before it was compressed"
         most = agreed.most_dynamic
         unused, unused_host = self.ledger.commit(
             row, geometry.pages_used(most, per_page), geometry.host_pages_used(most, per_page)

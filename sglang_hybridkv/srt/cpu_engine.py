@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.utils import get_num_new_pages
 
 from hybridkv_kernels.extend_attn import extend_attn
-from sglang_hybridkv.srt.model_requirements import check_inputs
+from sglang_hybridkv.srt.model_requirements import check_inputs, window_of
 from sglang_hybridkv.srt.protocols import Batch
 
 
@@ -111,8 +111,9 @@ class CpuPrefillMixin(AttentionBackend):
             [part.start for part in self._parts],
             [part.end - part.start for part in self._parts],
             scaling=layer.scaling,
+            window=window_of(layer),
         )
-        return out.view(len(q), -1)
+        return out.flatten(1)
 
     def _save(self, k, v, layer, forward_batch: Batch, save_kv_cache):
         if save_kv_cache and k is not None:

@@ -15,6 +15,7 @@ class HybridTokenToKVPool(MHATokenToKVPool):
     ----------
     k_buffer, v_buffer : per layer [slots, H, D], as stock; slots = size + page_size.
     keys, values : the same memory, [L, slots, H, D].
+    windows : of each layer, as in `HeadPageLayout`; set by who builds pool and allocator.
     cache : what the forward holds of compressed prompts; set by who builds pool and allocator, once both exist. The
         attention backend reaches it through the pool.
     """
@@ -22,6 +23,7 @@ class HybridTokenToKVPool(MHATokenToKVPool):
     keys: torch.Tensor
     values: torch.Tensor
     cache: CompressedCache
+    windows: tuple[int, ...] = ()
 
     def _create_buffers_normal(self):
         slots = self.size + self.page_size

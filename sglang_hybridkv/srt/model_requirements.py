@@ -23,6 +23,12 @@ class Requirement:
     holds: Callable[[Sequence[Any], int], bool]
 
 
+def window_of(layer: Any) -> int:
+    """The last tokens that an attention layer attends to, the newest included; 0 for all of them."""
+    # SGLang counts those before the newest.
+    return 0 if layer.sliding_window_size <= 0 else layer.sliding_window_size + 1
+
+
 def _have_one_shape(layers: Sequence[Any], _num_layers: int) -> bool:
     shapes = {(one.tp_q_head_num, one.tp_k_head_num, one.tp_v_head_num, one.qk_head_dim) for one in layers}
     return len(shapes) == 1 and all(
@@ -47,8 +53,9 @@ REQUIREMENTS = (
         lambda layers, _: all(one.attn_type == AttentionType.DECODER and not one.is_cross_attention for one in layers),
     ),
     Requirement(
-        "attention to the whole context in every layer (no sliding window, no chunked attention)",
-        lambda layers, _: all(one.sliding_window_size <= 0 and not one.use_irope for one in layers),
+        "attention to the whole context in at least one layer, and to a window of the last tokens in all others (no "
+        "chunked attention)",
+        lambda layers, _: not all(map(window_of, layers)) and not any(one.use_irope for one in layers),
     ),
     Requirement(
         "a plain softmax of scaled scores (no logit cap, no bias or temperature by position)",
@@ -65,8 +72,20 @@ def unmet_requirement(model: Any, num_layers: int) -> str | None:
 
     Layers of its vision tower have another class, and no cache.
     """
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    layers = attention_layers(model)
     return next((one.words for one in REQUIREMENTS if not one.holds(layers, num_layers)), None)
+
+
+def attention_layers(model: Any) -> list[Any]:
+    """Its RadixAttention modules, in the order of the layers."""
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    return sorted(layers, key=lambda layer: layer.layer_id)
+
+
+def model_windows(model: Any) -> tuple[int, ...]:
+    """As in `HeadPageLayout`, of a loaded model that meets the requirements."""
+    windows = tuple(map(window_of, attention_layers(model)))
+    return windows if any(windows) else ()
 
 
 def check_inputs(layer: Any, inputs: dict[str, Any]) -> None:

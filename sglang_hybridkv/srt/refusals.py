@@ -28,6 +28,7 @@ KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16")
 # Read in sglang/srt/models: these hand K after RoPE to RadixAttention, which writes it through the attention backend;
 # or their RoPE kernel has written it before (models with experts, on CUDA). tests/e2e/test_equality.py asks each.
 ARCHITECTURES = (
+    "Gemma3ForCausalLM",
     "Glm4vMoeForConditionalGeneration",
     "InternVLChatModel",
     "LlamaForCausalLM",
@@ -221,6 +222,11 @@ FLASHINFER_ESTIMATE = Condition(
     f"use --attention-backend {_CUDA_DECODE}, or 'drop'",
     "FlashInfer's kernels cannot let a mean key and a mean value stand for a chunk",
 )
+FLASHINFER_WINDOWS = Condition(
+    f"--attention-backend {FLASHINFER} (layers with a window)",
+    f"use --attention-backend {_CUDA_DECODE}",
+    "some layers of the model attend to a window of the last tokens",
+)
 NAIVE_GRAPHS = Condition(
     "--cuda-graph-backend-decode {backend} with kernels {kernels}",
     "these kernels cannot be captured, use --cuda-graph-backend-decode disabled",
@@ -269,6 +275,7 @@ CONDITIONS: tuple[Condition, ...] = (
     NAIVE_GRAPHS,
     FLASHINFER_SHAPE,
     FLASHINFER_ESTIMATE,
+    FLASHINFER_WINDOWS,
     OTHER_PAGE_SIZE,
     CHUNK_SIZE,
     RUST_SERVER,
@@ -378,6 +385,18 @@ def check_kernels(view: Any, model_config: Any, settings: Settings) -> None:
     if graphs != "disabled" and chosen == "naive":
         kernels = dispatch.describe(view.device, dtype, head_dim, group_size)
         raise _refused(NAIVE_GRAPHS.filled(backend=graphs, kernels=kernels), settings)
+
+
+def check_windows(view: Any, windows: tuple[int, ...], settings: Settings) -> None:
+    """Refuse a decode backend that does not serve the loaded model's layers with a window; ValueError, one sentence.
+
+    Parameters
+    ----------
+    view : as in `check_server_args`.
+    windows : as in `HeadPageLayout`.
+    """
+    if windows and view.device == "cuda" and _decode_backend(view) == FLASHINFER:
+        raise _refused(FLASHINFER_WINDOWS, settings)
 
 
 def check_model(model_config: Any, settings: Settings) -> None:

@@ -131,6 +131,18 @@ def test_images_and_videos_of_other_models(pair: Pair) -> None:
         assert pair.check(long).cached >= 400, "the prefix is exact, whatever was compressed"
 
 
+@pytest.mark.parametrize("pair", ["tiny-gemma3"], indirect=True)
+def test_layers_with_a_window_at_a_small_budget(pair: Pair) -> None:
+    """They stay on the device whatever the budget, and so does the prefix, exactly, in the tree."""
+    prompt, settings = text(4000, 700), {"custom_params": {"kv_compressor": {"budget": 0.15}}}
+    answer = ask(pair.ours, prompt, sampling_params=settings)
+    assert_compressed(answer)
+    assert answer.record["static_heads"] + answer.record["dynamic_heads"] == 8, "of the four layers without a window"
+    # 105 of 700 tokens, 96 in the layers with a window, and what finds the chunks.
+    assert 0.1 < answer.record["resident_ratio"] < 0.3
+    assert pair.check(prompt).cached >= 600
+
+
 @every_vision
 @pytest.mark.parametrize("length", [320, 333, 352])
 def test_same_prompt_again_computes_the_observed_rows_anew(pair: Pair, length: int) -> None:

@@ -36,7 +36,7 @@ class Batch:
         layers, heads, group, head_dim = shape.num_layers, shape.num_kv_heads, shape.group_size, shape.head_dim
         dtype, page_size = shape.dtype, shape.page_size
         generator, self.page_size = fresh_generator(), page_size
-        layout = HeadPageLayout(layers, heads, pages, page_size)
+        layout = HeadPageLayout(layers, heads, pages, page_size, shape.windows)
         self.keys, self.values, self.views = make_views(layout, head_dim, dtype)
         self.table = HeadPageTable(len(requests) + 2, pages, 0, layout, torch.get_default_device())
         self.table.pages.fill_(NOWHERE)
@@ -65,7 +65,7 @@ class Batch:
             for layer in range(layers):
                 mine = []
                 for head in range(heads):
-                    k, v = tail_k[layer, :, head], tail_v[layer, :, head]
+                    k, v = tail_k[layer, :0, head], tail_v[layer, :0, head]
                     if counts:
                         first = int(self.table.first_head_page[row, layer, head])
                         for j in range(first, first + counts[layer][head]):
@@ -76,7 +76,9 @@ class Batch:
                             )
                             head_page(self.keys, *place).copy_(new_k)
                             head_page(self.values, *place).copy_(new_v)
-                            k, v = torch.cat((new_k, k)), torch.cat((new_v, v))
+                            k, v = torch.cat((k, new_k)), torch.cat((v, new_v))
+                    k, v = torch.cat((k, tail_k[layer, :, head])), torch.cat((v, tail_v[layer, :, head]))
+                    k, v = k[-layout.window(layer) :], v[-layout.window(layer) :]  # -0: all
                     query = self.q[i].view(heads, group, head_dim)[head]
                     mine.append(full_attention(query, k[None], v[None], self.scaling))
                 self.expected[i, layer] = torch.cat(mine)
@@ -181,6 +183,13 @@ def split(request, twin, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ragged_batches_however_they_are_split(twin, dtype):
     Batch(RAGGED, group_size=3, dtype=dtype, pages=256).check(tolerances_of(twin))
+
+
+@pytest.mark.usefixtures("split")
+@pytest.mark.parametrize("window", [1, PAGE - 1, PAGE, 3 * PAGE + 2, 1000])
+def test_a_layer_with_a_window_attends_to_the_last_rows_of_each_head(twin, window):
+    """Within the tail, across its border, and longer than everything; the other layer attends to all."""
+    Batch(RAGGED, group_size=3, pages=256, windows=(0, window)).check(tolerances_of(twin))
 
 
 @each_implementation
@@ -350,7 +359,7 @@ def test_the_plan_of_the_splits_covers_every_row_once_within_its_bound():
     first, most = torch.empty(entries + 1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     tables, sizes = (torch.arange(entries), lens, *[nothing] * 5), {"L": 1, "H": 1, "P": 8, "V": 0}
     blocks = {"BLOCK_ROWS": triton.BLOCK_ROWS, "BLOCK_ENTRIES": 16}
-    triton._plan[(1,)](first, most, *tables, entries, num_splits, 0, **sizes, **blocks)
+    triton._plan[(1,)](first, most, *tables, entries, num_splits, 0, 2**31 - 1, **sizes, **blocks)
     splits, blocks = first.diff(), -(-lens // triton.BLOCK_ROWS)
     assert first[0] == 0
     assert first[-1] <= num_splits + entries

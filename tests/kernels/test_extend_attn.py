@@ -13,14 +13,14 @@ MIXED = [(0, 1), (0, 33), (7, 0), (40, 1), (5, 17), (0, 0), (130, 20), (1, 1)]
 class Batch:
     """Requests on random slots of one layer; slots that are nobody's are NaN, as is all beyond their ends."""
 
-    def __init__(self, requests, *, heads=2, group=2, head_dim=32, dtype=torch.float32):
+    def __init__(self, requests, *, heads=2, group=2, head_dim=32, dtype=torch.float32, window=0):
         generator = fresh_generator()
         num_tokens = sum(map(sum, requests))
 
         def randn(*shape):
             return torch.randn(shape, generator=generator).to(dtype)
 
-        self.requests, self.scaling, self.group = requests, 0.2, group
+        self.requests, self.scaling, self.group, self.window = requests, 0.2, group, window
         self.k_rows, self.v_rows = (torch.full((2 * num_tokens, heads, head_dim), NAN, dtype=dtype) for _ in "kv")
         self.q = randn(sum(extend for _, extend in requests), heads * group, head_dim)
         self.req_rows = torch.randperm(len(requests), generator=generator)
@@ -42,6 +42,7 @@ class Batch:
             "prefix_lens": [prefix for prefix, _ in self.requests],
             "extend_lens": [extend for _, extend in self.requests],
             "scaling": self.scaling,
+            "window": self.window,
         }
 
     def exact(self):
@@ -49,7 +50,7 @@ class Batch:
         out, queries = [], iter(self.q)
         for row, (prefix, extend) in zip(self.req_rows.tolist(), self.requests, strict=True):
             for position in range(prefix, prefix + extend):
-                slots = self.req_to_token[row, : position + 1].long()
+                slots = self.req_to_token[row, : position + 1].long()[-self.window :]  # -0: all
                 keys, values = self.k_rows[slots].transpose(0, 1), self.v_rows[slots].transpose(0, 1)
                 out.append(full_attention(next(queries), keys, values, self.scaling))
         return torch.stack(out)
@@ -67,6 +68,13 @@ class Batch:
 
 
 each_implementation = pytest.mark.usefixtures("fast_kernels")  # Triton has none: on CUDA it is the reference
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [1, 2, 17, 33, 47, 149, 1000])
+def test_with_a_window_over_the_last_tokens_only(window, dtype):
+    Batch(MIXED, window=window, dtype=dtype).check()
 
 
 @each_implementation

@@ -44,7 +44,8 @@ def build_allocator(stock, num_layers=2):
     config = SimpleNamespace(num_hidden_layers=2, hf_config=SimpleNamespace(architectures=["MyModel"]))
     config.get_total_num_kv_heads = lambda: 2
     model = torch.nn.ModuleList(RadixAttention(4, 8, 1.0, 2, layer_id) for layer_id in range(num_layers))
-    configurator = SimpleNamespace(model=model, model_config=config)
+    server_args = SimpleNamespace(device="cpu", attention_backend="torch_native", decode_attention_backend=None)
+    configurator = SimpleNamespace(model=model, model_config=config, server_args=server_args)
     build = kv_cache_configurator.build_allocator
     with mock.patch("sglang_hybridkv.srt.ranks.tensor_parallel_ranks", Ranks):
         return build(lambda *args, **kwargs: stock, configurator, req_to_token_pool=rows)

@@ -166,6 +166,17 @@ def test_flashinfer_does_not_estimate():
     assert text.endswith("use --attention-backend triton or fa3, or 'drop'")
 
 
+def test_flashinfer_does_not_decode_layers_with_a_window():
+    for device, backend, windows in (
+        ("cuda", "triton", (0, 8)),
+        ("cpu", "flashinfer", (0, 8)),
+        ("cuda", "flashinfer", ()),
+    ):
+        refusals.check_windows(resolved(device=device, attention_backend=backend), windows, SETTINGS)
+    with pytest.raises(ValueError, match="layers with a window.* use --attention-backend triton or fa3$"):
+        refusals.check_windows(resolved(device="cuda", attention_backend="flashinfer"), (0, 8), SETTINGS)
+
+
 @pytest.mark.parametrize("kernels", ["naive", "triton"])
 def test_graphs_need_kernels_that_can_be_captured(monkeypatch, kernels):
     monkeypatch.setattr(dispatch, "choose", lambda *args: kernels)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-from sglang_hybridkv.srt.model_requirements import REQUIREMENTS, check_inputs, unmet_requirement
+from sglang_hybridkv.srt.model_requirements import REQUIREMENTS, check_inputs, model_windows, unmet_requirement
 
 
 def make_model(num_layers=3, changed=None, **changes):
@@ -33,7 +33,6 @@ def test_a_model_that_meets_all_has_none_unmet():
         ({"is_cross_attention": True}, 2),
         ({"attn_type": AttentionType.ENCODER_ONLY}, 2),
         ({"attn_type": AttentionType.DECODER_BIDIRECTIONAL}, 2),
-        ({"sliding_window_size": 128}, 3),
         ({"use_irope": True}, 3),
         ({"logit_cap": 50.0}, 4),
         ({"pos_encoding_mode": "ALIBI"}, 4),
@@ -42,6 +41,15 @@ def test_a_model_that_meets_all_has_none_unmet():
 )
 def test_what_is_not_met_is_named(unfit, requirement):
     assert unmet_requirement(make_model(**unfit), 3) == REQUIREMENTS[requirement].words
+
+
+def test_layers_may_have_a_window_but_not_all_of_them():
+    model = make_model(sliding_window_size=127)
+    assert unmet_requirement(model, 3) is None
+    assert model_windows(model) == (0, 128, 0)
+    assert model_windows(make_model()) == ()
+    layers = [RadixAttention(4, 16, 1.0, 1, layer_id, sliding_window_size=127) for layer_id in range(3)]
+    assert unmet_requirement(torch.nn.ModuleList(layers), 3) == REQUIREMENTS[3].words
 
 
 def test_a_latent_cache_has_one_head_of_two_sizes_in_every_layer():

@@ -29,6 +29,7 @@ struct DecodeArgs {
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
   int32_t type, num_threads;
   int32_t num_means;              // mean keys a chunk, followed by as many mean values; 0: nothing is estimated
+  int32_t window;                 // rows of a head that count, its last ones; 0: all
   float scaling;
 };
 

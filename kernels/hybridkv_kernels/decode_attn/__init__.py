@@ -28,7 +28,8 @@ def decode_attn(
     ----------
     q : [B, H * G, D], bf16 | fp16 | fp32. Queries after RoPE.
     views : the KV pool, same dtype; read by token slot and by head page.
-    table : where each request's head pages lie. A row with num_pages 0 is dense.
+    table : where each request's head pages lie. A row with num_pages 0 is dense. In a layer for which its layout has
+        a window, only a head's last rows count, head pages before the tail; so these pages have to be in order.
     layer_idx : layer within the pool, from 0.
     req_rows : [B], integer. Rows of `table` and of `req_to_token`.
     req_to_token : [R, max_context], int32, contiguous. Token slots; read in [covered, seq_len) only.
@@ -51,7 +52,8 @@ def decode_attn(
     Notes
     -----
     Every page of a head is full: budgets are whole pages and the rest of the prompt is in the tail. The order of
-    pages does not matter. `naive` syncs, so it is not capturable. Cost: the kept pages and the tail are read once.
+    pages does not matter without a window. `naive` syncs, so it is not capturable. Cost: the kept pages and the tail
+    are read once.
     Where chunks are estimated, each dynamic head reads C * 2 V * D elements more, C being its chunks that are not
     resident. The estimate is the estimation zone of RetroInfer (arXiv 2505.02922), with all chunks in place of some of
     its clusters.

@@ -103,8 +103,9 @@ void decode_attn(const DecodeArgs& a) {
       const int64_t head = (row * a.num_layers + a.layer_idx) * a.num_kv_heads + h;
       const int64_t kept = a.num_pages[row] > 0 ? int64_t(a.num_head_pages[head]) * a.page_size : 0;
       const int64_t estimated = int64_t(absent[size_t(b) * a.num_kv_heads + h].size()) * vectors;
-      const int64_t total = kept + a.seq_lens[b] - a.covered[row] + estimated;
-      for (int64_t t = 0; t < total; t += a.split_rows)
+      const int64_t exact = kept + a.seq_lens[b] - a.covered[row], total = exact + estimated;
+      const int64_t first = a.window > 0 ? std::max<int64_t>(exact - a.window, 0) : 0;
+      for (int64_t t = first; t < total; t += a.split_rows)
         work.push_back({b, h, t, std::min<int64_t>(t + a.split_rows, total)});
       first_work[size_t(b) * a.num_kv_heads + h + 1] = int64_t(work.size());
     }

@@ -16,7 +16,8 @@ _POINTERS = (
     "is_dynamic held_chunks req_to_token req_rows seq_lens"
 )
 _SIZES = (
-    "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads num_means"
+    "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads num_means "
+    "window"
 )
 
 
@@ -83,6 +84,7 @@ def decode_attn(
         cpu.ELEMENT_TYPES[q.dtype],
         torch.get_num_threads(),
         num_means,
+        layout.window(layer_idx),
         scaling,
     )
     cpu.call("hk_decode", arguments)

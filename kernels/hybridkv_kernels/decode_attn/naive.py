@@ -20,6 +20,7 @@ def decode_attn(
 ) -> torch.Tensor:
     """As the public function; `num_means` mean keys of a chunk, and as many values, estimate it where it is absent."""
     k_rows, v_rows = views.layer_rows(layer_idx)
+    window = table.layout.window(layer_idx)
     out = torch.empty_like(q)
     for i, (row, seq_len) in enumerate(zip(req_rows.tolist(), seq_lens.tolist(), strict=True)):
         tail = req_to_token[row, int(table.covered[row]) : seq_len]
@@ -39,6 +40,11 @@ def decode_attn(
                     exact = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
                     mask = torch.cat((exact, bonus.unsqueeze(1)), dim=2)
                     keys, values = torch.cat((keys, mean_keys), dim=1), torch.cat((values, mean_values), dim=1)
+        if window:
+            if mask is None:
+                mask = torch.ones(keys.shape[0], 1, keys.shape[1], dtype=torch.bool, device=q.device)
+            # How many rows of the head follow a row, itself included.
+            mask = mask & (mask.flip(-1).cumsum(-1).flip(-1) <= window)
         grouped = q[i].view(keys.shape[0], -1, q.shape[-1])  # [H, G, D]
         attended = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
         out[i] = attended.reshape(out[i].shape)

@@ -27,7 +27,16 @@ BLOCK_ENTRIES = 256
 BLOCK_SPLITS = 16
 MARK_PROGRAMS = 8
 
-_VARYING = ("num_entries", "num_splits", "layer_idx", "max_pages", "max_context", "max_chunks", "pages_per_layer")
+_VARYING = (
+    "num_entries",
+    "num_splits",
+    "layer_idx",
+    "max_pages",
+    "max_context",
+    "max_chunks",
+    "pages_per_layer",
+    "window",
+)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -44,6 +53,7 @@ def _plan(
     num_entries,
     num_splits,
     layer_idx,
+    window,
     L: tl.constexpr,
     H: tl.constexpr,
     P: tl.constexpr,
@@ -64,6 +74,7 @@ def _plan(
         mask = entry < num_entries
         row = tl.load(req_rows + entry // H, mask=mask, other=0).to(tl.int64)
         _, rows = _exact_rows(entry, row, mask, seq_lens, num_pages, covered, num_head_pages, layer_idx, L, H, P)
+        rows = tl.minimum(rows, window)
         if V > 0:
             means = _mean_rows(entry, row, mask, num_pages, num_prompt_pages, is_dynamic, layer_idx, L, H, V)
             rows = tl.where(is_exact, rows, means)
@@ -194,6 +205,7 @@ def _attend(
     scale,
     num_entries,
     layer_idx,
+    window,
     max_pages,
     max_context,
     pages_per_layer,
@@ -208,14 +220,16 @@ def _attend(
     BLOCK_ENTRIES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One split of the kept rows and the tail of one entry."""
+    """One split of the kept rows and the tail of one entry: of its last `window` rows."""
     split = tl.program_id(0)
     if split >= tl.load(first_split + num_entries):
         return
     entry, place = _find_entry(first_split, split, num_entries, BLOCK_ENTRIES)
     row = tl.load(req_rows + entry // H).to(tl.int64)
     kept, rows = _exact_rows(entry, row, entry >= 0, seq_lens, num_pages, covered, num_head_pages, layer_idx, L, H, P)
-    begin, end = _split_range(place, rows, split_blocks, BLOCK_ROWS)
+    counted = tl.minimum(rows, window)
+    begin, end = _split_range(place, counted, split_blocks, BLOCK_ROWS)
+    begin, end = begin + rows - counted, end + rows - counted
 
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
     is_query = (g < G)[:, None] & (d < D)[None, :]
@@ -439,6 +453,7 @@ def decode_attn(
     num_entries, group = batch * layout.num_kv_heads, num_q_heads // layout.num_kv_heads
     num_splits = SPLITS_PER_PROCESSOR * gpu.num_processors(q.device)
     kinds = 2 if num_means else 1
+    window = layout.window(layer_idx) or 2**31 - 1
     max_chunks = req_to_token.shape[1] // layout.page_size  # chunks are pages where they are estimated
     is_dynamic = table.is_dynamic.view(torch.uint8)
     model = {"L": layout.num_layers, "H": layout.num_kv_heads}
@@ -468,6 +483,7 @@ def decode_attn(
         num_entries,
         num_splits,
         layer_idx,
+        window,
         **model,
         P=layout.page_size,
         V=num_means,
@@ -493,6 +509,7 @@ def decode_attn(
         scaling * math.log2(math.e),
         num_entries,
         layer_idx,
+        window,
         table.pages.shape[1],
         req_to_token.shape[1],
         layout.pages_per_layer,

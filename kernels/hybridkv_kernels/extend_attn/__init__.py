@@ -18,6 +18,7 @@ def extend_attn(
     extend_lens: list[int],
     *,
     scaling: float,
+    window: int = 0,
 ) -> torch.Tensor:
     """Causal attention of each request's new tokens; keys and values of the new tokens are in the pool already.
 
@@ -29,6 +30,7 @@ def extend_attn(
     req_rows : [B], integer. Rows of `req_to_token`.
     prefix_lens, extend_lens : cached and new tokens of each request; the new ones sum to T.
     scaling : factor of q . k before the softmax.
+    window : tokens that each query attends to, its own included; 0 for all.
 
     Returns
     -------
@@ -57,4 +59,5 @@ def extend_attn(
         raise ValueError(f"extend_lens: expected a sum of {q.shape[0]} like the rows of q, got {sum(extend_lens)}")
     # On CUDA the stock attention backend does the prefill, so no server comes here.
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // k_rows.shape[1], has_triton=False)
-    return _IMPLEMENTATIONS[chosen](q, k_rows, v_rows, req_to_token, req_rows, prefix_lens, extend_lens, scaling)
+    extend = _IMPLEMENTATIONS[chosen]
+    return extend(q, k_rows, v_rows, req_to_token, req_rows, prefix_lens, extend_lens, scaling, window)

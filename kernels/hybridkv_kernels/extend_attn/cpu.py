@@ -17,6 +17,7 @@ def extend_attn(
     prefix_lens: list[int],
     extend_lens: list[int],
     scaling: float,
+    window: int = 0,
 ) -> torch.Tensor:
     """Arguments and result as the public function's."""
     out, start = torch.empty_like(q), 0
@@ -26,13 +27,28 @@ def extend_attn(
         queries = q[start : start + extend_len].transpose(0, 1)  # [H * G, T, D]
         slots = req_to_token[row, : prefix_len + extend_len]
         keys, values = k_rows[slots].transpose(0, 1), v_rows[slots].transpose(0, 1)  # [H, N, D]
-        attended, weight = _new_tokens(queries, keys[:, prefix_len:], values[:, prefix_len:], scaling)
-        if prefix_len:
-            cached = _prefix(queries, keys[:, :prefix_len], values[:, :prefix_len], scaling)
-            attended = _merge(attended, weight, *cached)
+        if window and keys.shape[1] > window:
+            attended = _windowed(queries, keys, values, scaling, window)
+        else:
+            attended, weight = _new_tokens(queries, keys[:, prefix_len:], values[:, prefix_len:], scaling)
+            if prefix_len:
+                cached = _prefix(queries, keys[:, :prefix_len], values[:, :prefix_len], scaling)
+                attended = _merge(attended, weight, *cached)
         out[start : start + extend_len] = attended.transpose(0, 1)
         start += extend_len
     return out
+
+
+def _windowed(q, keys, values, scaling, window):
+    """Output [Hq, T, D] of the new tokens over the last `window` keys of each; no older key is read."""
+    num_queries = q.shape[1]
+    keys, values = (rows[:, -(num_queries + window - 1) :] for rows in (keys, values))
+    group = q.shape[0] // keys.shape[0]
+    keys, values = keys.repeat_interleave(group, dim=0), values.repeat_interleave(group, dim=0)
+    position = torch.arange(keys.shape[1])
+    own = position[-num_queries:, None]
+    is_seen = (position <= own) & (position > own - window)
+    return torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_seen, scale=scaling)
 
 
 def _new_tokens(q, keys, values, scaling):

@@ -12,6 +12,7 @@ def extend_attn(
     prefix_lens: list[int],
     extend_lens: list[int],
     scaling: float,
+    window: int = 0,
 ) -> torch.Tensor:
     """Arguments and result as the public function's."""
     out, start = torch.empty_like(q), 0
@@ -23,6 +24,8 @@ def extend_attn(
         keys, values = (rows[slots].transpose(0, 1).repeat_interleave(group, dim=0) for rows in (k_rows, v_rows))
         positions = torch.arange(prefix_len + extend_len, device=q.device)
         causal = positions <= positions[prefix_len:, None]
+        if window:
+            causal &= positions > positions[prefix_len:, None] - window
         attended = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, causal, scale=scaling)
         out[start : start + extend_len] = attended.transpose(0, 1)
         start += extend_len

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.chunks import CODED_SCORES, encode_keys
+from hybridkv_kernels.head_pages import HeadPageLayout
 from sglang_hybridkv.cache.compress import digest_plan, salience_kept
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
@@ -31,7 +32,7 @@ def pool_of(generator, *, heads="mixed", pool=None, **config):
 
 def mixed_statistic(pool):
     """Both types in each layer, in an order that differs from layer to layer."""
-    shape = (pool.layout.num_layers, pool.layout.num_kv_heads)
+    shape = (len(pool.layout.full_layers), pool.layout.num_kv_heads)
     flat = (torch.arange(shape[0] * shape[1]) + torch.arange(shape[0]).repeat_interleave(shape[1])) % 2
     return flat.view(shape).float()
 
@@ -44,7 +45,9 @@ def check_equals_full_attention(pool, prompts, steps=3, rtol=1e-4, atol=1e-5):
             q = pool.queries(len(prompts))
             out = pool.decode(prompts, layer, q)
             for i, prompt in enumerate(prompts):
-                expected = full_attention(q[i], prompt.keys[layer], prompt.values[layer], pool.scaling)
+                window = pool.layout.window(layer)
+                keys, values = prompt.keys[layer, :, -window:], prompt.values[layer, :, -window:]  # -0: all
+                expected = full_attention(q[i], keys, values, pool.scaling)
                 torch.testing.assert_close(out[i].double(), expected, rtol=rtol, atol=atol)
 
 
@@ -96,6 +99,36 @@ def test_compressed_and_dense_requests_share_a_batch():
         pool.compress(prompts[i], mixed_statistic(pool), may_retrieve=i != 4)
     assert prompts[4].reservation.outcome.tolist() == [4, 0], "without retrieval every head is static"
     check_equals_full_attention(pool, prompts, steps=P + 2)  # far enough for the tails to open pages
+
+
+WINDOWS = (P + 3, 0, 0, 3 * P)
+
+
+@pytest.mark.usefixtures("fast_kernels")
+@pytest.mark.parametrize("heads", ["static", "dynamic", "mixed"])
+@pytest.mark.parametrize("prompt_len", [P + 1, 2 * P, 7 * P + 5])
+def test_layers_with_a_window_are_exact_beside_layers_of_budget_one(prompt_len, heads):
+    pool = pool_of(fresh_generator(), heads=heads, budget=1.0, pool={"num_layers": 4, "windows": WINDOWS})
+    prompts = [pool.add_prompt(prompt_len), pool.add_prompt(3 * P + 1)]
+    pool.compress(prompts[0], mixed_statistic(pool) if heads == "mixed" else None)
+    assert prompts[0].reservation.outcome.sum() == 4, "heads with a window are none of the two types"
+    check_equals_full_attention(pool, prompts, steps=P + 2)
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3])
+def test_the_budget_is_a_share_of_the_layers_without_a_window(budget):
+    config = {"budget": budget, "num_sink_tokens": 0, "recent_window": 0, "page_size": P}
+    pool = pool_of(fresh_generator(), pool={"num_layers": 4, "windows": WINDOWS}, **config)
+    prompt = pool.add_prompt(20 * P + 5)
+    pool.compress(prompt, mixed_statistic(pool))
+    geometry = prompt.reservation.geometry
+    for layer, pages in ((0, 2), (3, 3)):  # as many of the last pages as the window reaches
+        for head in range(2):
+            assert pool.held_tokens(prompt, layer, head) == list(range((20 - pages) * P, 20 * P))
+    assert geometry.window_head_pages == 2 * (2 + 3)
+    assert geometry.budget_head_pages == int(budget * 20 * 4)
+    assert int(pool.table.num_head_pages[prompt.row, 1:3].sum()) == geometry.budget_head_pages
+    assert prompt.reservation.outcome.tolist() == [2, 2]
 
 
 @pytest.mark.usefixtures("kernels")
@@ -357,4 +390,8 @@ def test_the_digest_does_not_depend_on_the_pages_that_a_prompt_got():
 def test_the_salience_that_is_kept_is_a_share_of_the_covered_prompt():
     salience = torch.tensor([[[1.0, 2.0, 3.0, 4.0, 90.0], [0.0, 0.0, 5.0, 0.0, 7.0], [0.0, 0.0, 0.0, 0.0, 0.0]]])
     kept = torch.tensor([[[True, False, False, True], [False, True, True, False], [True, True, True, True]]])
-    assert salience_kept(salience, kept).nan_to_num(nan=-1.0).tolist() == [[0.5, 1.0, -1.0]]
+    layout = HeadPageLayout(1, 3, 1, 4)
+    assert salience_kept(salience, kept, layout).nan_to_num(nan=-1.0).tolist() == [[0.5, 1.0, -1.0]]
+    layout = HeadPageLayout(2, 3, 1, 4, windows=(2, 0))
+    shares = salience_kept(salience, torch.cat((kept, kept)), layout)
+    assert shares.nan_to_num(nan=-1.0).tolist() == [[-1.0] * 3, [0.5, 1.0, -1.0]]
