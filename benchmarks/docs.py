@@ -141,10 +141,11 @@ Tests of this project compare these with stock SGLang.
 
 {table}
 
-All of them passed on SGLang 0.5.21 and on 0.5.23. Each starts stock SGLang and a compressing server with a tiny checkpoint of random weights, on a CPU in
-fp32, and compares tokens and log-probabilities at budget 1.0 through the compressed path: prompts in one piece and in
-several, eight requests at once, and for models that see, images and videos of several shapes, across the border of a
-piece and from the cache. Then a smaller budget is asked for, and the exact prefix once more.
+All of them passed on SGLang 0.5.21 and on 0.5.23. Each starts stock SGLang and a compressing server with a tiny
+checkpoint of random weights, on a CPU in fp32, and compares tokens and log-probabilities at budget 1.0 through the
+compressed path: prompts in one piece and in several, eight requests at once, and for models that see, images and
+videos of several shapes, across the border of a piece and from the cache. Then a smaller budget is asked for, and the
+exact prefix once more.
 
 ```
 .venv/bin/python -m pytest tests/e2e/test_equality.py
