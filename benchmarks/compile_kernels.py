@@ -149,7 +149,7 @@ def cases() -> Iterator[Case]:
     for page_size in (8, 16, 32):
         yield Case("decode_attn", shape_of(page_size=page_size), decode_attn(), is_gated=True)
     yield Case("decode_attn", shape_of(torch.float32), decode_attn(), is_gated=True)
-    for head_dim, group_size in ((64, 8), (80, 1), (128, 16)):
+    for head_dim, group_size in ((64, 8), (80, 1), (128, 16), (256, 4)):
         yield Case(
             "decode_attn", shape_of(head_dim=head_dim, group_size=group_size, page_size=8), decode_attn(), is_gated=True
         )
@@ -168,7 +168,8 @@ def cases() -> Iterator[Case]:
     codes = {size: retrieve_chunks("key_codes", chunk_size=size) for size in (1, 16)}
     yield Case("retrieve_chunks key_codes", shape_of(page_size=8), codes[1], is_gated=True)
     half = retrieve_chunks("half_codes", chunk_size=1)
-    yield Case("retrieve_chunks half_codes", shape_of(page_size=8), half, is_gated=True)
+    for shape in (shape_of(page_size=8), shape_of(head_dim=256, group_size=4, page_size=8)):
+        yield Case("retrieve_chunks half_codes", shape, half, is_gated=True)
     yield Case(
         "retrieve_chunks key_codes", shape_of(torch.float16, head_dim=80, group_size=1), codes[16], is_gated=True
     )

@@ -129,6 +129,55 @@ SERVED_MODELS = {
     "Qwen3VLMoeForConditionalGeneration": ServedModel("Qwen3-VL, mixture of experts", _ALL, ("tiny-qwen3_vl_moe",)),
 }
 
+_REFUSED = "[refusals.md](refusals.md)"
+SWITCHES = (
+    ("`--tp-size 2`", "same tokens, pages and plans on all ranks", "`tests/e2e/test_tensor_parallel.py`"),
+    (
+        "`--schedule-policy`",
+        "`fcfs`, SGLang's own choice, and `lpm` give stock's tokens",
+        "`tests/e2e/test_equality.py`; its servers without overlap have `lpm`",
+    ),
+    (
+        "`--enable-priority-scheduling`",
+        "preempted requests come back, and none is lost",
+        "`tests/e2e/test_steps.py`",
+    ),
+    ("`--enable-metrics`", "counts what was compressed ([metrics.md](metrics.md))", "`tests/e2e/test_operation.py`"),
+    ("CUDA graphs of decode", "full ones; prefill runs without", "[gpu.md](gpu.md)"),
+    (
+        "several servers behind SGLang's router",
+        "as without compression ([replicas.md](replicas.md))",
+        "`tests/e2e/test_operation.py`",
+    ),
+    (
+        "weights in fp8, AWQ or GPTQ",
+        "not refused, for compression sees only queries, keys and values",
+        "read, not run",
+    ),
+    (
+        "LoRA",
+        "refused: an adapter changes keys and values, so that plans and prefixes would have to be an adapter's, which "
+        "was not proven",
+        _REFUSED,
+    ),
+    ("a KV cache in fp8 or less", "refused: kernels and host store have rows of 16 or 32 bits", _REFUSED),
+    (
+        "speculative decoding",
+        "refused before anything is loaded: it verifies several tokens in one step, and retrieval serves one query",
+        _REFUSED,
+    ),
+    (
+        "CUDA graphs of prefill",
+        "refused, or switched off where SGLang would choose them: prefill is observed in Python between layers",
+        _REFUSED,
+    ),
+    (
+        "`--dp-size`, DP attention, pipeline and expert parallelism",
+        "refused: not proven, or a device would have a part of a request only",
+        _REFUSED,
+    ),
+)
+
 MODELS_PAGE = """# Models
 
 {generated}
@@ -164,6 +213,8 @@ Not verified, and what stops it:
   `LlavaMistralForCausalLM`): SGLang loads their vision tower in float16 whatever `--dtype` says, so that stock cannot
   answer in fp32. It marks their images in another way, too, and the observation would take them for text.
 - LLaVA 1.5 as transformers has it (`LlavaForConditionalGeneration`): SGLang 0.5.21 has no class for its vision tower.
+- Gemma 3 with images (`Gemma3ForConditionalGeneration`): its image tokens attend to each other in both directions in
+  prefill, which only some of SGLang's backends do. With `unverified_model` it starts; the self-test asks in text.
 - Videos of GLM and InternVL were not tried.
 
 ## Any other: by self-test
@@ -204,6 +255,10 @@ a CPU, which the first request would wait for otherwise.
 
 When the prompt cannot be compressed, for instance because pool or host store are too small, an unverified model is
 refused, and for a verified one the log and `/server_info` say that the self-test was not run.
+
+## What else a server may have on
+
+{switches}
 """
 
 REFUSALS = """# What is refused, and what is served without compression
@@ -370,6 +425,7 @@ def models_page() -> str:
     return MODELS_PAGE.format(
         generated=GENERATED,
         table=_table(columns, rows),
+        switches=_table(["option", "with compression", "how we know"], SWITCHES),
         requirements="\n".join(f"- {one.words};" for one in model_requirements.REQUIREMENTS),
         no_other_inputs=model_requirements.NO_OTHER_INPUTS,
         steps=self_test.NUM_STEPS,

@@ -45,6 +45,7 @@ def build_allocator(original, configurator, **kwargs):
     stock = original(configurator, **kwargs)
     if active is None:
         return stock
+    from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 
     from sglang_hybridkv.srt.allocator import HybridAllocator
@@ -65,7 +66,7 @@ def build_allocator(original, configurator, **kwargs):
     pool.windows = model_windows(configurator.model)
     ranks = tensor_parallel_ranks()
     try:
-        check_windows(configurator.server_args, pool.windows, active)
+        check_windows(resolving_view(configurator.server_args), pool.windows, active)
         compression = Compression(active, pool, ours, num_rows, max_context, ranks=ranks, num_kv_heads=num_kv_heads)
     except ValueError as error:
         logger.error(error)

@@ -138,7 +138,10 @@ def salience_kept(salience: torch.Tensor, kept: torch.Tensor, layout: HeadPageLa
 
     NaN where a compressor gives no token any, and in layers with a window.
     """
-    full, salience = torch.tensor(layout.full_layers), salience[..., : kept.shape[-1]]
+    salience = salience[..., : kept.shape[-1]]
+    if not layout.windows:
+        return (salience * kept).sum(-1) / salience.sum(-1)
+    full = torch.tensor(layout.full_layers)
     shares = torch.full(kept.shape[:2], float("nan"), device=kept.device)
     shares[full] = (salience * kept[full]).sum(-1) / salience.sum(-1)
     return shares

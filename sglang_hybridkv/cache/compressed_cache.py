@@ -108,13 +108,14 @@ class CompressedCache:
         token_slots : [>= prompt], integer. Token slots of the request.
         """
         layout = self.memory.layout
-        is_last, is_final = layer_idx == layout.num_layers - 1, self.observer.is_final(row)
+        is_compressed = not layout.window(layer_idx)
+        observed = self.observer.gather(row, layer_idx, q, start) if is_compressed else q[:0]
+        if not self.observer.is_final(row):
+            return
         slots = token_slots[: self.observer.prompt_len(row)].long()
-        if not layout.window(layer_idx):
-            observed = self.observer.gather(row, layer_idx, q, start)
-            if is_final:
-                self.observer.score(row, observed, *self.memory.views.layer_rows(layer_idx), slots, scaling)
-        if is_last and is_final:
+        if is_compressed:
+            self.observer.score(row, observed, *self.memory.views.layer_rows(layer_idx), slots, scaling)
+        if layer_idx == layout.num_layers - 1:
             self.compress(row, slots, self.observer.finish(row))
 
     def compress(self, row: int, slots: torch.Tensor, observed: ObservedPrompt) -> None:

@@ -123,7 +123,8 @@ def read_shape(path: Path, weight_bytes: int | None = None) -> ModelShape:
         head_dim = text.get("head_dim") or text["hidden_size"] // num_q_heads
     except KeyError as error:
         raise ValueError(f"--model-path = {path}: {file} has no {error.args[0]}") from None
-    if "sliding_attention" in (text.get("layer_types") or ()):
+    pattern = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern")
+    if pattern or "sliding_attention" in (text.get("layer_types") or ()):
         raise ValueError(f"--model-path = {path}: the plan knows no layers with a window, which this model has")
     dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16"
     if weight_bytes is None:

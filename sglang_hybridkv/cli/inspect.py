@@ -140,9 +140,10 @@ def grid_of(num_tokens: int, width: int, height: int) -> tuple[int, int]:
 
 
 def summary(event: PlanEvent) -> list[tuple[str, str]]:
-    """Names and values, for people."""
-    is_dynamic, pages = torch.tensor(event.is_dynamic), torch.tensor(event.head_pages)
-    kept, is_image = event.kept_tokens(), torch.zeros(event.covered_tokens, dtype=torch.bool)
+    """Names and values, for people; of the layers that are compressed."""
+    layers = event.compressed_layers()
+    is_dynamic, pages = torch.tensor(event.is_dynamic)[layers], torch.tensor(event.head_pages)[layers]
+    kept, is_image = event.kept_tokens()[layers], torch.zeros(event.covered_tokens, dtype=torch.bool)
     for start, end, _ in event.spans:
         is_image[start:end] = True
     static = kept[~is_dynamic].float()
@@ -153,7 +154,7 @@ def summary(event: PlanEvent) -> list[tuple[str, str]]:
         ("heads", f"{int(is_dynamic.sum())} of {is_dynamic.numel()} are dynamic"),
         ("pages a head", f"{int(pages.min())} to {int(pages.max())}, {pages.float().mean():.1f} in the mean"),
     ]
-    salience = torch.tensor(event.salience_kept)[~is_dynamic]
+    salience = torch.tensor(event.salience_kept)[layers][~is_dynamic]
     if len(salience) and not salience.isnan().any():
         mean, least = 100 * salience.mean(), 100 * salience.min()
         lines.append(
@@ -173,7 +174,10 @@ def draw(inspection: Inspection) -> Any:
     event = inspection.event
     is_dynamic, pages = torch.tensor(event.is_dynamic), torch.tensor(event.head_pages, dtype=torch.float32)
     kept = event.kept_tokens().float()
-    types = [(name, where) for name, where in (("static", ~is_dynamic), ("dynamic", is_dynamic)) if where.any()]
+    is_compressed = torch.zeros_like(is_dynamic)
+    is_compressed[event.compressed_layers()] = True
+    both = (("static", is_compressed & ~is_dynamic), ("dynamic", is_dynamic))
+    types = [(name, where) for name, where in both if where.any()]
     visual = [span for span in event.spans if span[2] == "image"][: len(inspection.pictures)]
     num_rows = 2 + len(visual)
     figure = Figure(figsize=(11, 3.4 * num_rows), layout="constrained")

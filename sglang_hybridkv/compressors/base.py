@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,7 +27,7 @@ class PromptLayer:
     slots : [N], int64. Token slots of the whole prompt; W <= N.
     scaling : factor of q . k before the softmax.
     is_text : [N], bool. False where the token came from an image or a video.
-    layer_idx : from 0.
+    layer_idx : from 0, of the layers that are compressed.
     """
 
     q: torch.Tensor
@@ -136,6 +137,9 @@ class Compressor:
     def take_heads(self, heads: range) -> None:
         """Of the KV heads that `bind` was told of, this process has these; it sees no others afterwards."""
 
+    def take_layers(self, layers: Sequence[int]) -> None:
+        """Of the layers that `bind` was told of, these are compressed; it sees no others afterwards."""
+
     def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Look at one layer of a prompt, right after its attention.
 
@@ -199,6 +203,9 @@ class Compressor:
 
 class Unscored(Compressor):
     """What methods share that look at no attention: statistic and salience are zeros, and cost nothing."""
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        """Of the layers that `bind` was told of, these are compressed; it sees no others afterwards."""
 
     def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros."""

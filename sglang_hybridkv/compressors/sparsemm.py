@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -42,6 +43,10 @@ class SparseMM(Compressor):
     def take_heads(self, heads: range) -> None:
         """Keep the scores of these heads; each rank shares its own budget by them."""
         self.scores = self.scores[:, heads.start : heads.stop]
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        """Keep the scores of these layers."""
+        self.scores = self.scores[list(layers)]
 
     @property
     def least_share(self) -> float:

@@ -41,6 +41,8 @@ class PlanEvent(msgspec.Struct, tag="plan", kw_only=True):
     salience_kept : [L][H], from 0 to 1. What these rows hold of the salience that the compressor saw in the covered
         prompt, before it is pooled; with most, the mean attention of the observed queries. NaN where there is none.
     plan : the digest in the request's record; of the rank's own heads, where there are several ranks.
+    windows : [L], the last tokens that a layer attends to, 0 for all; empty where all layers do. Heads of a layer with
+        a window are not compressed, and none of the two types; is_dynamic is false of them, and salience_kept NaN.
     """
 
     time: float
@@ -56,6 +58,12 @@ class PlanEvent(msgspec.Struct, tag="plan", kw_only=True):
     kept: bytes
     salience_kept: list[list[float]]
     plan: str
+    windows: list[int] = []
+
+    def compressed_layers(self) -> list[int]:
+        """The layers that attend to all tokens."""
+        windows = self.windows or [0] * len(self.is_dynamic)
+        return [layer_idx for layer_idx, window in enumerate(windows) if not window]
 
     def kept_tokens(self) -> torch.Tensor:
         """[L, H, covered_tokens], bool: rows that went to the device when the prompt was compressed."""
@@ -88,6 +96,7 @@ class PlanPublisher:
     ----------
     endpoint : value of the setting `events`.
     rank : ranks beyond the first have the next ports, or the same path with a number behind it.
+    windows : of the model's layers, as events have them.
 
     Raises
     ------
@@ -95,9 +104,10 @@ class PlanPublisher:
         One sentence: the endpoint cannot be bound.
     """
 
-    def __init__(self, endpoint: str, rank: int = 0):
+    def __init__(self, endpoint: str, rank: int = 0, windows: Sequence[int] = ()):
         import zmq
 
+        self.windows = list(windows)
         self.rank, self.endpoint, self._sequence = rank, _of_rank(endpoint, rank), itertools.count()
         self._socket: Any = zmq.Context.instance().socket(zmq.PUB)
         self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER)
@@ -131,6 +141,7 @@ class PlanPublisher:
             kept=kept.numpy().tobytes(),
             salience_kept=salience_kept.tolist(),
             plan=f"{int(reservation.digest) % 2**64:016x}",
+            windows=self.windows,
         )
         sequence = next(self._sequence).to_bytes(8, "big")
         self._socket.send_multipart((TOPIC, sequence, write_message(event)))

@@ -15,6 +15,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
+from sglang_hybridkv.cache.memory import layout_of
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
@@ -84,8 +85,9 @@ class Compression:
         self.page_bytes = pool.page_bytes * self.ranks.size
         compressor = get_compressor(settings.name)(settings.config)
         num_kv_heads = num_kv_heads or pool.head_num
-        compressor.bind(pool.layer_num - sum(map(bool, pool.windows)), num_kv_heads)
+        compressor.bind(pool.layer_num, num_kv_heads)
         compressor.take_heads(self.ranks.heads(num_kv_heads, pool.head_num))
+        compressor.take_layers(layout_of(pool.keys, settings.config.page_size, pool.windows).full_layers)
         self.cache = CompressedCache.create(
             pool.keys,
             pool.values,
@@ -106,7 +108,8 @@ class Compression:
         self._kv_by_row: dict[int, Any] = {}
         self._chunk_totals = DeviceTotals(self.cache.counters)
         self.metrics: CompressionMetrics | None = None
-        self.publisher = PlanPublisher(self.config.events, self.ranks.index) if self.config.events else None
+        events = self.config.events
+        self.publisher = PlanPublisher(events, self.ranks.index, pool.windows) if events else None
         self.self_test: Any = None
 
     def clear(self) -> None:
@@ -432,9 +435,9 @@ def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks
     wanted = config.host_store_bytes if isinstance(config, RetrievalConfig) else 0
     if wanted is not None:
         return wanted
-    heads = pool.layer_num * pool.head_num
-    pool_bytes = pool.pool_bytes * ranks.size
-    for_dynamic_heads = _HOST_STORE_FACTOR * pool_bytes * config.most_dynamic_heads(heads, 0) // heads
+    compressed_heads = (pool.layer_num - sum(map(bool, pool.windows))) * pool.head_num
+    heads, pool_bytes = pool.layer_num * pool.head_num, pool.pool_bytes * ranks.size
+    for_dynamic_heads = _HOST_STORE_FACTOR * pool_bytes * config.most_dynamic_heads(compressed_heads, 0) // heads
     free = int(ranks.gather(available_host_bytes()).min())
     found = min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
     tensors = 2 * ranks.size  # keys and values of each rank

@@ -81,7 +81,8 @@ def run_self_test(scheduler: Any) -> SelfTestResult:
 
     Notes
     -----
-    Cost: NUM_STEPS + 1 prefills of fewer than 150 tokens, and NUM_STEPS decode steps. On all ranks alike.
+    Cost: NUM_STEPS + 1 prefills of fewer than 150 tokens, or of the longest window and a page more, and NUM_STEPS
+    decode steps. On all ranks alike.
     """
     started = time.perf_counter()
     test = _SelfTest(scheduler)
@@ -103,7 +104,9 @@ class _SelfTest:
     def run(self) -> tuple[str | None, float | None]:
         """Obstacle and difference, of which one is None."""
         config = self.compression.config
-        length = max(2 * config.page_size, _MIN_COVERED) + _TAIL
+        # Beyond a layer's window, where there is one.
+        window = max(self.compression.cache.memory.layout.windows, default=0)
+        length = max(2 * config.page_size, _MIN_COVERED, window + config.page_size) + _TAIL
         vocabulary = self.runner.model_config.vocab_size
         prompt = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(0)).tolist()
         compressed = RequestSettings(

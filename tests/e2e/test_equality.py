@@ -62,7 +62,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         assert_nothing_lost(ours)
 
 
-VISION = [VL, (VL, NO_OVERLAP)]
+VISION = [VL, (VL, NO_OVERLAP, "--schedule-policy", "lpm")]
 IN_ONE_TEST = ["tiny-glm4v_moe", "tiny-internvl"]  # that of images; its prompts have more text than a chunk holds, too
 OTHER_VISION = ["tiny-qwen2_vl", "tiny-qwen3_vl", "tiny-qwen3_vl_moe", *IN_ONE_TEST]
 every_vision = pytest.mark.parametrize("pair", VISION, indirect=True, ids=["overlap", "no-overlap"])

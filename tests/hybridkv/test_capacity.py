@@ -145,8 +145,10 @@ def test_table_and_json_say_the_same(model, capsys):
     assert table[-1].split()[-2:] == [f"{plan['cost_per_million']:.2f}" for plan in plans.values()]
 
 
-def test_layers_with_a_window_are_not_planned(tmp_path, capsys):
-    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+@pytest.mark.parametrize(
+    "layers", [{"layer_types": ["sliding_attention", "full_attention"]}, {"sliding_window_pattern": 6}]
+)
+def test_layers_with_a_window_are_not_planned(tmp_path, capsys, layers):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | layers))
     assert main(["capacity", "--model-path", str(tmp_path), *GIVEN]) != 0
     assert "the plan knows no layers with a window" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """`hybridkv inspect`: a plan that was caught, kept in a file, and drawn. tests/e2e/test_proof.py asks a server."""
 
 import base64
+import dataclasses
 import io
 import re
 import shutil
 import subprocess
 
+import msgspec
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +65,17 @@ def test_figures_in_words(inspection):
     # Four static heads: each keeps the 4 image tokens of the last page, and one of them 6 tokens of the first image.
     assert found["images kept"] == f"{100 * (4 * 4 + 6) / (4 * 16):.1f} % of its tokens, by static heads"
     assert found["text kept"] == f"{100 * 12 / 32:.1f} % of its tokens, by static heads"
+
+
+def test_layers_with_a_window_are_none_of_either_type(inspection):
+    nan = float("nan")
+    event = msgspec.structs.replace(inspection.event, windows=[20, 0], salience_kept=[[nan] * 3, [0.8, 0.6, 0.1]])
+    found = dict(summary(event))
+    assert found["heads"] == "1 of 3 are dynamic"
+    assert found["pages a head"] == "1 to 1, 1.0 in the mean"
+    assert found["salience"] == "70.0 % of it is kept by static heads in the mean, 60.0 % by the lowest"
+    assert found["images kept"] == "25.0 % of its tokens, by static heads"
+    draw(dataclasses.replace(inspection, event=event))
 
 
 def test_all_is_drawn(inspection):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PAGE_SIZES, GROUP_SIZES, HEAD_DIMS = (8, 16, 32, 64), (1, 2, 3, 4, 5, 6, 7, 8, 16), (64, 80, 96, 128)
+PAGE_SIZES, GROUP_SIZES, HEAD_DIMS = (8, 16, 32, 64), (1, 2, 3, 4, 5, 6, 7, 8, 16), (64, 80, 96, 128, 256)
 
 # dtype, page size, group size, head size: each value of each of them.
 FEW_SHAPES = [
@@ -19,6 +19,7 @@ FEW_SHAPES = [
     (torch.bfloat16, 32, 7, 96),
     (torch.float32, 64, 8, 128),
     (torch.bfloat16, 8, 16, 64),
+    (torch.bfloat16, 16, 4, 256),
 ]
 
 

@@ -22,8 +22,8 @@ FITTING = {"dtype": torch.bfloat16, "head_dim": 128, "group_size": 7}
 IMPOSSIBLE = [
     ({"dtype": torch.float64}, "have the types float32, bfloat16, float16, not float64"),
     ({"dtype": torch.int8}, "have the types float32, bfloat16, float16, not int8"),
-    ({"head_dim": 48}, "have head sizes 32, 64, 80, 96, 128, not 48"),
-    ({"head_dim": 256}, "have head sizes 32, 64, 80, 96, 128, not 256"),
+    ({"head_dim": 48}, "have head sizes 32, 64, 80, 96, 128, 256, not 48"),
+    ({"head_dim": 512}, "have head sizes 32, 64, 80, 96, 128, 256, not 512"),
     ({"group_size": 17}, "have groups of 1 to 16 query heads, not 17"),
     ({"group_size": 0}, "have groups of 1 to 16 query heads, not 0"),
 ]

@@ -86,7 +86,7 @@ def test_causal_over_prefix_and_new_tokens(group, dtype):
 
 @each_implementation
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_model_shapes(heads, head_dim, dtype):
     Batch([(20, 9), (0, 4)], heads=heads, head_dim=head_dim, dtype=dtype).check()

@@ -50,7 +50,7 @@ def test_a_code_is_the_nearest_of_four_values(keys_and_rms, chunk_score):
     assert steps.abs()[offset.abs() > step + noise].eq(1.5).all()
 
 
-@pytest.mark.parametrize("num_channels", [1, 2, 16, 32, 40, 48, 64, 80, 96, 128])
+@pytest.mark.parametrize("num_channels", [1, 2, 16, 32, 40, 48, 64, 80, 96, 128, 256])
 def test_a_rotation_keeps_angles_and_is_its_own_transpose(num_channels):
     turn = rotation(num_channels, torch.device("cpu")).double()
     assert torch.equal(turn, turn.T)

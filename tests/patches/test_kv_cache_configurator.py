@@ -39,12 +39,17 @@ def build_pool(stock_class):
     )
 
 
-def build_allocator(stock, num_layers=2):
+def build_allocator(stock, num_layers=2, windows=(), backend="torch_native"):
     rows = SimpleNamespace(req_to_token=torch.zeros(3, 64, dtype=torch.int32))
     config = SimpleNamespace(num_hidden_layers=2, hf_config=SimpleNamespace(architectures=["MyModel"]))
     config.get_total_num_kv_heads = lambda: 2
     model = torch.nn.ModuleList(RadixAttention(4, 8, 1.0, 2, layer_id) for layer_id in range(num_layers))
-    server_args = SimpleNamespace(device="cpu", attention_backend="torch_native", decode_attention_backend=None)
+    for layer, window in zip(model, windows, strict=False):
+        layer.sliding_window_size = window - 1
+    # As the user gave them, nothing, and what SGLang has decided since.
+    server_args = SimpleNamespace(device=None, attention_backend=None, decode_attention_backend=None)
+    device = "cpu" if backend == "torch_native" else "cuda"
+    server_args._resolved_overrides = [("auto", {"device": device, "attention_backend": backend})]
     configurator = SimpleNamespace(model=model, model_config=config, server_args=server_args)
     build = kv_cache_configurator.build_allocator
     with mock.patch("sglang_hybridkv.srt.ranks.tensor_parallel_ranks", Ranks):
@@ -71,6 +76,19 @@ def test_our_allocator_has_what_stock_s_had_and_shares_one_state_with_the_pool(c
     assert made.get_kvcache() is pool
     assert made.compression.allocator is made
     assert made.compression.cache is pool.cache
+
+
+def test_windows_are_the_loaded_model_s_and_flashinfer_does_not_decode_them(compressing):
+    pool = build_pool(HybridTokenToKVPool)
+    stock = PagedTokenToKVPoolAllocator(PAGES * P, P, torch.float32, "cpu", pool, False)
+    made = build_allocator(stock, windows=(24, 0))
+    if not compressing:
+        assert made is stock
+        return
+    assert made.compression.cache.memory.layout.windows == (24, 0)
+    assert made.compression.shape.head_windows == (24, 24)
+    with pytest.raises(RuntimeError, match="layers with a window.* use --attention-backend triton or fa3$"):
+        build_allocator(stock, windows=(24, 0), backend="flashinfer")
 
 
 def test_another_allocator_is_refused_by_its_name(compressing):

@@ -316,8 +316,10 @@ def test_the_default_host_store_is_what_dynamic_heads_need_if_that_is_free(devic
     together.size = ranks
     monkeypatch.setattr(together, "gather", lambda *values: torch.tensor([values]))
     config = HybridKVConfig(max_dynamic_heads=1.0)
-    pool = SimpleNamespace(layer_num=2, head_num=2, pool_bytes=GIB, device=device)
+    pool = SimpleNamespace(layer_num=2, head_num=2, pool_bytes=GIB, device=device, windows=())
     assert compression_module._host_store_bytes(config, pool, together) == expected
+    half = SimpleNamespace(layer_num=4, head_num=2, pool_bytes=2 * GIB, device=device, windows=(512, 0, 512, 0))
+    assert compression_module._host_store_bytes(config, half, together) == expected, "heads with a window need none"
     asked = HybridKVConfig(host_store_bytes=12345)
     assert compression_module._host_store_bytes(asked, pool, together) == 12345
 

@@ -79,6 +79,8 @@ def test_calibrated_scores_are_those_of_the_ranks_heads():
     compressor.scores = torch.arange(8.0).view(2, 4)
     compressor.take_heads(range(2, 4))
     assert compressor.scores.tolist() == [[2.0, 3.0], [6.0, 7.0]]
+    compressor.take_layers((1,))
+    assert compressor.scores.tolist() == [[6.0, 7.0]]
 
 
 def _gather(index, place, queue):

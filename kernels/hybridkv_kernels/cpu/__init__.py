@@ -15,7 +15,7 @@ import torch
 from hybridkv_kernels import checks
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-HEAD_DIMS = (32, 64, 80, 96, 128)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 MAX_GROUP_SIZE = 16
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 

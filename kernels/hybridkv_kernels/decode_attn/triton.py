@@ -461,7 +461,8 @@ def decode_attn(
     block_d = triton.next_power_of_2(head_dim)
     # Five stages load two blocks ahead: page ids come two stages before their rows. Without tensor cores, fp32 takes
     # so many registers and so much time that it gains nothing by loading ahead.
-    num_warps, num_stages = (8, 2) if q.dtype == torch.float32 else (4, 5)
+    # Rows of more than 128 elements take the registers of eight warps.
+    num_warps, num_stages = (8, 2) if q.dtype == torch.float32 else (4, 5) if block_d <= 128 else (8, 3)
     tiles = {"BLOCK_G": 16, "BLOCK_D": block_d, "BLOCK_ENTRIES": BLOCK_ENTRIES, "INTERPRETED": gpu.is_interpreted()}
 
     def scratch(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

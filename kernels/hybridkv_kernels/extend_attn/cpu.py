@@ -48,7 +48,9 @@ def _windowed(q, keys, values, scaling, window):
     position = torch.arange(keys.shape[1])
     own = position[-num_queries:, None]
     is_seen = (position <= own) & (position > own - window)
-    return torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_seen, scale=scaling)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    # Of four dimensions, for the flash kernel: the plain one would hold all scores.
+    return attend(q[None], keys[None], values[None], is_seen, scale=scaling)[0]
 
 
 def _new_tokens(q, keys, values, scaling):

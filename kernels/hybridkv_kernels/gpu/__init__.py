@@ -17,7 +17,7 @@ import torch
 
 from hybridkv_kernels import checks
 
-HEAD_DIMS = (32, 64, 80, 96, 128)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 MAX_GROUP_SIZE = 16
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 
