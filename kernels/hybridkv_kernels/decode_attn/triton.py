@@ -218,6 +218,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """One split of the kept rows and the tail of one entry: of its last `window` rows."""
@@ -227,9 +228,12 @@ def _attend(
     entry, place = _find_entry(first_split, split, num_entries, BLOCK_ENTRIES)
     row = tl.load(req_rows + entry // H).to(tl.int64)
     kept, rows = _exact_rows(entry, row, entry >= 0, seq_lens, num_pages, covered, num_head_pages, layer_idx, L, H, P)
-    counted = tl.minimum(rows, window)
-    begin, end = _split_range(place, counted, split_blocks, BLOCK_ROWS)
-    begin, end = begin + rows - counted, end + rows - counted
+    if HAS_WINDOW:  # costs registers
+        counted = tl.minimum(rows, window)
+        begin, end = _split_range(place, counted, split_blocks, BLOCK_ROWS)
+        begin, end = begin + rows - counted, end + rows - counted
+    else:
+        begin, end = _split_range(place, rows, split_blocks, BLOCK_ROWS)
 
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
     is_query = (g < G)[:, None] & (d < D)[None, :]
@@ -518,6 +522,7 @@ def decode_attn(
         **heads,
         P=layout.page_size,
         BLOCK_ROWS=BLOCK_ROWS,
+        HAS_WINDOW=layout.window(layer_idx) > 0,
         **tiles,
         num_warps=num_warps,
         num_stages=num_stages,
