@@ -237,8 +237,10 @@ start so.
 Layers with a window of the last tokens, as Gemma 3 has in five of six, are not compressed. When a prompt is compressed,
 they keep as many of its last pages as the window reaches, on the device, whatever the budget; the budget is a share of
 what the other layers hold. So a prompt shorter than the window saves nothing in these layers, and of a long one they
-keep little. SGLang gives Gemma 2 and 3 one pool for all layers, which compression needs; models for which it makes a
-pool of its own for the windows are refused, unless `--disable-hybrid-swa-memory` leaves them one.
+keep little. The published text checkpoints of Gemma 3 have heads of 256 elements; the tiny one of the tests has 32, and
+the kernels were compared with the references at both sizes. SGLang gives Gemma 2 and 3 one pool for all layers, which
+compression needs; models for which it makes a pool of its own for the windows are refused, unless
+`--disable-hybrid-swa-memory` leaves them one.
 
 ## The self-test
 

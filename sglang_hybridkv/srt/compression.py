@@ -15,7 +15,6 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
-from sglang_hybridkv.cache.memory import layout_of
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
@@ -87,7 +86,6 @@ class Compression:
         num_kv_heads = num_kv_heads or pool.head_num
         compressor.bind(pool.layer_num, num_kv_heads)
         compressor.take_heads(self.ranks.heads(num_kv_heads, pool.head_num))
-        compressor.take_layers(layout_of(pool.keys, settings.config.page_size, pool.windows).full_layers)
         self.cache = CompressedCache.create(
             pool.keys,
             pool.values,
@@ -100,6 +98,7 @@ class Compression:
         )
         self.store = self.cache.memory.store
         layout = self.cache.memory.layout
+        compressor.take_layers(layout.full_layers)
         self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size, layout.head_windows)
         self.ledger = Ledger(layout.page_size)
         self.stats = CompressionStats()

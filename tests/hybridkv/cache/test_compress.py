@@ -115,6 +115,25 @@ def test_layers_with_a_window_are_exact_beside_layers_of_budget_one(prompt_len, 
     check_equals_full_attention(pool, prompts, steps=P + 2)
 
 
+@pytest.mark.parametrize("windows", [(), (0, 0, P), (P, 0, 0)])
+def test_a_prompt_is_compressed_once_after_its_last_layer_though_that_has_a_window(windows, monkeypatch):
+    """Before it the last layer's rows are not in the pool."""
+    pool = pool_of(fresh_generator(), budget=0.5, pool={"num_layers": 3, "windows": windows})
+    prompt = pool.add_prompt(6 * P + 3)
+    pool.cache.observer.watch(prompt.row, range(5 * P, prompt.seq_len))
+    pool.cache.bind(prompt.row, pool._reserve(prompt.seq_len, (), may_retrieve=True))
+    after, seen = [], []
+    monkeypatch.setattr(pool.cache, "compress", lambda row, slots, observed: seen.append((after[-1], observed)))
+    for layer in range(3):
+        after.append(layer)
+        pool.cache.observe(
+            prompt.row, layer, pool.queries(prompt.seq_len), 0, pool.req_to_token[prompt.row], pool.scaling
+        )
+    [(last, observed)] = seen
+    assert last == 2
+    assert len(observed.statistic) == len(observed.salience) == len(observed.query_rms) == 3 - sum(map(bool, windows))
+
+
 @pytest.mark.parametrize("budget", [0.1, 0.3])
 def test_the_budget_is_a_share_of_the_layers_without_a_window(budget):
     config = {"budget": budget, "num_sink_tokens": 0, "recent_window": 0, "page_size": P}
