@@ -294,8 +294,11 @@ class Server:
         return state
 
     def log_maximum(self, field: str) -> int:
-        """Return the largest number that the scheduler has logged after `field`; 0 if there is none."""
-        return max(map(int, re.findall(rf"{re.escape(field)}: (\d+)", self.log_text())), default=0)
+        """Return the largest number that the scheduler has logged after `field`; ServerError if there is none."""
+        numbers = re.findall(rf"{re.escape(field)}: (\d+)", self.log_text())
+        if not numbers:
+            raise ServerError(f"the log {self.log} has no line with {field}; it ends:\n{self.log_tail()}")
+        return max(map(int, numbers))
 
 
 def _signal(process: psutil.Process, method: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,6 @@ from tests.e2e.checks import (
     assert_same,
     assert_same_first_token,
     flush_cache,
-    loads,
     read_answer,
     request_body,
     settle,
@@ -187,20 +186,20 @@ def test_weights_are_updated_while_compressed_streams_run(tenth: Server, vl_mode
     """With the same ones, so that what was compressed before and what is computed after belong together."""
     seed = next(_seeds)
     prompts = [text(seed + i, 500 + 60 * i) for i in range(3)]
-    quiet = [ask(tenth, prompt, 120) for prompt in prompts]
+    quiet = [ask(tenth, prompt, 240) for prompt in prompts]
     tenth.client.post("/flush_cache").raise_for_status()
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        running = [pool.submit(ask, tenth, prompt, 120) for prompt in prompts]
-        while loads(tenth)["num_running_reqs"] < len(prompts):
-            time.sleep(0.01)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(tenth.stream("/generate", request_body(prompt, 240))) for prompt in prompts]
+        for events in streams:
+            assert next(events)["meta_info"]["finish_reason"] is None
         tenth.client.post("/pause_generation", json={"mode": mode}).raise_for_status()
         update = {"model_path": str(vl_model), "flush_cache": mode == "retract"}
         tenth.client.post("/update_weights_from_disk", json=update).raise_for_status()
         tenth.client.post("/continue_generation", json={}).raise_for_status()
-        answers = [future.result() for future in running]
+        answers = [read_answer(list(events)[-1]) for events in streams]
     for answer, before in zip(answers, quiet, strict=True):
         assert answer.record["plan"] == before.record["plan"] is not None
-        assert answer.meta["completion_tokens"] == 120
+        assert answer.meta["completion_tokens"] == 240
         # What a retracted request has generated is computed again, exactly.
         assert answer.ids == before.ids or mode == "retract"
     assert_nothing_lost(tenth)
