@@ -128,8 +128,8 @@ def compress(prompt: Prompt, compressor: Compressor, max_new_tokens: int = 64) -
     Raises ValueError when the engine would serve the prompt dense, and for what only servers can do.
     """
     config = compressor.config
-    if isinstance(config, RetrievalConfig) and (config.estimates or config.prefetch != "off"):
-        raise ValueError("replay: unretrieved = 'estimate' and prefetch are for servers only")
+    if isinstance(config, RetrievalConfig) and config.estimates:
+        raise ValueError("replay: unretrieved = 'estimate' is for servers only")
     num_layers, num_kv_heads = prompt.shape
     compressor.bind(num_layers, num_kv_heads)
     shape = PoolShape(config.page_size, num_layers * num_kv_heads, sys.maxsize)
@@ -201,6 +201,7 @@ class Replay:
         self._rows: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._summaries: dict[tuple[int, int], torch.Tensor] = {}
         self._resident: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._queries: dict[tuple[int, int, int], torch.Tensor] = {}
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
@@ -262,16 +263,17 @@ class Replay:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Settings [E] and KV heads [E] that retrieve alike, and prompt rows [E, 1, T, N] that each query misses.
 
-        Where the settings have a hysteresis, later calls know what the last query has left on the device if this one
-        is to `keep` it.
+        Where the settings have a hysteresis, or prefetch, later calls know what the last query has left on the device
+        if this one is to `keep` it.
         """
-        groups: dict[tuple[Retrieval, int, int], list[tuple[int, int]]] = {}
+        groups: dict[tuple[Retrieval, float | None, int, int], list[tuple[int, int]]] = {}
         for i, held in enumerate(self.held):
             config = held.config
             for kv_head in held.is_dynamic[layer_idx].nonzero().flatten().tolist():
-                key = (config.retrieval, config.page_size, held.covered)
+                similarity = None if config.prefetch == "off" else config.prefetch_similarity
+                key = (config.retrieval, similarity, config.page_size, held.covered)
                 groups.setdefault(key, []).append((i, kv_head))
-        for (retrieval, page_size, covered), members in groups.items():
+        for (retrieval, similarity, page_size, covered), members in groups.items():
             settings, kv_heads = torch.tensor(members).T
             vectors = torch.stack([self._chunk_summaries(layer_idx, i)[kv_head] for i, kv_head in members])
             q = grouped[settings, kv_heads]  # [E, G, T, D]
@@ -279,8 +281,8 @@ class Replay:
             scores = join_group(by_query.transpose(1, 2).flatten(0, 1), retrieval.chunk_score)  # [E * T, C]
             pages = torch.stack([self.held[i].num_pages[layer_idx, kv_head] for i, kv_head in members])
             counts = pages * (page_size // retrieval.chunk_size)
-            if retrieval.hysteresis:
-                resident = torch.stack([self._resident_chunks(layer_idx, i, kv_head) for i, kv_head in members])
+            if retrieval.hysteresis or similarity is not None:
+                before = resident = torch.stack([self._resident_chunks(layer_idx, *one) for one in members])
                 steps = []
                 for step_scores in scores.unflatten(0, (len(q), -1)).unbind(1):
                     resident = _choose(step_scores + retrieval.hysteresis * resident, counts, retrieval)
@@ -288,11 +290,32 @@ class Replay:
                 chosen = torch.stack(steps, dim=1)
                 if keep:
                     self._resident |= {(layer_idx, *one): row for one, row in zip(members, resident, strict=True)}
+                if similarity is not None:
+                    before = torch.cat((before.unsqueeze(1), chosen[:, :-1]), dim=1)
+                    is_corrected = self._have_moved(layer_idx, members, q, similarity, keep=keep)
+                    chosen = torch.where(is_corrected.unsqueeze(2), chosen, before)
             else:
                 chosen = _choose(scores, counts.repeat_interleave(q.shape[2]), retrieval).unflatten(0, (len(q), -1))
             unseen = torch.zeros(*chosen.shape[:2], len(self.prompt.ids), dtype=torch.bool)
             unseen[..., :covered] = ~chosen.repeat_interleave(retrieval.chunk_size, dim=2)
             yield settings, kv_heads, unseen.unsqueeze(1)
+
+    def _have_moved(
+        self, layer_idx: int, members: list[tuple[int, int]], q: torch.Tensor, similarity: float, *, keep: bool
+    ) -> torch.Tensor:
+        """[E, T], bool: where prefetch corrects, as `QueryPrefetch` does: a head of the setting has another query now.
+
+        `members` are settings and KV heads of queries q [E, G, T, D]; zeros come before the first.
+        """
+        mean = q.mean(dim=1)  # [E, T, D]
+        nothing = torch.zeros_like(mean[0, 0])
+        first = torch.stack([self._queries.get((layer_idx, *one), nothing) for one in members])
+        before = torch.cat((first.unsqueeze(1), mean[:, :-1]), dim=1)
+        if keep:
+            self._queries |= {(layer_idx, *one): row for one, row in zip(members, mean[:, -1], strict=True)}
+        moved = torch.nn.functional.cosine_similarity(mean, before, dim=-1) < similarity
+        settings = torch.tensor([i for i, _ in members])
+        return torch.stack([moved[settings == i].any(dim=0) for i, _ in members])
 
     def _resident_chunks(self, layer_idx: int, i: int, kv_head: int) -> torch.Tensor:
         """[C], bool: chunks that a dynamic head of a setting holds."""

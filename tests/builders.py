@@ -224,8 +224,11 @@ class TinyPool(Pool):
 
     def decode(self, prompts, layer_idx, q):
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
-        self.retrieve(prompts, layer_idx, q)
-        return self.attend(prompts, layer_idx, q)
+        rows = self.rows(prompts)
+        later = self.cache.retrieve_first(layer_idx, q, rows)
+        out = self.attend(prompts, layer_idx, q)
+        self.cache.retrieve_ahead(layer_idx, q, later)
+        return out
 
     def head_pages_of(self, prompt: Request, layer_idx: int, kv_head: int) -> list[tuple[int, int, int]]:
         """(page, layer, head) of each kept or buffer page of one head: a request's pages hand out their head pages

@@ -28,6 +28,12 @@ SETTINGS = {
     "static": ("hybridkv", {"theta": 0.0}),
     "dynamic": ("hybridkv", {"max_dynamic_heads": 1.0}),
     "hysteresis": ("hybridkv", {"max_dynamic_heads": 0.5, "hysteresis": 1.0}),
+    # Queries are random: the cosine of two is above this as often as below.
+    "prefetch": ("hybridkv", {"max_dynamic_heads": 0.5, "prefetch": "previous_query", "prefetch_similarity": 1e-6}),
+    "prefetch of pages": (
+        "hybridkv",
+        {"max_dynamic_heads": 0.5, "chunk_score": "mean_max", "prefetch": "previous_query", "prefetch_similarity": 0.1},
+    ),
     "pages of 16": ("hybridkv", {"max_dynamic_heads": 0.5, "page_size": 16}),
     "snapkv": ("snapkv", {}),
     "look-m": ("look-m", {}),
