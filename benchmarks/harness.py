@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -176,7 +176,7 @@ class Server:
         self.env = {**os.environ, **(env or {})}
         self.log = (log_dir or Path(tempfile.mkdtemp(prefix="hybridkv-server-"))) / f"{name}-{self.port}.log"
         self.ready_seconds = ready_seconds
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Any = None  # a subprocess.Popen, or the like
         # trust_env: a proxy variable must not capture requests to this machine.
         limits = httpx.Limits(max_connections=None)
         self.client = httpx.Client(base_url=self.url, timeout=REQUEST_SECONDS, trust_env=False, limits=limits)
@@ -192,14 +192,17 @@ class Server:
         """Start the process and wait until it answers. Raises ServerError with the end of the log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                self.command, stdout=out, stderr=subprocess.STDOUT, env=self.env, stdin=subprocess.DEVNULL
-            )
+            self.process = self._launch(out)
         try:
             self._wait_ready()
         except BaseException:
             self.stop()
             raise
+
+    def _launch(self, log: IO[bytes]) -> Any:
+        return subprocess.Popen(
+            self.command, stdout=log, stderr=subprocess.STDOUT, env=self.env, stdin=subprocess.DEVNULL
+        )
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self.ready_seconds

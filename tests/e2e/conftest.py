@@ -11,6 +11,7 @@ import pytest
 from benchmarks.harness import Server, compression_flags, engine_flags, free_port, parallel
 from benchmarks.models.make_models import make_model
 from tests.e2e.checks import Reference, assert_healthy
+from tests.e2e.preloaded import PreloadedServer
 from tests.e2e.prompts import Vision
 
 VL = "tiny-qwen2_5_vl"
@@ -30,18 +31,20 @@ def make_server(
     *flags: str,
     env: dict[str, str] | None = None,
     name: str = "stock",
+    server_class: type[Server] = PreloadedServer,
     **sizes: int,
 ) -> Server:
     """A server that is not started yet; stock without a budget.
 
-    `model` is the name of a tiny one or a folder, `sizes` are of SGLang's pool and prefill.
+    `model` is the name of a tiny one or a folder, `sizes` are of SGLang's pool and prefill. `server_class` is `Server`
+    where the start itself, or the end, is what a test is about.
     """
     sizes = {"max_total_tokens": POOL_TOKENS, "chunked_prefill_size": CHUNK_TOKENS} | sizes
     recipe = engine_flags("cpu", dtype="float32", **sizes)
     compression = compression_flags(budget, {**CONFIG, **(config or {})})
     env = {**recipe.env, **STRICT_ENV, **(env or {})}
     folder = make_model(model) if isinstance(model, str) else model
-    return Server(folder, [*recipe.flags, *compression, *flags], env, name=name)
+    return server_class(folder, [*recipe.flags, *compression, *flags], env, name=name)
 
 
 def run_servers(*servers: Server) -> Iterator[list[Server]]:

@@ -363,13 +363,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = make_prompts(seed, vision)
     sizes = {"max_total_tokens": POOL_TOKENS, "chunked_prefill_size": 256, "max_running_requests": 16}
     config = {"page_size": 8, "min_head_pages": 1, "min_prompt_tokens": 32}
-    with make_server(VL, **sizes) as server:
+    with make_server(VL, server_class=Server, **sizes) as server:
         stock = ask_stock(server, prompts)
     started, resident = time.monotonic(), []
     flags = "--schedule-conservativeness", "0.1", "--tp-size", str(arguments.tp_size)
     cores = {CPU_RANKS: "|".join(map(str, range(arguments.tp_size)))} if arguments.tp_size > 1 else {}
     plant = planted_faults.Plant(arguments.plant)
-    server = make_server(VL, BUDGETS[0], config, *flags, env=plant.env | cores, name="soak", **sizes)
+    server = make_server(
+        VL, BUDGETS[0], config, *flags, env=plant.env | cores, name="soak", server_class=Server, **sizes
+    )
     with server:
         soak = Soak(server, seed, prompts, vision.image(seed), stock)
         plant.begin()

@@ -170,7 +170,7 @@ def kill_amid_a_stream(server: Server, scheduler: psutil.Process) -> None:
 
 def test_a_scheduler_that_is_killed_ends_the_server() -> None:
     """As on stock: each client's connection ends, and no process is left."""
-    with make_server("tiny-qwen2", 0.1, name="killed") as server:
+    with make_server("tiny-qwen2", 0.1, name="killed", server_class=Server) as server:
         assert server.process is not None
         family = psutil.Process(server.process.pid).children(recursive=True)
         [scheduler] = [process for process in family if "scheduler" in process.name()]

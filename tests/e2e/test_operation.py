@@ -50,7 +50,7 @@ AT_START = {
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
     flags = ("--enable-metrics", "--admin-api-key", "of-the-operator")
-    for [server] in run_servers(make_server(VL, 0.1, None, *flags, name="operated")):
+    for [server] in run_servers(make_server(VL, 0.1, None, *flags, name="operated", server_class=Server)):
         server.client.headers.update(KEY)
         yield server
         assert_healthy(server)
