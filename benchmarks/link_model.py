@@ -33,7 +33,7 @@ BUDGET = 0.1
 MAX_ANSWER_TOKENS = 64
 BF16_BYTES = 2
 SCALE_BYTES = 16
-"""Of a record with one byte an element, which is the keys and values of one token and head: what restores the values."""
+"""Of a record with one byte an element, keys and values of one token and head: what restores the numbers."""
 PAGE_GB_S, ROW_GB_S = 50.0, 28.0
 """Pace of an H200's link for whole pages and for single rows, both measured (docs/performance.md)."""
 LONG_HEADS, LONG_HEAD_DIM, LONG_CONTEXT, LONG_REQUESTS = 28 * 4, 128, 32768, 16
