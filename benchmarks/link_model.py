@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.chunk_trace import TracedReplay, rounded
 from benchmarks.provenance import run_metadata
 from benchmarks.quality.cases import END_OF_TURN, TEXT, Cell, Exchange, make_exchanges
 from benchmarks.quality.models import MODELS
@@ -30,7 +31,7 @@ from sglang_hybridkv.config import parse_config
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 
 BUDGET = 0.1
-MAX_ANSWER_TOKENS = 64
+MAX_ANSWER_TOKENS = 48
 BF16_BYTES = 2
 SCALE_BYTES = 16
 """Of a record with one byte an element, keys and values of one token and head: what restores the numbers."""
@@ -40,9 +41,9 @@ LONG_HEADS, LONG_HEAD_DIM, LONG_CONTEXT, LONG_REQUESTS = 28 * 4, 128, 32768, 16
 """KV heads of Qwen2.5-VL-7B in all layers, their size, and the workload that the aims are about."""
 CELLS = {
     "smollm2": (
-        Cell(TEXT, 1000, 6, ("summary", "sequel")),
-        Cell(TEXT, 2000, 6, ("summary", "sequel")),
-        Cell(TEXT, 2000, 5, ("needle", "price", "crew")),
+        Cell(TEXT, 2000, 4, ("summary", "sequel")),
+        Cell(TEXT, 1000, 3, ("summary", "sequel")),
+        Cell(TEXT, 2000, 4, ("needle", "price", "crew")),
     ),
     "tiny": (Cell("coherent", 1600, 5, ("get", "list", "chain")),),
 }
@@ -92,94 +93,6 @@ MEASURES = (
 )
 
 
-@dataclasses.dataclass
-class Traffic:
-    """Counts of a decode, [T] each: sums over layers and dynamic heads, one number a step.
-
-    Attributes
-    ----------
-    chosen : chunks that the steps' queries want.
-    fetched : those of them that were not on the device.
-    waited : those of the fetched that attention waits for; all of them without prefetch.
-    corrected, layers : layers in which the request waits for its own retrieval, of how many with dynamic heads.
-    """
-
-    chosen: torch.Tensor
-    fetched: torch.Tensor
-    waited: torch.Tensor
-    corrected: torch.Tensor
-    layers: torch.Tensor
-
-    @classmethod
-    def empty(cls, num_steps: int) -> Traffic:
-        """Nothing yet."""
-        return cls(*(torch.zeros(num_steps, dtype=torch.int64) for _ in dataclasses.fields(cls)))
-
-    def add(self, chosen: torch.Tensor, first: torch.Tensor, waits: torch.Tensor) -> None:
-        """Count one layer: chosen chunks [E, T, C] of its dynamic heads, those they begin with [E, C], and whether
-        attention waits [T]."""
-        before = torch.cat((first.unsqueeze(1), chosen[:, :-1]), dim=1)
-        fetched = (chosen & ~before).sum(dim=(0, 2))
-        self.chosen += chosen.sum(dim=(0, 2))
-        self.fetched += fetched
-        self.waited += fetched * waits
-        self.corrected += waits
-        self.layers += 1
-
-
-class TracedReplay(Replay):
-    """A replay of one setting that counts its traffic, and with prefetch attends to what the previous query chose.
-
-    All tokens go through one `step`. `whole` is the prompt before its rows in host memory were rounded: the codes of
-    keys are made of that.
-    """
-
-    def __init__(self, model: ReplayedModel | None, prompt: Prompt, held: Held, *, prefetch: bool, whole: Prompt):
-        super().__init__(model, prompt, [held])
-        self.prefetch, self.traffic = prefetch, Traffic.empty(0)
-        source = Replay(None, whole, [held])
-        layers = held.is_dynamic.any(dim=1).nonzero().flatten().tolist()
-        self._summaries = {(layer_idx, 0): source._chunk_summaries(layer_idx, 0) for layer_idx in layers}
-
-    def waits(self, layer_idx: int, grouped: torch.Tensor) -> torch.Tensor:
-        """[T], bool: steps in which the layer attends after its own retrieval; queries [1, H, G, T, D].
-
-        As `QueryPrefetch` decides: the mean query of any dynamic head's group is not like the one before.
-        """
-        held = self.held[0]
-        if not self.prefetch:
-            return torch.ones(grouped.shape[3], dtype=torch.bool)
-        means = grouped[0].float().mean(dim=1)[held.is_dynamic[layer_idx]]  # [E, T, D]
-        alike = torch.nn.functional.cosine_similarity(means[:, 1:], means[:, :-1], dim=-1)
-        moved = (alike < held.config.prefetch_similarity).any(dim=0)
-        return torch.cat((torch.ones(1, dtype=torch.bool), moved))
-
-    def _retrieve(
-        self, layer_idx: int, grouped: torch.Tensor, *, keep: bool = False
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        held, num_steps = self.held[0], grouped.shape[3]
-        if not self.length and not len(self.traffic.chosen):
-            self.traffic = Traffic.empty(num_steps)
-        kv_heads = held.is_dynamic[layer_idx].nonzero().flatten().tolist()
-        first = [self._resident_chunks(layer_idx, 0, kv_head) for kv_head in kv_heads]
-        for settings, members, unseen in super()._retrieve(layer_idx, grouped, keep=keep):
-            waits = self.waits(layer_idx, grouped)
-            chosen = ~unseen[:, 0, :, : held.covered : held.config.tokens_per_chunk]
-            self.traffic.add(chosen, torch.stack(first), waits)
-            stale = torch.cat((unseen[:, :, :1], unseen[:, :, :-1]), dim=2)
-            yield settings, members, torch.where(waits[:, None], unseen, stale)
-
-
-def rounded(prompt: Prompt, is_dynamic: torch.Tensor) -> Prompt:
-    """The prompt with the rows of dynamic heads as 255 levels of one byte, each row by its largest element."""
-
-    def round_rows(rows: torch.Tensor) -> torch.Tensor:
-        step = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-        return torch.where(is_dynamic[:, None, :, None], (rows / step).round() * step, rows)
-
-    return dataclasses.replace(prompt, k=round_rows(prompt.k), v=round_rows(prompt.v))
-
-
 def full_answer(model: ReplayedModel, prompt: Prompt, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [T] that the model answers with its full cache, and the logits [T, vocabulary] of each."""
     full = get_compressor("full")
@@ -195,10 +108,9 @@ def full_answer(model: ReplayedModel, prompt: Prompt, max_tokens: int) -> tuple[
 
 @torch.inference_mode()
 def measure_answer(
-    model: ReplayedModel, prompt: Prompt, measure: Measure, ids: torch.Tensor, logits: torch.Tensor
+    model: ReplayedModel, prompt: Prompt, held: Held, measure: Measure, ids: torch.Tensor, logits: torch.Tensor
 ) -> Row:
     """Traffic and quality of one answer of the full cache, ids [T] and logits [T, vocabulary], under a measure."""
-    held = compress(prompt, measure.compressor, len(ids) + 1)
     stored = prompt if measure.element_bytes == BF16_BYTES else rounded(prompt, held.is_dynamic)
     replay = TracedReplay(model, stored, held, prefetch=measure.prefetch, whole=prompt)
     ours = replay.step(ids[None, :-1])[0].log_softmax(-1)
@@ -223,7 +135,8 @@ def long_prompt(measure: Measure, miss_rate: float, waited_share: float) -> Row:
     assert not isinstance(geometry, DenseReason), geometry
     dynamic, ratio = geometry.max_dynamic_heads, config.dynamic_ratio
     rows = geometry.total_head_pages * config.page_size * ratio / (ratio * dynamic + LONG_HEADS - dynamic)
-    chosen = dynamic * rows / config.tokens_per_chunk
+    always = (config.retrieval.num_sink_chunks + config.retrieval.num_recent_chunks) * config.tokens_per_chunk
+    chosen = dynamic * (rows - always) / config.tokens_per_chunk
     fetched = LONG_REQUESTS * chosen * miss_rate * measure.chunk_bytes(LONG_HEAD_DIM)
     gb_s = PAGE_GB_S if config.tokens_per_chunk == config.page_size else ROW_GB_S
     return {
@@ -285,8 +198,12 @@ def cell_rows(name: str, model: ReplayedModel, cell: Cell, seed: int, console: C
             continue
         prompt_lens.append(len(prompt.ids))
         head_dim = prompt.k.shape[-1]
+        kept: dict[str, Held] = {}
         for measure, found in zip(MEASURES, answers, strict=True):
-            found.append(measure_answer(model, prompt, measure, ids, logits))
+            settings = str(measure.config)
+            if settings not in kept:
+                kept[settings] = compress(prompt, measure.compressor, len(ids) + 1)
+            found.append(measure_answer(model, prompt, kept[settings], measure, ids, logits))
     head = {"bench": "link_model", "model": name, "scene": cell.scene, "context": cell.context, "budget": BUDGET}
     head |= {"tasks": list(cell.tasks), "prompt_tokens": round(sum(prompt_lens) / len(prompt_lens)), "seed": seed}
     for measure, found in zip(MEASURES, answers, strict=True):

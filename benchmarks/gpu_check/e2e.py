@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Aim:
-    """A figure that is judged on a GPU: at most, or at least, `limit`; in rows of these head types, or in all of ours."""
+    """A figure judged on a GPU: at most, or at least, `limit`; in rows of these head types, or in all of ours."""
 
     figure: str
     limit: float
@@ -80,6 +80,8 @@ def figures(row: Row, earlier: Sequence[Row]) -> Row:
 
 def judge(row: Row, earlier: Sequence[Row], *, has_gpu: bool) -> Row:
     """The row with its figures, the aims beside them, and what is wrong with it; aims count on a GPU only."""
+    if "error" in row:
+        return row | {"judged": False, "ok": False, "failures": [f"{row['setup']}: {row['error']}"]}
     is_ours = row["server"] != "stock"
     failures = []
     if row["measured"] == "load":
@@ -216,44 +218,51 @@ def measure_wall(client: Client, load: Load) -> Row:
     started = time.perf_counter()
     with ThreadPoolExecutor(max_workers=load.requests) as clients:
         streams = list(clients.map(lambda ids: client.ask(ids, load.new_tokens), prompts))
-    return summary(streams, time.perf_counter() - started)
+    row = summary(streams, time.perf_counter() - started)
+    records = [stream.meta.get("kv_compressor") or {"compressed": False} for stream in streams]
+    return row | {"compressed": sum(record["compressed"] for record in records)}
 
 
 def server_rows(plan: Plan, setup: Setup, seed: int) -> Iterator[Row]:
-    """Start a server, yield a row for each of its head types and loads, then one of the wall, and stop it."""
-    model = plan.checkpoint
-    row: Row = {"setup": setup.name, "server": setup.kind, "attention_backend": setup.backend, "model": model.name}
-    row |= {"device": plan.device, "max_total_tokens": plan.pool_tokens}
-    row |= {"chunked_prefill_size": CHUNK_TOKENS[plan.device], "seed": seed}
-    with tempfile.TemporaryDirectory() as folder:
-        flags, env = flags_of(plan, setup, model, Path(folder))
-        row["flags"], started = flags, time.monotonic()
-        name = f"e2e-{setup.name.replace(':', '-')}"
-        with Server(model, flags, env, name=name, ready_seconds=plan.server_seconds) as server:
-            row["startup_s"] = round(time.monotonic() - started, 1)
-            clients = {
-                heads: Client(server, share, started + plan.server_seconds, 10_000 * (seed + number))
-                for number, (heads, share) in enumerate(setup.heads.items())
-            }
-            for heads, client in clients.items():
-                for load in plan.loads:
-                    measured = {"measured": "load", "heads": heads, **dataclasses.asdict(load)}
-                    yield row | measured | measure(client, load, setup.kind)
-            if plan.wall is not None:
-                heads, client = next(iter(clients.items()))
-                measured = {"measured": "wall", "heads": heads, **dataclasses.asdict(plan.wall)}
-                yield row | measured | measure_wall(client, plan.wall)
+    """Start a server, yield a row for each of its head types and loads, then one of the wall, and stop it.
+
+    What goes wrong is a last row with its `error`.
+    """
+    row: Row = {"setup": setup.name, "server": setup.kind, "attention_backend": setup.backend, "device": plan.device}
+    row |= {"max_total_tokens": plan.pool_tokens, "chunked_prefill_size": CHUNK_TOKENS[plan.device], "seed": seed}
+    try:
+        model = plan.checkpoint
+        with tempfile.TemporaryDirectory() as folder:
+            flags, env = flags_of(plan, setup, model, Path(folder))
+            row |= {"model": model.name, "flags": flags}
+            started = time.monotonic()
+            name = f"e2e-{setup.name.replace(':', '-')}"
+            with Server(model, flags, env, name=name, ready_seconds=plan.server_seconds) as server:
+                row["startup_s"] = round(time.monotonic() - started, 1)
+                for measured in _measurements(server, plan, setup, started + plan.server_seconds, seed):
+                    yield row | measured
+    except Exception as error:
+        traceback.print_exc()
+        yield row | {"measured": "nothing", "error": f"{type(error).__name__}: {error}"[-MOST_WORDS:]}
+
+
+def _measurements(server: Server, plan: Plan, setup: Setup, deadline: float, seed: int) -> Iterator[Row]:
+    clients = {
+        heads: Client(server, share, deadline, 10_000 * (seed + number))
+        for number, (heads, share) in enumerate(setup.heads.items())
+    }
+    for heads, client in clients.items():
+        for load in plan.loads:
+            yield {"measured": "load", "heads": heads, **dataclasses.asdict(load)} | measure(client, load, setup.kind)
+    if plan.wall is not None:
+        heads, client = next(iter(clients.items()))
+        yield {"measured": "wall", "heads": heads, **dataclasses.asdict(plan.wall)} | measure_wall(client, plan.wall)
 
 
 def e2e_rows(plan: Plan, some: Sequence[Setup], seed: int) -> Iterator[Row]:
     """The rows of these servers, judged. A server that fails is a row, and the next one still runs."""
     rows: list[Row] = []
     for setup in some:
-        try:
-            for row in server_rows(plan, setup, seed):
-                rows.append(judge(row, rows, has_gpu=plan.device == "cuda"))
-                yield rows[-1]
-        except Exception as error:
-            traceback.print_exc()
-            failure = f"{setup.name}: {type(error).__name__}: {error}"
-            yield dataclasses.asdict(setup) | {"measured": "nothing", "ok": False, "failures": [failure[-MOST_WORDS:]]}
+        for row in server_rows(plan, setup, seed):
+            rows.append(judge(row, rows, has_gpu=plan.device == "cuda"))
+            yield rows[-1]
