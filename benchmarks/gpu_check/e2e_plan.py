@@ -19,7 +19,7 @@ from sglang_hybridkv.config import parse_config
 
 BUDGET = 0.1
 CHUNK_TOKENS = {"cuda": 8192, "cpu": 512}
-HOST_SLACK = 1.15
+HOST_SLACK = 1.05
 HEADS = {"heads": {"quarter": 0.25, "static": 0.0}, "dynamic": {"dynamic": 1.0}}
 """Head types that a kind of server is measured with, by the share of KV heads that are dynamic."""
 

@@ -92,7 +92,7 @@ class TestPlan:
         quarter, dynamic, defaults = (
             host_bytes(plan, Setup(kind, "triton"), folder) for kind in ("heads", "dynamic", "defaults")
         )
-        assert 1.1 * tokens * KV_OF_7B / 4 < quarter < 1.25 * tokens * KV_OF_7B / 4
+        assert tokens * KV_OF_7B / 4 < quarter < 1.1 * tokens * KV_OF_7B / 4
         assert dynamic == pytest.approx(4 * quarter, rel=1e-6)
         assert defaults == pytest.approx(quarter * 38 / 28, rel=1e-6)  # 0.34 of 112 heads
 
@@ -297,5 +297,4 @@ class TestServers:
         assert [(row["server"], row["ok"]) for row in rows] == [("heads", True), ("heads", False), ("defaults", True)]
         assert rows[1]["failures"] == ["heads:torch_native: RuntimeError: it ended"]
         assert "--kv-compressor" in rows[1]["flags"]
-        for row in rows:
-            json.dumps(row)
+        json.dumps(rows)
