@@ -127,10 +127,10 @@ def ratio_row(rows: Sequence[Row], batch: int) -> Row:
     }
 
 
-def stream_answer(server: Server, ids: list[int], new_tokens: int) -> Stream:
+def stream_answer(server: Server, ids: list[int], new_tokens: int, **body: Any) -> Stream:
     """Ask for one answer of exactly `new_tokens` tokens and time it; ServerError when it ends otherwise."""
     sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    body = {"input_ids": ids, "sampling_params": sampling}
+    body |= {"input_ids": ids, "sampling_params": sampling}
     events: list[tuple[float, int]] = []
     meta: dict[str, Any] = {}
     sent = time.perf_counter()

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks.gpu_check.e2e_plan import make_plan
 from benchmarks.gpu_check.parts import NAMES, Context, Outcome, chosen_parts, chosen_setups, run_part
 from benchmarks.harness import detect_device, end_on_sigterm
 from benchmarks.models.make_models import make_model
@@ -48,16 +49,27 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
     add("--parts", default=",".join(NAMES), help="comma-separated; they run in this order (default: %(default)s)")
-    add("--setups", default="", help="of the part server, comma-separated, as triton:float16 (default: all)")
+    add("--setups", default="", help="servers of the parts server and e2e, as triton:float16,stock:flashinfer")
     add("--out", type=Path, help="file to which the rows are appended, one JSON object a line")
     add("--model-path", type=Path, help=f"checkpoint of the servers (default: {MODEL}, made when it is not there)")
     add("--json", action="store_true", help="print the rows, and nothing else, on stdout")
     add("--device", choices=["cpu", "cuda"], default=detect_device(), help="default: what torch finds")
     add("--seed", type=int, default=random.SystemRandom().randrange(2**31), help="of the random input (default: new)")
+    e2e = parser.add_argument_group("of the part e2e")
+    add = e2e.add_argument
+    add("--requests", help="at once, a number a load (default: 16,64; 3 without a GPU)")
+    add("--prompt-tokens", help="of each of them, a number a load (default: 32768,8192; 700 without a GPU)")
+    add("--new-tokens", type=int, help="of each answer (default: 128; 24 without a GPU)")
+    add(
+        "--wall-requests", type=int, help="at once at the memory wall; 0: none (default: twice what stock's pool holds)"
+    )
+    add("--server-seconds", type=float, default=900.0, help="a server is given up after so long (default: %(default)s)")
+    add("--kv-config", help="further settings of our servers, as --kv-compressor-config")
     args = parser.parse_args()
     try:
         args.parts = chosen_parts(args.parts)
         args.setups = chosen_setups(args.setups, args.device)
+        args.plan = make_plan(args)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -69,7 +81,7 @@ def main() -> int:
     end_on_sigterm()
     console = Console(stderr=args.json, soft_wrap=True)
     model = functools.cache(lambda: args.model_path or make_model(MODEL))
-    context, origin = Context(args.device, model, args.seed, args.setups), run_metadata()
+    context, origin = Context(args.device, model, args.seed, args.setups, args.plan), run_metadata()
 
     def put(row: dict[str, Any]) -> None:
         line = json.dumps(row | origin)

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.bench_memory import AdmissionLoad, admission_rows
-from benchmarks.gpu_check import bandwidth, servers
+from benchmarks.gpu_check import bandwidth, e2e, e2e_plan, servers
 from benchmarks.gpu_check.reference import Mismatch
 from hybridkv_kernels import dispatch
 from sglang_hybridkv.config import ChunkScore
@@ -54,13 +54,15 @@ class Context:
     device : "cpu" or "cuda".
     model : checkpoint of the servers; a callable, as it may have to be made.
     seed : seed of all random input.
-    setups : names of the comparisons of servers, as "triton:float16"; all when empty.
+    setups : names of servers, as "triton:float16"; a part of which none is named runs all that it runs by itself.
+    plan : what the part e2e asks; None is what it asks by itself.
     """
 
     device: str
     model: Callable[[], Path]
     seed: int
     setups: tuple[str, ...] = ()
+    plan: e2e_plan.Plan | None = None
 
     @property
     def has_gpu(self) -> bool:
@@ -167,9 +169,8 @@ def rows_of_report(report: Path) -> Iterator[Row]:
 
 def server_rows(context: Context) -> Iterator[Row]:
     """Each attention backend: stock, budget 1.0 and budget 0.1."""
-    for setup in servers.setups(context.device)[0]:
-        if context.setups and setup.name not in context.setups:
-            continue
+    known = servers.setups(context.device)[0]
+    for setup in [one for one in known if one.name in context.setups] or known:
         try:
             yield from servers.comparisons(setup, context.model(), SERVER_LOAD[context.device])
         except Exception as error:  # the other backends are worth a look all the same
@@ -199,6 +200,14 @@ def concurrency_rows(context: Context) -> Iterator[Row]:
         yield row | {"bench": "gpu_check", "ok": not missed, "failures": missed}
 
 
+def e2e_rows(context: Context) -> Iterator[Row]:
+    """Whole servers, stock beside ours; aims are judged on a GPU only."""
+    standard, named, _ = e2e_plan.setups(context.device)
+    chosen = [one for one in (*standard, *named) if one.name in context.setups] or standard
+    plan = context.plan or e2e_plan.Plan(context.device, e2e_plan.LOADS[context.device])
+    yield from e2e.e2e_rows(plan, chosen, context.seed)
+
+
 def _without_gpu(*what: str) -> Callable[[str], Sequence[str]]:
     return lambda device: () if device == "cuda" else what
 
@@ -225,6 +234,7 @@ PARTS = (
         concurrency_rows,
         _without_gpu("60 requests of 4096 tokens: on a CPU fewer and shorter ones run"),
     ),
+    Part("e2e", "whole servers beside stock, and the memory wall", e2e_rows, lambda device: e2e_plan.setups(device)[2]),
 )
 NAMES = tuple(part.name for part in PARTS)
 
@@ -246,8 +256,9 @@ def chosen_parts(names: str) -> list[Part]:
 
 def chosen_setups(names: str, device: str) -> tuple[str, ...]:
     """Names of a comma-separated list; ValueError when one is none of the device's."""
-    wanted, known = [name.strip() for name in names.split(",") if name.strip()], servers.setups(device)[0]
-    legal = [setup.name for setup in known]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    standard, named, _ = e2e_plan.setups(device)
+    legal = [setup.name for setup in (*servers.setups(device)[0], *standard, *named)]
     for name in wanted:
         if name not in legal:
             raise ValueError(f"--setups = {name!r} is not allowed; legal: {', '.join(legal)}, comma-separated")
