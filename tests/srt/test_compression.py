@@ -305,7 +305,7 @@ def test_a_container_has_less_memory_than_its_machine(files, expected, tmp_path,
         ("cpu", 1, 7 * GIB, 7 * GIB // 2),
         ("cpu", 2, 64 * GIB, 16 * GIB),
         ("cuda", 1, 64 * GIB, 8 * GIB),
-        ("cuda", 1, 7 * GIB, 2 * GIB),  # keys and values are pinned apart, each a power of two
+        ("cuda", 1, 7 * GIB, 2 * GIB),  # what is pinned is a power of two
         ("cuda", 3, 64 * GIB, 24 * GIB),
         ("cuda", 1, 0, 0),
     ],
@@ -316,9 +316,10 @@ def test_the_default_host_store_is_what_dynamic_heads_need_if_that_is_free(devic
     together.size = ranks
     monkeypatch.setattr(together, "gather", lambda *values: torch.tensor([values]))
     config = HybridKVConfig(max_dynamic_heads=1.0)
-    pool = SimpleNamespace(layer_num=2, head_num=2, pool_bytes=GIB, device=device, windows=())
+    rows = {"head_num": 2, "head_dim": 64, "store_dtype": torch.bfloat16, "device": device}
+    pool = SimpleNamespace(layer_num=2, pool_bytes=GIB, windows=(), **rows)
     assert compression_module._host_store_bytes(config, pool, together) == expected
-    half = SimpleNamespace(layer_num=4, head_num=2, pool_bytes=2 * GIB, device=device, windows=(512, 0, 512, 0))
+    half = SimpleNamespace(layer_num=4, pool_bytes=2 * GIB, windows=(512, 0, 512, 0), **rows)
     assert compression_module._host_store_bytes(config, half, together) == expected, "heads with a window need none"
     asked = HybridKVConfig(host_store_bytes=12345)
     assert compression_module._host_store_bytes(asked, pool, together) == 12345
