@@ -58,6 +58,7 @@ def widen_record(
     wide = tl.reshape(codes, [ROWS, 4 * BW]).to(tl.float32) * scale
     if INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter cuts off what a GPU rounds
         bits = wide.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        # It makes another number of a subnormal one, and so no bits of zero may be left below.
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
         wide = tl.where(wide == wide, rounded, wide)
     return wide.to(DTYPE)
