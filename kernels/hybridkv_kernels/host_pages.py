@@ -124,6 +124,8 @@ class HostPages:
         for name, expected, got in (("head_dim", head_dim, self.head_dim), ("dtype", dtype, self.dtype)):
             if got != expected:
                 raise ValueError(f"host_pages.{name}: expected {expected}, got {got}")
+        if head_dim % 2:
+            raise ValueError(f"host_pages.head_dim: expected an even number, got {head_dim}")
         if self.host_dtype not in HOST_DTYPES:
             expected = f"one of {', '.join(HOST_DTYPES)}"
             raise ValueError(f"host_pages.host_dtype: expected {expected}, got {self.host_dtype!r}")

@@ -28,6 +28,8 @@ SETTINGS = {
     "static": ("hybridkv", {"theta": 0.0}),
     "dynamic": ("hybridkv", {"max_dynamic_heads": 1.0}),
     "hysteresis": ("hybridkv", {"max_dynamic_heads": 0.5, "hysteresis": 1.0}),
+    "rounded": ("hybridkv", {"max_dynamic_heads": 0.5, "host_dtype": "int8"}),
+    "rounded pages": ("hybridkv", {"max_dynamic_heads": 1.0, "host_dtype": "int8", "chunk_score": "mean_max"}),
     "pages of 16": ("hybridkv", {"max_dynamic_heads": 0.5, "page_size": 16}),
     "snapkv": ("snapkv", {}),
     "look-m": ("look-m", {}),

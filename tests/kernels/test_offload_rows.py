@@ -63,10 +63,8 @@ def as_stored(rows, host_dtype):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("host_dtype", HOST_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [8, 32, *HEAD_DIMS])
-def test_records_hold_the_rows_and_nothing_else_is_written(monkeypatch, head_dim, dtype, host_dtype):
-    if head_dim == 8:  # only the reference has it
-        monkeypatch.delenv("HYBRIDKV_KERNELS")
+@pytest.mark.parametrize("head_dim", [2, 6, 32, *HEAD_DIMS])
+def test_records_hold_the_rows_and_nothing_else_is_written(head_dim, dtype, host_dtype):
     offload = Offload(fresh_generator(), host_dtype, dtype, head_dim)
     data = offload.run()
     for got, pool in zip(offload.stored(), (offload.views.k_flat, offload.views.v_flat), strict=True):
@@ -127,6 +125,11 @@ def test_nothing_to_store(sizes):
     offload.src_rows = offload.src_rows[:num_heads, :num_tokens]
     offload.host_page_ids = offload.host_page_ids[:num_heads, : num_tokens // PAGE_SIZE]
     assert (offload.run() == NAN_BYTE).all()
+
+
+def test_rows_of_an_odd_size_are_refused():
+    with pytest.raises(ValueError, match=r"^host_pages.head_dim: expected an even number, got 5"):
+        offload_rows(**Offload(fresh_generator(), "same", head_dim=5).arguments())
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from hybridkv_kernels.host_pages import LARGEST_CODE, LEAST_MAXIMUM
 
 _LARGEST_CODE, _LEAST_MAXIMUM = tl.constexpr(LARGEST_CODE), tl.constexpr(LEAST_MAXIMUM)
 _MAGIC = tl.constexpr(1.5 * 2**23)  # fp32 numbers near it are integers, and the low bits of theirs are the integer's
-_TILE_WORDS = {"same": 2048, "int8": 1024}  # a word of codes becomes four numbers, each in a register
+_TILE_WORDS = 2048
 
 
-def tile_rows(block: int, host_dtype: str) -> int:
-    """Records of at most `block` words that a program of 4 warps holds at once."""
-    return max(1, _TILE_WORDS[host_dtype] // block)
+def tile_rows(block: int) -> int:
+    """Records of at most `block` words that a program of 4 warps holds at once: 4 loads of 16 bytes of each thread."""
+    return max(1, _TILE_WORDS // block)
 
 
 @triton.jit

@@ -46,5 +46,4 @@ def offload_rows(
         checks.check_dtype(name, rows, (torch.int64,))
         if rows.device != views.k_flat.device:
             raise ValueError(f"{name}: expected device {views.k_flat.device} like views, got {rows.device}")
-    chosen = dispatch.choose(src_rows.device, dtype, head_dim, 1)
-    _IMPLEMENTATIONS[chosen](views, host_pages, src_rows, host_page_ids)
+    _IMPLEMENTATIONS[dispatch.choose_copy(src_rows.device)](views, host_pages, src_rows, host_page_ids)

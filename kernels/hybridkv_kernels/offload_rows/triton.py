@@ -80,11 +80,13 @@ def offload_rows(
         return
     words = host_pages.words.shape[2]
     block = triton.next_power_of_2(words)
-    rows, shape = tile_rows(block, host_pages.host_dtype), {"P": host_pages.page_size, "WORDS": words, "BW": block}
+    shape = {"P": host_pages.page_size, "WORDS": words, "BW": block}
     arguments = (host_pages.words, src_rows.contiguous(), host_page_ids.contiguous(), num_rows)
-    grid = (triton.cdiv(num_rows, rows),)
     if host_pages.host_dtype == "same":
-        pool = views.k_flat.view(torch.int32), views.v_flat.view(torch.int32)
-        _copy_kernel[grid](*pool, *arguments, **shape, HALF=pool[0].shape[1], ROWS=rows)
+        pool, rows = (views.k_flat.view(torch.int32), views.v_flat.view(torch.int32)), tile_rows(block)
+        _copy_kernel[(triton.cdiv(num_rows, rows),)](*pool, *arguments, **shape, HALF=pool[0].shape[1], ROWS=rows)
     else:
+        # Four numbers of key and value are behind each word, and all are in registers until the scale is known.
+        rows = max(1, tile_rows(block) // 2)
+        grid = (triton.cdiv(num_rows, rows),)
         _round_kernel[grid](views.k_flat, views.v_flat, *arguments, **shape, D=host_pages.head_dim, ROWS=rows)

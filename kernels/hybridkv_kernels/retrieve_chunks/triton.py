@@ -32,10 +32,11 @@ from hybridkv_kernels.retrieve_chunks.triton_score import (
 )
 
 _TARGET_PROGRAMS = 1024  # programs of 4 warps in a launch: they fill a large GPU, and idle ones cost little
-# A host link of 50 GB/s that answers after 2 microseconds is full with 100 kB under way. A program asks for 8 kB at once
-# (2 to 4 kB where rows are rounded), and waits as long again for the lists and the table. So 25 to 100 programs that
-# find work fill the link. With one KV head of four dynamic, one in four programs does, whatever the batch: 512 of these.
-# One request alone has them all on its few entries, and 800 rows an entry are 50 tiles of 16 rows, or 100 of 8.
+# A host link of 50 GB/s that answers after 2 microseconds is full with 100 kB under way. With rows of 128 elements in 16
+# bits a program asks for 16 records at once, 8 kB or 4 kB rounded, and waits about as long again for the lists and the
+# table: 25 programs that find work fill the link, or 50. The 400 records that an entry of 32k tokens fetches in a step
+# are 25 such tiles. So 32 programs an entry of 16 requests with 4 KV heads take one round, and one request alone has all
+# its tiles under way at once, 200 kB or 100 kB. A program without work ends after one load.
 _FETCH_PROGRAMS = 2048
 
 
@@ -296,7 +297,7 @@ def retrieve_chunks(
     if not is_rounded:
         out = (views.k_flat.view(torch.int32), views.v_flat.view(torch.int32))
     words = host_pages.words.shape[2]
-    rows = tile_rows(triton.next_power_of_2(words), host_pages.host_dtype)
+    rows = tile_rows(triton.next_power_of_2(words))
     tiles = triton.cdiv(max_chunks * retrieval.chunk_size, rows)
     _fetch_kernel[(num_entries, min(max(1, _FETCH_PROGRAMS // num_entries), tiles))](
         *out,
