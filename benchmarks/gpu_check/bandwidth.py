@@ -62,9 +62,7 @@ class Workload:
     def config(self) -> HybridKVConfig:
         """Settings of the compressor."""
         share = self.num_dynamic / self.shape.num_kv_heads
-        return make_config(
-            self.shape, self.budget, share, chunk_score=self.chunk_score, host_dtype=self.host_dtype
-        )
+        return make_config(self.shape, self.budget, share, chunk_score=self.chunk_score, host_dtype=self.host_dtype)
 
     @property
     def summary_vectors(self) -> int:

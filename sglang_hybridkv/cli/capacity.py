@@ -189,8 +189,8 @@ def plan_compressed(
     geometries = [_geometry(shape, machine, load, config) for load in loads]
     page_size = config.page_size
     # Rows may take less room on the host, and on their way from there.
-    on_host = record_bytes(shape.head_dim, shape.element_bytes, config.stored_dtype) * shape.num_heads
-    on_host /= shape.token_bytes
+    stored_bytes = record_bytes(shape.head_dim, shape.element_bytes, config.stored_dtype) * shape.num_heads
+    on_host = stored_bytes / shape.token_bytes
     held, expected, read, fetched, host = [], [], [], [], []
     for load, geometry in zip(loads, geometries, strict=True):
         tail = load.prompt_tokens - geometry.covered
@@ -277,7 +277,7 @@ def _mean(loads: Sequence[Load], values: Sequence[float]) -> float:
 def _plan(
     shape: ModelShape, machine: Machine, count: int, held: tuple[float, float], moved: tuple[float, float, float]
 ) -> Plan:
-    """`held` by a request, here and on stock; `moved`: read, fetched and kept on the host, all in tokens of the pool."""
+    """`held` by a request, here and on stock; `moved`: read, fetched and kept on the host, in tokens of the pool."""
     read, fetched, host = (count * tokens * shape.token_bytes for tokens in moved)
     step_bytes = shape.weight_bytes + int(read)
     step_ms = 1e3 * (step_bytes / machine.memory_gb_s + fetched / machine.link_gb_s) / _DECIMAL_GIGA

@@ -100,18 +100,18 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
 
     @initialize(
         seed=st.integers(0, 2**31 - 1),
-        budget=st.sampled_from([0.15, 0.3, 0.6, 1.0]),
+        kept=st.tuples(st.sampled_from([0.15, 0.3, 0.6, 1.0]), st.sampled_from(HOST_DTYPES)),
         scored=st.sampled_from([*((score, None) for score in CHUNK_SCORES), *CODED_CHUNKS]),
         theta=st.sampled_from([0.0, 0.5, 1.01]),
         windows=st.sampled_from([(0, 0), (4, 16), (20, 40)]),
         group_size=st.sampled_from([1, 7]),
         hysteresis=st.sampled_from([0.0, None, 16.0]),
-        host_dtype=st.sampled_from(HOST_DTYPES),
     )
-    def build(self, seed, budget, scored, theta, windows, group_size, hysteresis, host_dtype):
-        how = {"budget": budget, "theta": theta, "chunk_score": scored[0], "chunk_size": scored[1]}
+    def build(self, seed, kept, scored, theta, windows, group_size, hysteresis):
+        how = {"budget": kept[0], "host_dtype": kept[1], "theta": theta}
+        how |= {"chunk_score": scored[0], "chunk_size": scored[1]}
         how |= {"hysteresis": hysteresis} if scored[0] in CODED_SCORES else {}
-        config = eager_config(**how, num_sink_tokens=windows[0], recent_window=windows[1], host_dtype=host_dtype)
+        config = eager_config(**how, num_sink_tokens=windows[0], recent_window=windows[1])
         generator = seeded(seed)
         self.pool = TinyPool(generator, config, head_dim=32, group_size=group_size)
         self.prompts = [self.pool.add_prompt(n) for n in (17 * P + 3, 25, 9 * P)]
