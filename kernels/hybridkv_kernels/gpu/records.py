@@ -30,7 +30,7 @@ def _row_scale(wide, ROWS: tl.constexpr):
 
 @triton.jit
 def round_record(key, value, D: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr):
-    """[ROWS, BW], int32: records of rows in [ROWS, 4 * BW], `key` at columns 0 to D - 1 and `value` at the D after it."""
+    """[ROWS, BW], int32: records of rows in [ROWS, 4 * BW], `key` at columns 0 to D - 1 and `value` at the next D."""
     e, w = tl.arange(0, 4 * BW), tl.arange(0, BW)
     key_scale, value_scale = _row_scale(key, ROWS), _row_scale(value, ROWS)
     scale = tl.where((e < D)[None, :], key_scale[:, None], value_scale[:, None])
