@@ -33,10 +33,10 @@ from hybridkv_kernels.retrieve_chunks.triton_score import (
 
 _TARGET_PROGRAMS = 1024  # programs of 4 warps in a launch: they fill a large GPU, and idle ones cost little
 # A host link of 50 GB/s that answers after 2 microseconds is full with 100 kB under way. With rows of 128 elements of
-# 16 bits a program asks for 16 records at once, 8 kB or 4 kB rounded, and waits about as long again for the lists and the
-# table: 25 programs that find work fill the link, or 50. The 400 records that an entry of 32k tokens fetches in a step
-# are 25 such tiles. So 32 programs for each entry of 16 requests with 4 KV heads take one round, and one request alone
-# has all its tiles under way at once, 200 kB or 100 kB. A program without work ends after one load.
+# 16 bits a program asks for 16 records at once, 8 kB or 4 kB rounded, and waits about as long again for the lists and
+# the table: 25 programs that find work fill the link, or 50. The 400 records that an entry of 32k tokens fetches in a
+# step are 25 such tiles. So 32 programs for each entry of 16 requests with 4 KV heads take one round, and one request
+# alone has all its tiles under way at once, 200 kB or 100 kB. A program without work ends after one load.
 _FETCH_PROGRAMS = 2048
 
 
