@@ -33,6 +33,7 @@ from benchmarks.gpu_check.pool import Shape
 from hybridkv_kernels import gpu
 from hybridkv_kernels.chunks import CODED_SCORES, Retrieval
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
+from hybridkv_kernels.host_pages import HOST_DTYPES, HostPages
 
 ARCHITECTURES = (80, 90, 100)
 GATED_ARCHITECTURES = (80, 90)
@@ -116,18 +117,25 @@ def decode_attn(num_means: int = 0) -> Callable[[Shape], Any]:
     return call
 
 
-def retrieve_chunks(chunk_score: str, estimate: bool = False, chunk_size: int | None = None) -> Callable[[Shape], Any]:
+def host_pages(shape: Shape, views: HeadPageViews, host_dtype: str) -> HostPages:
+    """As many host pages as the pool has head pages."""
+    return HostPages.empty(len(views.k_pages), shape.page_size, shape.head_dim, shape.dtype, host_dtype, pin=False)
+
+
+def retrieve_chunks(
+    chunk_score: str, estimate: bool = False, chunk_size: int | None = None, host_dtype: str = "same"
+) -> Callable[[Shape], Any]:
     """Retrieval of one layer of a pool of this shape, for prompts of up to LONG chunks, which are pages with None."""
 
     def call(shape: Shape) -> Any:
         size = chunk_size or shape.page_size
         views, table = tiny_pool(shape, LONG * size // shape.page_size, size)
         q = queries(shape, NUM_REQUESTS)
-        k_host, v_host = views.k_pages.clone(), views.v_pages.clone()
+        host = host_pages(shape, views, host_dtype)
         counters, rows = torch.zeros(2, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
         hysteresis = 0.5 if chunk_score in CODED_SCORES else 0.0
         retrieval = Retrieval(1, 2, chunk_score, size, estimate, hysteresis)
-        return gpu.load_twin("retrieve_chunks")(q, views, table, k_host, v_host, counters, 0, rows, retrieval)
+        return gpu.load_twin("retrieve_chunks")(q, views, table, host, counters, 0, rows, retrieval)
 
     return call
 
@@ -142,6 +150,17 @@ def compact_kv(shape: Shape) -> Any:
     """A copy of rows of this size."""
     k, rows = zeros(shape, 64), torch.arange(32)
     return gpu.load_twin("compact_kv")(k, k.clone(), rows, rows + 32)
+
+
+def offload_rows(host_dtype: str) -> Callable[[Shape], Any]:
+    """The rows of four pages, stored so."""
+
+    def call(shape: Shape) -> Any:
+        views, _ = tiny_pool(shape, 16)
+        rows, ids = torch.zeros(2, 2 * shape.page_size, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)
+        return gpu.load_twin("offload_rows")(views, host_pages(shape, views, host_dtype), rows, ids)
+
+    return call
 
 
 def cases() -> Iterator[Case]:
@@ -173,6 +192,9 @@ def cases() -> Iterator[Case]:
     yield Case(
         "retrieve_chunks key_codes", shape_of(torch.float16, head_dim=80, group_size=1), codes[16], is_gated=True
     )
+    for shape in (shape_of(page_size=8), shape_of(torch.float16, head_dim=80), shape_of(head_dim=256, group_size=4)):
+        rounded = retrieve_chunks("half_codes", chunk_size=1, host_dtype="int8")
+        yield Case("retrieve_chunks int8", shape, rounded, is_gated=True)
     # These take more registers than the limit, but do not spill.
     yield Case("retrieve_chunks key_codes", shape_of(group_size=16, page_size=32), codes[1])
     yield Case("retrieve_chunks key_codes", shape_of(torch.float32), codes[1])
@@ -181,6 +203,9 @@ def cases() -> Iterator[Case]:
     for shape in (shape_of(), shape_of(torch.float32), shape_of(torch.float16, head_dim=80, group_size=1)):
         yield Case("score_heads", shape, score_heads)
     yield Case("compact_kv", shape_of(), compact_kv)
+    for host_dtype in HOST_DTYPES:
+        for shape in (shape_of(), shape_of(torch.float32), shape_of(torch.float16, head_dim=80, group_size=1)):
+            yield Case(f"offload_rows {host_dtype}", shape, offload_rows(host_dtype))
 
 
 @contextmanager

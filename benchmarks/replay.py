@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from hybridkv_kernels.chunks import Retrieval, top_chunks
+from hybridkv_kernels.host_pages import round_rows, widen_rows
 from hybridkv_kernels.retrieve_chunks.naive import join_group, score_chunks_by_query, score_tokens_by_query
 from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt, summarize_heads
 from sglang_hybridkv.cache.observation import PromptObserver
@@ -130,6 +131,8 @@ def compress(prompt: Prompt, compressor: Compressor, max_new_tokens: int = 64) -
     config = compressor.config
     if isinstance(config, RetrievalConfig) and config.estimates:
         raise ValueError("replay: unretrieved = 'estimate' is for servers only")
+    if isinstance(config, RetrievalConfig) and config.prefetch != "off" and config.stored_dtype != "same":
+        raise ValueError("replay: prefetch with rounded host rows is for servers only")
     num_layers, num_kv_heads = prompt.shape
     compressor.bind(num_layers, num_kv_heads)
     shape = PoolShape(config.page_size, num_layers * num_kv_heads, sys.maxsize)
@@ -202,6 +205,8 @@ class Replay:
         self._summaries: dict[tuple[int, int], torch.Tensor] = {}
         self._resident: dict[tuple[int, int, int], torch.Tensor] = {}
         self._queries: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._exact: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._rounded: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @torch.inference_mode()
     def step(self, tokens: torch.Tensor, last: int | None = None) -> torch.Tensor:
@@ -229,7 +234,13 @@ class Replay:
                 out[i, kv_head] = _softmax_attention(grouped[i, kv_head], rows, own, None, is_later, scaling)
         for settings, kv_heads, unseen in self._retrieve(layer_idx, grouped, keep=True):
             prompt, heads = self.prompt, (settings, kv_heads)
-            rows = tuple(x[layer_idx, :, kv_heads].transpose(0, 1).unsqueeze(1) for x in (prompt.k, prompt.v))
+            rows = _rows_of((prompt.k[layer_idx], prompt.v[layer_idx]), kv_heads)
+            if self.held[int(settings[0])].config.stored_dtype != "same":
+                # Every row twice, as it was and as it is fetched; a query misses one of them.
+                is_exact = self._stay_exact(layer_idx, settings, kv_heads, ~unseen[:, 0]).unsqueeze(1)
+                rounded = _rows_of(self._rounded_rows(layer_idx), kv_heads)
+                rows = tuple(torch.cat(pair, dim=2) for pair in zip(rows, rounded, strict=True))
+                unseen = torch.cat((unseen | ~is_exact, unseen | is_exact), dim=-1)
             own = tuple(x.unsqueeze(2)[heads] for x in (k, v))
             out[heads] = _softmax_attention(grouped[heads], rows, own, unseen, is_later, scaling)
         return out.flatten(1, 2)
@@ -266,14 +277,14 @@ class Replay:
         Where the settings have a hysteresis, or prefetch, later calls know what the last query has left on the device
         if this one is to `keep` it.
         """
-        groups: dict[tuple[Retrieval, float | None, int, int], list[tuple[int, int]]] = {}
+        groups: dict[tuple[Retrieval, float | None, int, int, str], list[tuple[int, int]]] = {}
         for i, held in enumerate(self.held):
             config = held.config
             for kv_head in held.is_dynamic[layer_idx].nonzero().flatten().tolist():
                 similarity = None if config.prefetch == "off" else config.prefetch_similarity
-                key = (config.retrieval, similarity, config.page_size, held.covered)
+                key = (config.retrieval, similarity, config.page_size, held.covered, config.stored_dtype)
                 groups.setdefault(key, []).append((i, kv_head))
-        for (retrieval, similarity, page_size, covered), members in groups.items():
+        for (retrieval, similarity, page_size, covered, _), members in groups.items():
             settings, kv_heads = torch.tensor(members).T
             vectors = torch.stack([self._chunk_summaries(layer_idx, i)[kv_head] for i, kv_head in members])
             q = grouped[settings, kv_heads]  # [E, G, T, D]
@@ -317,6 +328,33 @@ class Replay:
         settings = torch.tensor([i for i, _ in members])
         return torch.stack([moved[settings == i].any(dim=0) for i, _ in members])
 
+    def _stay_exact(
+        self, layer_idx: int, settings: torch.Tensor, kv_heads: torch.Tensor, seen: torch.Tensor
+    ) -> torch.Tensor:
+        """[E, T, N], bool: rows that no head has fetched, as it holds them since the prompt was compressed.
+
+        `seen` [E, T, N] are the rows that the next T queries of the heads [E] of some `settings` [E] attend to. What
+        one of them leaves out comes back from the host, if at all.
+        """
+        keys = [(layer_idx, *one) for one in zip(settings.tolist(), kv_heads.tolist(), strict=True)]
+        first = []
+        for key in keys:
+            if key not in self._exact:
+                self._exact[key] = torch.ones(seen.shape[2], dtype=torch.bool)
+                held = self.held[key[1]]
+                self._exact[key][: held.covered] = held.kept[layer_idx, key[2]]
+            first.append(self._exact[key])
+        is_exact = (torch.stack(first).unsqueeze(1) & seen).cummin(dim=1).values
+        self._exact |= dict(zip(keys, is_exact[:, -1], strict=True))
+        return is_exact
+
+    def _rounded_rows(self, layer_idx: int) -> tuple[torch.Tensor, ...]:
+        """Keys and values [N, H, D] of a layer as they come back from a host store of int8."""
+        if layer_idx not in self._rounded:
+            both = (x[layer_idx] for x in (self.prompt.k, self.prompt.v))
+            self._rounded[layer_idx] = tuple(widen_rows(*round_rows(rows), rows.dtype) for rows in both)
+        return self._rounded[layer_idx]
+
     def _resident_chunks(self, layer_idx: int, i: int, kv_head: int) -> torch.Tensor:
         """[C], bool: chunks that a dynamic head of a setting holds."""
         held = self.held[i]
@@ -331,6 +369,11 @@ class Replay:
             assert held.query_rms is not None, "heads are dynamic after an observation"
             self._summaries[layer_idx, i] = summarize_heads(held.config.retrieval, k, v, held.query_rms[layer_idx])
         return self._summaries[layer_idx, i]
+
+
+def _rows_of(layers: tuple[torch.Tensor, ...], kv_heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Keys and values [E, 1, N, D] of heads [E], from those [N, H, D] of a layer."""
+    return tuple(x[:, kv_heads].transpose(0, 1).unsqueeze(1) for x in layers)
 
 
 def _choose(scores: torch.Tensor, counts: torch.Tensor, retrieval: Retrieval) -> torch.Tensor:

@@ -157,11 +157,19 @@ PrefetchSimilarity = Annotated[
         description="a request whose consecutive queries have a lower cosine than this retrieves before it attends",
     ),
 ]
+HostDtype = Annotated[
+    Literal["same", "int8"],
+    Field(
+        description="how the rows of dynamic heads lie in host memory. 'same' keeps the pool's type; 'int8' rounds "
+        "each key and each value to one byte an element and a scale, which halves host memory and traffic over the "
+        "host link for 16-bit types. Rows that are on the device since the prompt was compressed stay exact"
+    ),
+]
 HostStoreBytes = Annotated[
     Annotated[int, Field(ge=0)] | None,
     Field(
         description="bytes of host memory for the rows of dynamic heads, of all tensor-parallel ranks together. null "
-        "means eight times their share of the device pool, and at most half of the memory that is free"
+        "means room for eight times their share of the device pool, and at most half of the memory that is free"
     ),
 ]
 OnHostStoreFull = Annotated[
@@ -230,6 +238,11 @@ class CompressorConfig(BaseModel):
         """How dynamic heads retrieve; None when no head is dynamic."""
         return None
 
+    @property
+    def stored_dtype(self) -> str:
+        """How the host store keeps rows, one of `host_pages.HOST_DTYPES`."""
+        return "same"
+
     def summary_vectors(self, num_tokens: int) -> int:
         """Vectors of head_dim that describe `num_tokens` of a dynamic head on the device; 0 when no head is dynamic."""
         return 0
@@ -260,6 +273,7 @@ class RetrievalConfig(CompressorConfig):
     unretrieved: Unretrieved = "drop"
     prefetch: Prefetch = "off"
     prefetch_similarity: PrefetchSimilarity = 0.9
+    host_dtype: HostDtype = "same"
     host_store_bytes: HostStoreBytes = None
     on_host_store_full: OnHostStoreFull = "dense"
 
@@ -307,6 +321,11 @@ class RetrievalConfig(CompressorConfig):
         if hysteresis is None:
             hysteresis = _HYSTERESIS if self.chunk_score in CODED_SCORES else 0.0
         return Retrieval(sinks, recent, self.chunk_score, size, self.estimates, hysteresis)
+
+    @property
+    def stored_dtype(self) -> str:
+        """How the host store keeps rows."""
+        return self.host_dtype
 
     def summary_vectors(self, num_tokens: int) -> int:
         """Vectors of head_dim that describe `num_tokens`, whole pages, of a dynamic head on the device."""

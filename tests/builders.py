@@ -25,10 +25,12 @@ from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry
 from sglang_hybridkv.requests.ledger import Reservation
+from tests.kernels.plain import plain_rounded
 
 __all__ = ["full_attention", "make_geometry"]  # from the benches, where they are used, too
 
 NAN = float("nan")
+NAN_BYTE = 255  # numbers of these bytes are NaN in every type, and so is the scale of a rounded row
 
 # Laws are tried on fresh examples; with CI set, on the same ones in each run.
 LAWS = settings(max_examples=80, deadline=None, derandomize="CI" in os.environ)
@@ -180,8 +182,9 @@ class TinyPool(Pool):
         sizes = {"num_pages": pages, "num_host_pages": host_pages, "max_context": pages * page_size}
         shape = Shape(**{"page_size": page_size, "head_dim": 32} | shape)
         super().__init__(shape, compressor, **sizes, generator=generator)
-        for tensor in (self.keys, self.values, self.store.k_pages, self.store.v_pages):
+        for tensor in (self.keys, self.values):
             tensor.fill_(NAN)
+        self.store.pages.data.fill_(NAN_BYTE)
         self.views.held_chunks.fill_(-1)
         self.store.free_pages = torch.randperm(host_pages, generator=generator).cpu()
 
@@ -219,8 +222,8 @@ class TinyPool(Pool):
     def poison_free_pages(self):
         for pool in (self.keys, self.values):
             pool.unflatten(1, (-1, self.shape.page_size))[:, self.free] = NAN
-        for pages in (self.store.k_pages, self.store.v_pages):
-            pages.unflatten(0, (-1, self.layout.head_pages_per_page))[self.store.free_pages] = NAN
+        host = self.store.pages.data.unflatten(0, (-1, self.layout.head_pages_per_page))
+        host[self.store.free_pages] = NAN_BYTE
 
     def decode(self, prompts, layer_idx, q):
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""
@@ -251,12 +254,15 @@ class TinyPool(Pool):
         """Prompt tokens that one head holds, told from the key rows themselves; values must be those of the keys."""
         keys, values = self.held_rows(prompt, layer_idx, kv_head)
         covered = prompt.reservation.geometry.covered
-        exact = prompt.keys[layer_idx, kv_head, :covered]
-        same = (keys[:, None] == exact[None]).all(-1)
+        kinds = [tuple(rows[layer_idx, kv_head, :covered] for rows in (prompt.keys, prompt.values))]
+        if self.store.pages.host_dtype == "int8" and self.is_dynamic(prompt, layer_idx, kv_head):
+            kinds.append(tuple(plain_rounded(rows) for rows in kinds[0]))  # what was fetched
+        same = torch.cat([(keys[:, None] == exact[None]).all(-1) for exact, _ in kinds], 1)
         assert same.sum(1).eq(1).all(), f"layer {layer_idx} head {kv_head} holds rows that are not the prompt's"
         tokens = same.int().argmax(1)
-        assert torch.equal(values, prompt.values[layer_idx, kv_head, tokens]), "values do not belong to the keys"
-        return tokens.tolist()
+        wanted = torch.cat([exact for _, exact in kinds])[tokens]
+        assert torch.equal(values, wanted), "values do not belong to the keys"
+        return (tokens % covered).tolist()
 
     def mapped_chunks(self, prompt: Request, layer_idx: int, kv_head: int) -> list[int]:
         """What the residency map says of one dynamic head's buffer."""

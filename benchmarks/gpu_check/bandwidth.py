@@ -22,7 +22,7 @@ from benchmarks.gpu_check.reference import check_attention
 from benchmarks.gpu_check.step import NAN, DecodeStep, capture
 from hybridkv_kernels import dispatch
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from sglang_hybridkv.config import ChunkScore
+from sglang_hybridkv.config import ChunkScore, HostDtype
 from sglang_hybridkv.requests.geometry import covered_tokens
 
 MIN_COPY_SHARE = 0.75
@@ -51,6 +51,7 @@ class Workload:
     page_size: int = 16
     num_layers: int = NUM_LAYERS
     chunk_score: ChunkScore = "mean_max"
+    host_dtype: HostDtype = "same"
 
     @property
     def shape(self) -> Shape:
@@ -61,7 +62,7 @@ class Workload:
     def config(self) -> HybridKVConfig:
         """Settings of the compressor."""
         share = self.num_dynamic / self.shape.num_kv_heads
-        return make_config(self.shape, self.budget, share, chunk_score=self.chunk_score)
+        return make_config(self.shape, self.budget, share, chunk_score=self.chunk_score, host_dtype=self.host_dtype)
 
     @property
     def summary_vectors(self) -> int:
@@ -154,7 +155,7 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     step_ms = milliseconds(step.run, device, workload.num_steps, between=lambda: _drift(step))
     error = max(error, check_step(step, compressed))
     chosen, hits = (pool.counters - before).tolist()
-    chunk_bytes = 2 * workload.config.tokens_per_chunk * element
+    chunk_bytes = workload.config.tokens_per_chunk * pool.store.pages.record_bytes
     fetched_bytes = (chosen - hits) * chunk_bytes // (workload.num_steps + _WARM_UPS)
     stock_ms = stock_milliseconds(pool, step, dense, device, workload.num_steps)
     fastest = min(stock_ms, key=lambda name: stock_ms[name])
@@ -162,6 +163,7 @@ def measure(workload: Workload, device: str, seed: int) -> Row:
     copy_gb_s = copy_bandwidth(sizes["decode_bytes"], device, workload.num_steps)
     row: Row = {"requests": workload.num_requests, "context": context, "budget": workload.budget, "shape": str(shape)}
     row |= {"max_error": float(f"{error:.3g}"), "chunk_score": workload.chunk_score}
+    row |= {"host_dtype": workload.host_dtype}
     row |= {"layers_measured": shape.num_layers, "captured": device == "cuda", "stock_kernel": fastest}
     row |= {"kernels": dispatch.describe(device, shape.dtype, shape.head_dim, shape.group_size), **sizes}
     row |= {name: round(value, 4) for name, value in times.items()}

@@ -9,6 +9,7 @@ import torch
 from hybridkv_kernels.chunks import Retrieval, encode_keys, summarize_chunks, top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
+from hybridkv_kernels.offload_rows import offload_rows
 from sglang_hybridkv.cache.memory import CacheMemory
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
@@ -281,12 +282,10 @@ def _offload_layer(
     heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
     if len(heads) == 0:
         return
-    page_size, num_pages = memory.layout.page_size, len(slots) // memory.layout.page_size
+    num_pages = len(slots) // memory.layout.page_size
     rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])  # [E, N]
     keys, values = views.k_flat[rows], views.v_flat[rows]  # [E, N, D]
-    host_ids = table.host_page_ids(row, layer_idx, heads, num_pages).to(store.k_pages.device)  # [E, pages]
-    store.k_pages[host_ids] = keys.unflatten(1, (num_pages, page_size)).to(store.k_pages.device)
-    store.v_pages[host_ids] = values.unflatten(1, (num_pages, page_size)).to(store.v_pages.device)
+    offload_rows(views, store.pages, rows, table.host_page_ids(row, layer_idx, heads, num_pages))
     _write_summaries(memory, row, layer_idx, heads, summarize_heads(retrieval, keys, values, query_rms[heads]))
 
 

@@ -140,8 +140,7 @@ class CompressedCache:
         if self.retrieval is None:
             return
         views, table, store = self.memory.views, self.memory.table, self.memory.store
-        pages = (store.k_pages, store.v_pages)
-        retrieve_chunks(q, views, table, *pages, self.counters, layer_idx, req_rows, self.retrieval)
+        retrieve_chunks(q, views, table, store.pages, self.counters, layer_idx, req_rows, self.retrieval)
 
     def retrieve_first(self, layer_idx: int, q: torch.Tensor, req_rows: torch.Tensor) -> torch.Tensor | None:
         """`retrieve` before a layer attends: all rows, or with prefetch those that it has to correct.

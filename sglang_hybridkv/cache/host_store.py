@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from hybridkv_kernels.host_pages import HostPages
+
 
 class HostStore:
-    """Host pages of L * H head pages each, for K and for V.
+    """Host pages of L * H head pages each, whose records hold the key and the value of a token.
 
     Parameters
     ----------
@@ -14,22 +16,29 @@ class HostStore:
     head_pages_per_page : L * H of the model.
     page_size, head_dim : P and D.
     dtype : of the KV pool.
+    host_dtype : how rows are stored, see `HostPages`.
     pin : page-locked memory, so that a CUDA device reads it directly.
 
     Attributes
     ----------
-    k_pages, v_pages : [num_pages * L * H, P, D]. Host page p owns rows [p * L * H, (p + 1) * L * H). On a CPU the
+    pages : num_pages * L * H head pages. Host page p owns those from p * L * H to (p + 1) * L * H - 1. On a CPU the
         operating system backs them on first use.
     """
 
     def __init__(
-        self, num_pages: int, head_pages_per_page: int, page_size: int, head_dim: int, dtype: torch.dtype, pin: bool
+        self,
+        num_pages: int,
+        head_pages_per_page: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        pin: bool,
+        host_dtype: str = "same",
     ):
-        shape = (num_pages * head_pages_per_page, page_size, head_dim)
-        self.k_pages = torch.empty(shape, dtype=dtype, pin_memory=pin)
-        self.v_pages = torch.empty(shape, dtype=dtype, pin_memory=pin)
+        num_head_pages = num_pages * head_pages_per_page
+        self.pages = HostPages.empty(num_head_pages, page_size, head_dim, dtype, host_dtype, pin)
         self.num_pages = num_pages
-        self.page_bytes = 2 * head_pages_per_page * page_size * head_dim * dtype.itemsize
+        self.page_bytes = head_pages_per_page * page_size * self.pages.record_bytes
         self.clear()
 
     def clear(self) -> None:

@@ -79,5 +79,6 @@ def make_memory(
             head_dim=keys.shape[-1],
             dtype=keys.dtype,
             pin=device.type == "cuda",
+            host_dtype=config.stored_dtype,
         ),
     )

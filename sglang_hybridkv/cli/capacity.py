@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hybridkv_kernels.host_pages import record_bytes
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
@@ -187,6 +188,9 @@ def plan_compressed(
     """
     geometries = [_geometry(shape, machine, load, config) for load in loads]
     page_size = config.page_size
+    # Rows may take less room on the host, and on their way from there.
+    stored_bytes = record_bytes(shape.head_dim, shape.element_bytes, config.stored_dtype) * shape.num_heads
+    on_host = stored_bytes / shape.token_bytes
     held, expected, read, fetched, host = [], [], [], [], []
     for load, geometry in zip(loads, geometries, strict=True):
         tail = load.prompt_tokens - geometry.covered
@@ -195,8 +199,8 @@ def plan_compressed(
         expected.append(compressed + tail + _NEW_TOKEN_RATIO * load.new_tokens)
         read.append(compressed + tail + load.new_tokens / 2)
         share = geometry.max_dynamic_heads / shape.num_heads
-        fetched.append(fetched_share * share * geometry.total_head_pages * page_size / shape.num_heads)
-        host.append(geometry.num_host_pages * page_size)
+        fetched.append(on_host * fetched_share * share * geometry.total_head_pages * page_size / shape.num_heads)
+        host.append(on_host * geometry.num_host_pages * page_size)
     per_request = _mean(loads, held)
     prefill = max(geometry.covered for geometry in geometries)
     count = max(0, int((machine.pool_tokens - prefill) // _mean(loads, expected)))
@@ -273,7 +277,7 @@ def _mean(loads: Sequence[Load], values: Sequence[float]) -> float:
 def _plan(
     shape: ModelShape, machine: Machine, count: int, held: tuple[float, float], moved: tuple[float, float, float]
 ) -> Plan:
-    """`held` by a request, here and on stock; `moved`: read, fetched and kept on the host, all in tokens."""
+    """`held` by a request, here and on stock; `moved`: read, fetched and kept on the host, in tokens of the pool."""
     read, fetched, host = (count * tokens * shape.token_bytes for tokens in moved)
     step_bytes = shape.weight_bytes + int(read)
     step_ms = 1e3 * (step_bytes / machine.memory_gb_s + fetched / machine.link_gb_s) / _DECIMAL_GIGA

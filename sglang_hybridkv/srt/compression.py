@@ -14,6 +14,7 @@ import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
+from hybridkv_kernels.host_pages import record_bytes
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
@@ -93,7 +94,7 @@ class Compression:
             num_rows=num_rows,
             # No prompt is longer than the pool: kernels take scratch for every token that a row could name.
             max_prompt_tokens=min(max_context, allocator.size),
-            num_host_pages=_host_store_bytes(settings.config, pool, self.ranks) // self.page_bytes,
+            num_host_pages=_num_host_pages(settings.config, pool, self.ranks),
             windows=pool.windows,
         )
         self.store = self.cache.memory.store
@@ -429,6 +430,13 @@ class Compression:
         return RequestRecord(False, reason, len(req.origin_input_ids), budget, request_settings=given)
 
 
+def _num_host_pages(config: CompressorConfig, pool: HybridTokenToKVPool, ranks: Ranks) -> int:
+    """Host pages of each rank, for as many tokens as a device page."""
+    token_bytes = record_bytes(pool.head_dim, pool.store_dtype.itemsize, config.stored_dtype) * ranks.size
+    page_bytes = pool.layer_num * pool.head_num * pool.page_size * token_bytes
+    return _host_store_bytes(config, pool, ranks) // page_bytes
+
+
 def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks: Ranks) -> int:
     """Of all ranks: what the user asked for, or what dynamic heads need beside full device pools, if that is free."""
     wanted = config.host_store_bytes if isinstance(config, RetrievalConfig) else 0
@@ -436,13 +444,16 @@ def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks
         return wanted
     compressed_heads = (pool.layer_num - sum(map(bool, pool.windows))) * pool.head_num
     heads, pool_bytes = pool.layer_num * pool.head_num, pool.pool_bytes * ranks.size
-    for_dynamic_heads = _HOST_STORE_FACTOR * pool_bytes * config.most_dynamic_heads(compressed_heads, 0) // heads
+    rows_bytes = _HOST_STORE_FACTOR * pool_bytes * config.most_dynamic_heads(compressed_heads, 0) // heads
+    plain, stored = (
+        record_bytes(pool.head_dim, pool.store_dtype.itemsize, one) for one in ("same", config.stored_dtype)
+    )
+    for_dynamic_heads = rows_bytes * stored // plain
     free = int(ranks.gather(available_host_bytes()).min())
     found = min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
-    tensors = 2 * ranks.size  # keys and values of each rank
-    if torch.device(pool.device).type == "cuda" and found >= tensors:
-        # torch rounds each pinned one up to a power of two.
-        found = tensors << ((found // tensors).bit_length() - 1)
+    if torch.device(pool.device).type == "cuda" and found >= ranks.size:
+        # torch rounds the pinned tensor of each rank up to a power of two.
+        found = ranks.size << ((found // ranks.size).bit_length() - 1)
     return found
 
 

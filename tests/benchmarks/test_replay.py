@@ -34,6 +34,8 @@ SETTINGS = {
         "hybridkv",
         {"max_dynamic_heads": 0.5, "chunk_score": "mean_max", "prefetch": "previous_query", "prefetch_similarity": 0.1},
     ),
+    "rounded": ("hybridkv", {"max_dynamic_heads": 0.5, "host_dtype": "int8"}),
+    "rounded pages": ("hybridkv", {"max_dynamic_heads": 1.0, "host_dtype": "int8", "chunk_score": "mean_max"}),
     "pages of 16": ("hybridkv", {"max_dynamic_heads": 0.5, "page_size": 16}),
     "snapkv": ("snapkv", {}),
     "look-m": ("look-m", {}),

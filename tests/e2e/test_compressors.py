@@ -12,8 +12,10 @@ from tests.e2e.prompts import Vision, text
 pytestmark = pytest.mark.server
 
 ESTIMATING = {"unretrieved": "estimate", "chunk_score": "mean2_max", "theta": 1.01}
-# One of each kind: pruned and merged, all heads retrieving, by the engine's own defaults, and with estimates.
-KINDS = [("look-m", {}), ("quest", {}), ("hybridkv", {}), ("hybridkv", ESTIMATING)]
+ROUNDED = {"host_dtype": "int8", "theta": 1.01}
+# One of each kind: pruned and merged, all heads retrieving, by the engine's own defaults, with estimates, and with rows
+# that would come back rounded if they had ever left the device.
+KINDS = [("look-m", {}), ("quest", {}), ("hybridkv", {}), ("hybridkv", ESTIMATING), ("hybridkv", ROUNDED)]
 
 
 def make(name: str, budget: float, config: dict) -> Server:

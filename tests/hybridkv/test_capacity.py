@@ -110,6 +110,18 @@ def test_a_smaller_budget_holds_more_requests_and_a_smaller_host_store_fewer():
     assert few.host_bytes <= half.host_bytes
 
 
+def test_rounded_rows_take_less_of_the_host_and_of_the_link():
+    machine, load = Machine(400_000, 4000.0, 50.0), [Load(8192, 512)]
+    plain, rounded = (
+        plan_compressed(QWEN2_5_VL_7B, machine, load, HybridKVConfig(host_dtype=host_dtype), 0.15)
+        for host_dtype in ("same", "int8")
+    )
+    share = 272 / 512  # of a record of 128 elements a row
+    assert rounded.host_bytes == pytest.approx(share * plain.host_bytes)
+    assert rounded.link_bytes == pytest.approx(share * plain.link_bytes)
+    assert (rounded.requests_at_once, rounded.step_bytes) == (plain.requests_at_once, plain.step_bytes)
+
+
 def test_a_mix_lies_between_its_kinds():
     machine, kinds = Machine(500_000, H200_COPY_GB_S, LINK_GB_S), [Load(2000, 100), Load(30_000, 1000, 3)]
     short, long, mixed = (

@@ -5,6 +5,19 @@ import torch
 from hybridkv_kernels.chunks import CODED_SCORES
 
 
+def plain_rounded(rows):
+    """Rows [..., D] as a host store of int8 gives them back: 255 steps between minus and plus the largest magnitude.
+
+    Each quotient and product is that of exact arithmetic, rounded to fp32.
+    """
+    wide = rows.double()
+    largest = wide.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest < 2.0**-100, 0.0, (largest / 127).float().double())
+    codes = torch.where(scale > 0, (wide / scale).float().double().round(), 0.0)
+    widened = (codes * scale).float().to(rows.dtype)
+    return torch.where(wide.isfinite().all(-1, keepdim=True), widened, float("nan"))
+
+
 def coded_scores(keys, q, query_rms, num_channels):
     """[G, N]: queries [G, D] times the codes of keys [N, D], over the length of what the codes meet.
 

@@ -44,7 +44,8 @@ class Traffic:
 )
 @pytest.mark.parametrize("chunk_score", ["mean_max", "key_codes"])
 def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype, page_size, group_size, head_dim):
-    config = eager_config(budget=0.3, theta=0.5, page_size=page_size, chunk_score=chunk_score)
+    stored = {"mean_max": "same", "key_codes": "int8"}[chunk_score]
+    config = eager_config(budget=0.3, theta=0.5, page_size=page_size, chunk_score=chunk_score, host_dtype=stored)
     generator, shape = fresh_generator(), {"dtype": dtype, "group_size": group_size, "head_dim": head_dim}
     pool = TinyPool(generator, config, **shape, pages=240, host_pages=120)
     pool.keys[:, :page_size], pool.values[:, :page_size] = 0, 0  # where padding rows read; SGLang's pool has zeros, too

@@ -14,6 +14,7 @@ from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.decode_attn import decode_attn
 from hybridkv_kernels.extend_attn import extend_attn
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
+from hybridkv_kernels.host_pages import HostPages
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from tests.builders import NO_CPU_KERNELS, make_views
 
@@ -175,7 +176,7 @@ def test_what_stands_in_the_way_on_cuda_is_said(monkeypatch, where, name, value,
 
 
 def test_importing_the_kernels_does_not_import_triton():
-    ops = ("decode_attn", "extend_attn", "compact_kv", "retrieve_chunks", "score_heads")
+    ops = ("decode_attn", "extend_attn", "compact_kv", "offload_rows", "retrieve_chunks", "score_heads")
     imports = f"import sys, torch, {', '.join(f'hybridkv_kernels.{op}' for op in ops)}\n"
     choose = "hybridkv_kernels.dispatch.describe('cpu', torch.bfloat16, 128, 7)\n"
     done = run_python(imports + choose + "sys.exit('triton' in sys.modules)")
@@ -214,8 +215,8 @@ def tiny_call(op, dtype=torch.float32, head_dim=32, group_size=1):
         return decode_attn(q, views, table, 0, rows, slots, torch.tensor([1]), scaling=1.0)
     if op is extend_attn:
         return extend_attn(q, keys[0], values[0], slots, rows, [0], [1], scaling=1.0)
-    host, counters = (views.k_pages, views.v_pages), torch.zeros(2, dtype=torch.int64)
-    retrieve_chunks(q, views, table, *host, counters, 0, rows, Retrieval(0, 0, "key_codes", 1))
+    host, counters = HostPages.empty(2, 1, head_dim, dtype, "same", pin=False), torch.zeros(2, dtype=torch.int64)
+    retrieve_chunks(q, views, table, host, counters, 0, rows, Retrieval(0, 0, "key_codes", 1))
     return values[0, :1]
 
 

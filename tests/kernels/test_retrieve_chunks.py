@@ -11,10 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hybridkv_kernels.chunks import CHUNK_SCORES, CODED_SCORES, ESTIMATING_SCORES
 from hybridkv_kernels.head_pages import HeadPageTable
+from hybridkv_kernels.host_pages import HOST_DTYPES
 from hybridkv_kernels.retrieve_chunks import naive, retrieve_chunks
 from tests.builders import (
     LAWS,
     NAN,
+    NAN_BYTE,
     TinyPool,
     eager_config,
     fresh_generator,
@@ -37,11 +39,14 @@ each_implementation = pytest.mark.usefixtures("kernels")
 def check_attention(pool, prompt, layer, q, out):
     """Each head attends exactly to the rows it holds and to the tail; of a dense request, to everything."""
     keep = torch.ones(pool.layout.num_kv_heads, prompt.seq_len, dtype=torch.bool)
+    keys, values = prompt.keys[layer].clone(), prompt.values[layer].clone()
     if prompt.reservation:
         keep[:, : prompt.reservation.geometry.covered] = False
         for head in range(pool.layout.num_kv_heads):
-            keep[head, pool.held_tokens(prompt, layer, head)] = True
-    expected = full_attention(q, prompt.keys[layer], prompt.values[layer], pool.scaling, keep)
+            held = pool.held_tokens(prompt, layer, head)
+            keep[head, held] = True
+            keys[head, held], values[head, held] = pool.held_rows(prompt, layer, head)
+    expected = full_attention(q, keys, values, pool.scaling, keep)
     rtol, atol = TOLERANCE[out.dtype]
     torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol)
 
@@ -95,15 +100,16 @@ class DecodeAgainstBruteForce(RuleBasedStateMachine):
 
     @initialize(
         seed=st.integers(0, 2**31 - 1),
-        budget=st.sampled_from([0.15, 0.3, 0.6, 1.0]),
+        kept=st.tuples(st.sampled_from([0.15, 0.3, 0.6, 1.0]), st.sampled_from(HOST_DTYPES)),
         scored=st.sampled_from([*((score, None) for score in CHUNK_SCORES), *CODED_CHUNKS]),
         theta=st.sampled_from([0.0, 0.5, 1.01]),
         windows=st.sampled_from([(0, 0), (4, 16), (20, 40)]),
         group_size=st.sampled_from([1, 7]),
         hysteresis=st.sampled_from([0.0, None, 16.0]),
     )
-    def build(self, seed, budget, scored, theta, windows, group_size, hysteresis):
-        how = {"budget": budget, "theta": theta, "chunk_score": scored[0], "chunk_size": scored[1]}
+    def build(self, seed, kept, scored, theta, windows, group_size, hysteresis):
+        how = {"budget": kept[0], "host_dtype": kept[1], "theta": theta}
+        how |= {"chunk_score": scored[0], "chunk_size": scored[1]}
         how |= {"hysteresis": hysteresis} if scored[0] in CODED_SCORES else {}
         config = eager_config(**how, num_sink_tokens=windows[0], recent_window=windows[1])
         generator = seeded(seed)
@@ -194,8 +200,7 @@ def test_resident_chunks_are_not_read_from_the_host():
     pool.compress(prompt)
     q = pool.queries(1)
     before = pool.decode([prompt], 0, q)
-    pool.store.k_pages.fill_(NAN)
-    pool.store.v_pages.fill_(NAN)
+    pool.store.pages.data.fill_(NAN_BYTE)
     state = State.of(pool)
     chosen = int(pool.counters[0])
     assert torch.equal(pool.decode([prompt], 0, q), before)
@@ -209,8 +214,7 @@ def arguments_of(pool, prompts, layer, q):
         "q": q,
         "views": pool.views,
         "table": pool.table,
-        "k_host_pages": pool.store.k_pages,
-        "v_host_pages": pool.store.v_pages,
+        "host_pages": pool.store.pages,
         "counters": pool.counters,
         "layer_idx": layer,
         "req_rows": torch.tensor([prompt.row for prompt in prompts]),
@@ -230,10 +234,13 @@ def arguments_of(pool, prompts, layer, q):
         ("views.v_flat", lambda t: t[1:]),
         ("views.k_pages", lambda t: t[:, :4]),
         ("views.held_chunks", lambda t: t.long()),
-        ("k_host_pages", lambda t: t[:, :4]),
-        ("k_host_pages", torch.Tensor.half),
-        ("v_host_pages", lambda t: t[..., :16]),
-        ("v_host_pages", lambda t: torch.stack((t, t), -1)[..., 0]),
+        ("host_pages.data", lambda t: t[:, :4]),
+        ("host_pages.data", lambda t: t[..., :16]),
+        ("host_pages.data", torch.Tensor.int),
+        ("host_pages.data", lambda t: torch.stack((t, t), -1)[..., 0]),
+        ("host_pages.head_dim", lambda head_dim: 16),
+        ("host_pages.dtype", lambda dtype: torch.float16),
+        ("host_pages.host_dtype", lambda host_dtype: "fp8"),
         ("counters", lambda t: t[:1]),
         ("counters", lambda t: t.int()),
         ("req_rows", lambda t: t[:0]),
@@ -341,8 +348,11 @@ def test_equals_naive_over_many_steps(twin, windows, scored):
     # All types, or one of them in turn where the kernels are interpreted.
     dtypes = (DTYPES[(SCORED.index(scored) + windows[0]) % 3],) if twin == "triton" else DTYPES
     same, steps = 0, 4 if twin == "triton" else 8
-    for dtype in dtypes:
-        pool, prompts, compressed = mixed_pool(dtype, budget=0.3, chunk_score=scored[0], chunk_size=scored[1], **config)
+    config |= {"chunk_score": scored[0], "chunk_size": scored[1]}
+    for number, dtype in enumerate(dtypes):
+        # All types of the store are met, too, as a score has a place in the list of its own.
+        stored = HOST_DTYPES[(SCORED.index(scored) // 3 + number) % 2]
+        pool, prompts, compressed = mixed_pool(dtype, budget=0.3, host_dtype=stored, **config)
         for step in range(steps):
             batch = [prompts[i] for i in torch.randperm(4, generator=pool.generator)[: 1 + step % 4]]
             q = pool.queries(len(batch)) * min(step, 1)  # among the equal scores of a query of zeros the earlier wins
@@ -395,19 +405,42 @@ def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scored", ["mean_spread", *CODED_SCORES, "single tokens"])
+@pytest.mark.parametrize("scored", ["mean_spread", *CODED_SCORES, "single tokens", "rounded tokens"])
 @each_model_shape
 def test_equals_naive_for_model_shapes(twin, shape, scored):
     dtype, page_size, group_size, head_dim = shape
-    single = scored == "single tokens"
+    single = scored.endswith("tokens")
     how = {"chunk_score": "half_codes" if single else scored, "chunk_size": 1 if single else page_size}
+    how["host_dtype"] = "int8" if scored in ("rounded tokens", "key_codes") else "same"
     config = eager_config(page_size=page_size, budget=0.3, **how)
     shape = {"head_dim": head_dim, "group_size": group_size, "pages": 60, "host_pages": 40, "dtype": dtype}
     pool = TinyPool(fresh_generator(), config, **shape)
     prompt = pool.add_prompt((21 if page_size < 64 else 9) * page_size)
     pool.compress(prompt)
     same = check_same_step(pool, [prompt], [prompt], 1, pool.queries(1))
-    assert same or scored == "single tokens", "with so few chunks there is no tie"
+    assert same or single, "with so few chunks there is no tie"
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_records_of_any_codes_and_scales_are_widened_alike(twin, dtype):
+    """Also where a scale is NaN or 0, as of rows that were broken or zero; the types differ in what overflows."""
+    pool = dynamic_pool(dtype, budget=0.5, theta=1.01, chunk_score="half_codes", host_dtype="int8")
+    prompt, host = pool.add_prompt(20 * P), pool.store.pages
+    pool.compress(prompt)
+    codes = torch.randint(0, 256, host.data.shape, generator=pool.generator).to(torch.uint8)
+    exponents = torch.randint(-106, 121, (*host.data.shape[:2], 2), generator=pool.generator)
+    scales = (1 + torch.rand(exponents.shape, generator=pool.generator)) * 2.0**exponents
+    scales[:, ::3, 0], scales[:, 1::4, 1] = NAN, 0.0
+    host.data.copy_(codes)
+    host.data[..., 2 * host.head_dim :][..., :8] = scales.view(torch.uint8).to(host.data.device)
+    before, arguments = State.of(pool), arguments_of(pool, [prompt], 0, pool.queries(1))
+    naive.retrieve_chunks(**arguments)
+    expected = State.of(pool)
+    assert int(expected.counters[0] - expected.counters[1]) > 8, "hardly anything was fetched"
+    before.restore(pool)
+    retrieve_chunks(**arguments)
+    State.of(pool).check_equal(expected)
 
 
 @pytest.mark.usefixtures("twin")
@@ -480,7 +513,7 @@ def test_the_tests_above_can_fail():
     pool = dynamic_pool(budget=0.1)
     prompt = pool.add_prompt(20 * P)
     pool.compress(prompt)
-    pool.store.k_pages.fill_(3.0)
+    pool.store.pages.data.fill_(3)
     retrieve_chunks(**arguments_of(pool, [prompt], 0, torch.ones(1, 4, 32)))
     assert int(pool.counters[0] - pool.counters[1]) > 0, "something was fetched"
     with pytest.raises(AssertionError, match="holds rows that are not the prompt's"):

@@ -168,6 +168,20 @@ def test_the_record_counts_every_page_of_the_request():
     assert compression.server_info()["compressed_requests"] == 1
 
 
+def test_rounded_rows_take_less_host_memory_and_traffic():
+    """A record of 2 x 8 numbers is 64 bytes in fp32; as codes with two scales it is 24, padded to 32."""
+    plain, rounded = (make_compression(host_dtype=host_dtype) for host_dtype in ("same", "int8"))
+    assert rounded.store.num_pages == 2 * plain.store.num_pages
+    host_bytes = []
+    for compression in (plain, rounded):
+        req = prepared(compression)
+        commit(compression, req, num_dynamic=4)
+        host_bytes.append(compression.request_info(req)["host_bytes"])
+    assert host_bytes[0] == 2 * host_bytes[1] > 0
+    assert plain.server_info()["host_store_bytes"] == rounded.server_info()["host_store_bytes"]
+    assert plain._chunk_bytes == 2 * rounded._chunk_bytes == P * 64
+
+
 def test_without_retrieval_a_request_holds_its_budget_and_no_host_memory():
     compression = make_compression(name="snapkv", budget=0.4)
     assert compression.store.num_pages == 0
@@ -305,7 +319,7 @@ def test_a_container_has_less_memory_than_its_machine(files, expected, tmp_path,
         ("cpu", 1, 7 * GIB, 7 * GIB // 2),
         ("cpu", 2, 64 * GIB, 16 * GIB),
         ("cuda", 1, 64 * GIB, 8 * GIB),
-        ("cuda", 1, 7 * GIB, 2 * GIB),  # keys and values are pinned apart, each a power of two
+        ("cuda", 1, 7 * GIB, 2 * GIB),  # what is pinned is a power of two
         ("cuda", 3, 64 * GIB, 24 * GIB),
         ("cuda", 1, 0, 0),
     ],
@@ -316,10 +330,14 @@ def test_the_default_host_store_is_what_dynamic_heads_need_if_that_is_free(devic
     together.size = ranks
     monkeypatch.setattr(together, "gather", lambda *values: torch.tensor([values]))
     config = HybridKVConfig(max_dynamic_heads=1.0)
-    pool = SimpleNamespace(layer_num=2, head_num=2, pool_bytes=GIB, device=device, windows=())
+    rows = {"head_num": 2, "head_dim": 64, "store_dtype": torch.bfloat16, "device": device}
+    pool = SimpleNamespace(layer_num=2, pool_bytes=GIB, windows=(), **rows)
     assert compression_module._host_store_bytes(config, pool, together) == expected
-    half = SimpleNamespace(layer_num=4, head_num=2, pool_bytes=2 * GIB, device=device, windows=(512, 0, 512, 0))
+    half = SimpleNamespace(layer_num=4, pool_bytes=2 * GIB, windows=(512, 0, 512, 0), **rows)
     assert compression_module._host_store_bytes(config, half, together) == expected, "heads with a window need none"
+    rounded = config.model_copy(update={"host_dtype": "int8"})
+    if device == "cpu" and free > 32 * GIB:
+        assert compression_module._host_store_bytes(rounded, pool, together) == expected * 144 // 256
     asked = HybridKVConfig(host_store_bytes=12345)
     assert compression_module._host_store_bytes(asked, pool, together) == 12345
 

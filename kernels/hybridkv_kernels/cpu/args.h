@@ -44,10 +44,12 @@ enum HkChunkScore : int32_t {
   HK_HALF_CODES = 8
 };
 
+enum HkHostDtype : int32_t { HK_SAME = 0, HK_INT8 = 1 };  // host_pages.py says what they are
+
 struct RetrieveArgs {
   const void* q;                     // [batch, num_q_heads, D]
   void *k_flat, *v_flat;             // pool, in place
-  const void *k_host, *v_host;       // host store, [host pages * num_layers * num_kv_heads, page_size, D]
+  const char* host;                  // host store, [host pages * num_layers * num_kv_heads, page_size, record_bytes]
   int32_t* held_chunks;              // [head pages, page_size / chunk_size], in place
   int64_t* counters;                 // [2], in place
   const int32_t *pages, *host_pages; // [rows, max_pages], [rows, max_host_pages]
@@ -58,6 +60,7 @@ struct RetrieveArgs {
   int64_t max_pages, max_host_pages;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
   int32_t type, num_threads, chunk_score, chunk_size, score_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
+  int32_t record_bytes, host_dtype;
   float hysteresis;                  // added to the scores of resident chunks
 };
 

@@ -5,6 +5,7 @@ import torch
 from hybridkv_kernels import checks, dispatch, gpu
 from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.host_pages import HostPages
 from hybridkv_kernels.retrieve_chunks import cpu, naive
 
 _IMPLEMENTATIONS = {"naive": naive.retrieve_chunks, "cpu": cpu.retrieve_chunks, "triton": gpu.twin("retrieve_chunks")}
@@ -14,8 +15,7 @@ def retrieve_chunks(
     q: torch.Tensor,
     views: HeadPageViews,
     table: HeadPageTable,
-    k_host_pages: torch.Tensor,
-    v_host_pages: torch.Tensor,
+    host_pages: HostPages,
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
@@ -28,7 +28,7 @@ def retrieve_chunks(
     q : [B, H * G, D], bf16 | fp16 | fp32. Queries of the new tokens, after RoPE.
     views : chunk buffers and residency map are written in place.
     table : dense requests and static heads are left alone.
-    k_host_pages, v_host_pages : [M_host, P, D], same dtype. The host store.
+    host_pages : the host store, of rows of the same dtype; those that it has rounded are widened by the fetch.
     counters : [2], int64, in place. Chunks chosen by score, and those of them that were resident already.
     layer_idx : layer within the pool, from 0.
     req_rows : [B], integer. Rows of `table`.
@@ -41,9 +41,9 @@ def retrieve_chunks(
 
     Notes
     -----
-    A head's buffer then holds the forced chunks and the best of the others, exactly; among equal scores the earlier
-    chunk wins. With hysteresis the scores of the chunks that the buffer holds already are raised by it, so that fewer
-    are fetched. Cost: the summaries once, and 2 T D itemsize bytes a missing chunk of T tokens over the host link.
+    A head's buffer then holds the forced chunks and the best of the others, and no other; among equal scores the
+    earlier chunk wins. With hysteresis the scores of the chunks that the buffer holds already are raised by it, so that
+    fewer are fetched. Cost: the summaries once, and T record_bytes a missing chunk of T tokens over the host link.
     Source: HybridKV (arXiv 2604.05887), its chunk-wise retrieval; Quest (arXiv 2406.10774); ArkVale (NeurIPS 2024).
     "mean2_max" and "mean4_max" score finer than they move: the mean of 16 neighbours that have nothing in common
     describes each of them badly. "mean_spread" (ours) expects more of a chunk whose keys differ: max over the group of
@@ -53,10 +53,7 @@ def retrieve_chunks(
     checks.check_dtype("q", q, checks.FLOATS)
     checks.check_group("q", q, table.layout.num_kv_heads)
     views.check(q, layer_idx)
-    for name, pages in (("k_host_pages", k_host_pages), ("v_host_pages", v_host_pages)):
-        checks.check_shape(name, pages, (None, table.layout.page_size, q.shape[2]))
-        checks.check_dtype(name, pages, (q.dtype,))
-        checks.check_contiguous(name, pages)
+    host_pages.check(table.layout.page_size, q.shape[2], q.dtype)
     checks.check_shape("counters", counters, (2,))
     checks.check_dtype("counters", counters, (torch.int64,))
     checks.check_shape("req_rows", req_rows, (q.shape[0],))
@@ -65,4 +62,4 @@ def retrieve_chunks(
     if checks.is_debug():
         table.check_rows(req_rows, layer_idx)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // table.layout.num_kv_heads)
-    _IMPLEMENTATIONS[chosen](q, views, table, k_host_pages, v_host_pages, counters, layer_idx, req_rows, retrieval)
+    _IMPLEMENTATIONS[chosen](q, views, table, host_pages, counters, layer_idx, req_rows, retrieval)

@@ -218,6 +218,22 @@ struct DynamicHead {
     for (int64_t place = 0; place < num_selected; ++place) scores[size_t(a.held_chunks[slot(place)])] += a.hysteresis;
   }
 
+  // Key and value of one token of the host store, widened as in `widen_rows` of host_pages.py where they are rounded.
+  void read_record(const char* record, Storage* key, Storage* value) const {
+    if (a.host_dtype == HK_SAME) {
+      std::memcpy(key, record, D * sizeof(Storage));
+      std::memcpy(value, record + D * sizeof(Storage), D * sizeof(Storage));
+      return;
+    }
+    const auto* codes = reinterpret_cast<const int8_t*>(record);
+    float scales[2];
+    std::memcpy(scales, record + 2 * D, sizeof(scales));
+#pragma omp simd
+    for (int d = 0; d < D; ++d) key[d] = T::store(float(codes[d]) * scales[0]);
+#pragma omp simd
+    for (int d = 0; d < D; ++d) value[d] = T::store(float(codes[D + d]) * scales[1]);
+  }
+
   int64_t fetch(const std::vector<int32_t>& selected) const {
     enum : uint8_t { kUnwanted, kMissing, kResident };
     std::vector<uint8_t> state(size_t(num_chunks), kUnwanted);
@@ -230,7 +246,7 @@ struct DynamicHead {
       if (held == kMissing) held = kResident;
       else victims.push_back(slot(place));
     }
-    const int64_t per_page = int64_t(a.num_layers) * a.num_kv_heads, elements = int64_t(a.chunk_size) * D;
+    const int64_t per_page = int64_t(a.num_layers) * a.num_kv_heads;
     size_t next = 0;
     for (int32_t c : selected) {
       if (state[size_t(c)] == kResident) continue;
@@ -238,11 +254,11 @@ struct DynamicHead {
       const int64_t page = int64_t(a.host_pages[row * a.max_host_pages + linear / per_page]) * per_page + linear % per_page;
       const int64_t src = page * in_page + c % in_page;
       const int64_t dst = victims[next++];
-      const size_t bytes = size_t(elements) * sizeof(Storage);
-      std::memcpy(static_cast<Storage*>(a.k_flat) + dst * elements,
-                  static_cast<const Storage*>(a.k_host) + src * elements, bytes);
-      std::memcpy(static_cast<Storage*>(a.v_flat) + dst * elements,
-                  static_cast<const Storage*>(a.v_host) + src * elements, bytes);
+      for (int64_t i = 0; i < a.chunk_size; ++i) {
+        const int64_t row = (dst * a.chunk_size + i) * D;
+        read_record(a.host + (src * a.chunk_size + i) * a.record_bytes, static_cast<Storage*>(a.k_flat) + row,
+                    static_cast<Storage*>(a.v_flat) + row);
+      }
       a.held_chunks[dst] = c;
     }
     return int64_t(next);

@@ -9,15 +9,16 @@ import torch
 from hybridkv_kernels import cpu
 from hybridkv_kernels.chunks import CHUNK_SCORES, Retrieval
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.host_pages import HOST_DTYPES, HostPages
 from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
 
 _POINTERS = (
-    "q k_flat v_flat k_host v_host held_chunks counters pages host_pages num_pages num_prompt_pages first_head_page "
+    "q k_flat v_flat host held_chunks counters pages host_pages num_pages num_prompt_pages first_head_page "
     "num_head_pages first_summary_page host_rank is_dynamic req_rows"
 )
 _SIZES = (
     "batch num_q_heads num_kv_heads num_layers pages_per_layer page_size layer_idx head_dim type num_threads "
-    "chunk_score chunk_size score_vectors stored_vectors num_sink_chunks num_recent_chunks"
+    "chunk_score chunk_size score_vectors stored_vectors num_sink_chunks num_recent_chunks record_bytes host_dtype"
 )
 
 
@@ -36,8 +37,7 @@ def retrieve_chunks(
     q: torch.Tensor,
     views: HeadPageViews,
     table: HeadPageTable,
-    k_host_pages: torch.Tensor,
-    v_host_pages: torch.Tensor,
+    host_pages: HostPages,
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
@@ -54,8 +54,7 @@ def retrieve_chunks(
                 q,
                 views.k_flat,
                 views.v_flat,
-                k_host_pages,
-                v_host_pages,
+                host_pages.data,
                 views.held_chunks,
                 counters,
                 table.pages,
@@ -88,6 +87,8 @@ def retrieve_chunks(
         retrieval.stored_vectors,
         retrieval.num_sink_chunks,
         retrieval.num_recent_chunks,
+        host_pages.record_bytes,
+        HOST_DTYPES.index(host_pages.host_dtype),
         retrieval.hysteresis,
     )
     cpu.call("hk_retrieve", arguments)

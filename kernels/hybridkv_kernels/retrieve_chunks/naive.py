@@ -8,6 +8,7 @@ import torch
 
 from hybridkv_kernels.chunks import Retrieval, read_codes, top_chunks, turn_channels
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.host_pages import HostPages
 
 SPREAD_WEIGHT = 0.5  # of a chunk's spread along the query, beside q . mean key
 
@@ -16,8 +17,7 @@ def retrieve_chunks(
     q: torch.Tensor,
     views: HeadPageViews,
     table: HeadPageTable,
-    k_host_pages: torch.Tensor,
-    v_host_pages: torch.Tensor,
+    host_pages: HostPages,
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
@@ -25,9 +25,8 @@ def retrieve_chunks(
 ) -> None:
     """Arguments as the public function's."""
     head_dim, in_page = q.shape[-1], table.layout.page_size // retrieval.chunk_size
-    pages = (views.k_pages, views.v_pages, k_host_pages, v_host_pages)
     # The same memory by chunks: [M, P, D] -> [M * P / T, T, D].
-    k_chunks, v_chunks, k_host_chunks, v_host_chunks = (x.view(-1, retrieval.chunk_size, head_dim) for x in pages)
+    k_chunks, v_chunks = (x.view(-1, retrieval.chunk_size, head_dim) for x in (views.k_pages, views.v_pages))
     for i, row in enumerate(req_rows.tolist()):
         heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
         if len(heads) == 0:
@@ -50,8 +49,7 @@ def retrieve_chunks(
             k_chunks,
             v_chunks,
             chunk_places(table.host_page_ids(row, layer_idx, heads, num_prompt_pages), in_page),
-            k_host_chunks,
-            v_host_chunks,
+            host_pages,
         )
         by_score = num_selected.sum() - forced.sum()
         counters += torch.stack((by_score, by_score - moved))
@@ -187,8 +185,7 @@ def fetch_chunks(
     k_chunks: torch.Tensor,
     v_chunks: torch.Tensor,
     host_places: torch.Tensor,
-    k_host_chunks: torch.Tensor,
-    v_host_chunks: torch.Tensor,
+    host_pages: HostPages,
 ) -> torch.Tensor:
     """Make the buffers of E dynamic heads hold exactly their `selected` chunks; returns how many moved, int64.
 
@@ -199,7 +196,7 @@ def fetch_chunks(
     selected : [E, C], bool. num_places[e] entries of row e are True.
     places : [E, S], int64. Slots of each buffer; columns from num_places[e] on are not read. num_places : [E].
     held_chunks : [slots], int32, in place. k_chunks, v_chunks : [slots, T, D], in place. The pool by chunks.
-    host_places : [E, C], int64. Where each chunk lies in the host store, k_host_chunks, v_host_chunks : [.., T, D].
+    host_places : [E, C], int64. Where each chunk lies in the host store, `host_pages`, counted in chunks.
 
     Notes
     -----
@@ -211,8 +208,9 @@ def fetch_chunks(
     victim_head, victim_place = (in_buffer & ~selected.gather(1, held)).nonzero(as_tuple=True)
     assert torch.equal(missing_head, victim_head), "a buffer must have as many places as its head selects chunks"
     dst = places[victim_head, victim_place]
-    src = host_places[missing_head, missing_chunk].to(k_host_chunks.device)
-    k_chunks[dst] = k_host_chunks[src].to(k_chunks.device)
-    v_chunks[dst] = v_host_chunks[src].to(v_chunks.device)
+    chunk_size = k_chunks.shape[1]
+    src = host_places[missing_head, missing_chunk].to(host_pages.data.device)
+    keys, values = host_pages.read(src[:, None] * chunk_size + torch.arange(chunk_size, device=src.device))
+    k_chunks[dst], v_chunks[dst] = keys.to(k_chunks.device), values.to(v_chunks.device)
     held_chunks[dst] = missing_chunk.to(torch.int32)
     return torch.tensor(len(missing_head), device=selected.device)

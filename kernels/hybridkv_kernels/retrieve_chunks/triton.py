@@ -4,8 +4,8 @@
 2. Choose: one program an entry raises the scores of resident chunks by the hysteresis, finds the threshold, marks the
    chosen chunks that the buffer holds, lists the slots that hold others, and lists the chosen chunks without a mark:
    both in order, which is the pairing of `naive`.
-3. Fetch: programs of an entry share these lists and read the host rows through their pinned address (zero copy). A
-   program copies several small chunks at once, so that many loads are under way.
+3. Fetch: programs of an entry share these lists, token by token, and read the records through their pinned address
+   (zero copy). A program copies several records at once, each by one load of a warp, so that many are under way.
 
 Buffer places, slots of the pool and slots of the host store are counted in chunks, of which a head page has C.
 """
@@ -14,10 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridkv_kernels import gpu
 from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.gpu.head_pages import head_page_ids, host_page_ids
+from hybridkv_kernels.gpu.records import tile_rows, widen_record
 from hybridkv_kernels.gpu.top import load_images, top_block, top_threshold
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.host_pages import HostPages
 from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
 from hybridkv_kernels.retrieve_chunks.triton_score import (
     VARYING,
@@ -28,8 +31,13 @@ from hybridkv_kernels.retrieve_chunks.triton_score import (
     score_launch,
 )
 
-_COPY_BLOCK = 2048  # elements of keys, and as many of values, that a program copies at once
 _TARGET_PROGRAMS = 1024  # programs of 4 warps in a launch: they fill a large GPU, and idle ones cost little
+# A host link of 50 GB/s that answers after 2 microseconds is full with 100 kB under way. With rows of 128 elements of
+# 16 bits a program asks for 16 records at once, 8 kB or 4 kB rounded, and waits about as long again for the lists and
+# the table: 25 programs that find work fill the link, or 50. The 400 records that an entry of 32k tokens fetches in a
+# step are 25 such tiles. So 32 programs for each entry of 16 requests with 4 KV heads take one round, and one request
+# alone has all its tiles under way at once, 200 kB or 100 kB. A program without work ends after one load.
+_FETCH_PROGRAMS = 2048
 
 
 @triton.jit
@@ -148,10 +156,9 @@ def _choose_kernel(
 
 @triton.jit(do_not_specialize=["layer_idx", "max_host_pages"])
 def _fetch_kernel(
-    k_flat,
-    v_flat,
-    k_host,
-    v_host,
+    k_out,
+    v_out,
+    host_words,
     held_chunks,
     all_host_pages,
     host_rank,
@@ -166,41 +173,51 @@ def _fetch_kernel(
     L: tl.constexpr,
     H: tl.constexpr,
     C: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+    BW: tl.constexpr,
+    ROWS: tl.constexpr,
+    IS_ROUNDED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """Fetch missing chunks: CHUNKS of them at a time, and BLOCK of their ELEMENTS at a time."""
+    """Fetch missing chunks of CHUNK tokens, ROWS tokens at a time, from records of WORDS words of 4 bytes.
+
+    A row of `k_out` and `v_out` has SIZE elements of the pool's type where records are rounded, and else SIZE words.
+    """
     entry = tl.program_id(0).to(tl.int64)
-    num_moved = tl.load(all_num_moved + entry)
-    if num_moved == 0:
+    num_rows = tl.load(all_num_moved + entry) * CHUNK
+    if num_rows == 0:
         return
     row = tl.load(req_rows + entry // H).to(tl.int64)
     first = tl.load(host_rank + (row * L + layer_idx) * H + entry % H) * tl.load(all_num_prompt_pages + row)
-    host_pages = all_host_pages + row * max_host_pages
-    for tile in range(tl.program_id(1), tl.cdiv(num_moved, CHUNKS), tl.num_programs(1)):
-        i = tile * CHUNKS + tl.arange(0, CHUNKS)
-        is_moved = i < num_moved
-        chunk = tl.load(missing + entry * max_chunks + i, mask=is_moved, other=0)
-        slot = tl.load(reused + entry * max_chunks + i, mask=is_moved, other=0).to(tl.int64)
-        host_slot = host_page_ids(host_pages, first + chunk // C, is_moved, L, H) * C + chunk % C
-        for start in tl.static_range(0, ELEMENTS, BLOCK):
-            element = start + tl.arange(0, BLOCK)
-            inside = is_moved[:, None] & (element < ELEMENTS)[None, :]
-            src, dst = (host_slot * ELEMENTS)[:, None] + element[None, :], (slot * ELEMENTS)[:, None] + element[None, :]
-            k = tl.load(k_host + src, mask=inside)
-            v = tl.load(v_host + src, mask=inside)
-            tl.store(k_flat + dst, k, mask=inside)
-            tl.store(v_flat + dst, v, mask=inside)
-        tl.store(held_chunks + slot, chunk, mask=is_moved)
+    host_pages, lists = all_host_pages + row * max_host_pages, entry * max_chunks
+    w = tl.arange(0, BW)
+    for tile in range(tl.program_id(1), tl.cdiv(num_rows, ROWS), tl.num_programs(1)):
+        i = tile * ROWS + tl.arange(0, ROWS)
+        is_row, token = i < num_rows, i % CHUNK
+        chunk = tl.load(missing + lists + i // CHUNK, mask=is_row, other=0)
+        slot = tl.load(reused + lists + i // CHUNK, mask=is_row, other=0).to(tl.int64)
+        src = (host_page_ids(host_pages, first + chunk // C, is_row, L, H) * C + chunk % C) * CHUNK + token
+        inside = is_row[:, None] & (w < WORDS)[None, :]
+        words = tl.load(host_words + src[:, None] * WORDS + w[None, :], mask=inside, other=0)
+        if IS_ROUNDED:
+            both = widen_record(words, SIZE, BW, ROWS, k_out.dtype.element_ty, INTERPRETED)
+            column = tl.arange(0, 4 * BW)
+        else:
+            both, column = words, w
+        at = (slot * CHUNK + token)[:, None] * SIZE + column[None, :]
+        tl.store(k_out + at, both, mask=is_row[:, None] & (column < SIZE)[None, :])
+        is_value = (column >= SIZE) & (column < 2 * SIZE)
+        tl.store(v_out + at - SIZE, both, mask=is_row[:, None] & is_value[None, :])
+        tl.store(held_chunks + slot, chunk, mask=is_row & (token == 0))
 
 
 def retrieve_chunks(
     q: torch.Tensor,
     views: HeadPageViews,
     table: HeadPageTable,
-    k_host_pages: torch.Tensor,
-    v_host_pages: torch.Tensor,
+    host_pages: HostPages,
     counters: torch.Tensor,
     layer_idx: int,
     req_rows: torch.Tensor,
@@ -215,7 +232,7 @@ def retrieve_chunks(
     if max_host_pages == 0:
         return
     q, _ = as_plain_score(q, retrieval.chunk_score)
-    num_entries, head_dim = batch * layout.num_kv_heads, q.shape[2]
+    num_entries = batch * layout.num_kv_heads
     chunks_per_page = layout.page_size // retrieval.chunk_size
     max_chunks = triton.cdiv(max_host_pages * chunks_per_page, 16) * 16  # so that rows begin where a wide load may
     shape = {"L": layout.num_layers, "H": layout.num_kv_heads, "C": chunks_per_page}
@@ -275,14 +292,16 @@ def retrieve_chunks(
         HAS_HYSTERESIS=retrieval.hysteresis != 0,
         num_warps=16,
     )
-    chunk_elements = retrieval.chunk_size * head_dim
-    block = min(_COPY_BLOCK, triton.next_power_of_2(chunk_elements))
-    copied = _COPY_BLOCK // block
-    _fetch_kernel[(num_entries, min(shared, triton.cdiv(max_chunks, copied)))](
-        views.k_flat,
-        views.v_flat,
-        k_host_pages,
-        v_host_pages,
+    is_rounded = host_pages.host_dtype != "same"
+    out = (views.k_flat, views.v_flat)
+    if not is_rounded:
+        out = (views.k_flat.view(torch.int32), views.v_flat.view(torch.int32))
+    words = host_pages.words.shape[2]
+    rows = tile_rows(triton.next_power_of_2(words))
+    tiles = triton.cdiv(max_chunks * retrieval.chunk_size, rows)
+    _fetch_kernel[(num_entries, min(max(1, _FETCH_PROGRAMS // num_entries), tiles))](
+        *out,
+        host_pages.words,
         views.held_chunks,
         table.host_pages,
         table.host_rank,
@@ -295,7 +314,11 @@ def retrieve_chunks(
         max_host_pages,
         max_chunks,
         **shape,
-        ELEMENTS=chunk_elements,
-        BLOCK=block,
-        CHUNKS=copied,
+        CHUNK=retrieval.chunk_size,
+        SIZE=out[0].shape[1],
+        WORDS=words,
+        BW=triton.next_power_of_2(words),
+        ROWS=rows,
+        IS_ROUNDED=is_rounded,
+        INTERPRETED=gpu.is_interpreted(),
     )

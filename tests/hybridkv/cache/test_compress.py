@@ -18,7 +18,7 @@ from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
+from tests.builders import LAWS, NAN_BYTE, TinyPool, fresh_generator, full_attention
 
 P = 16
 CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale", *CODED_SCORES]
@@ -265,6 +265,13 @@ def test_dynamic_heads_start_with_whole_chunks_that_the_map_names(case):
             assert sums[inside].min() >= sums[outside].max() - 1e-5, "the most salient chunks"
 
 
+def stored_rows(pool, head_pages):
+    """Keys and values [rows, D] of head pages of the host store."""
+    page_size = pool.config.page_size
+    records = torch.tensor(head_pages, dtype=torch.int64)[:, None] * page_size + torch.arange(page_size)
+    return pool.store.pages.read(records.flatten())
+
+
 @pytest.mark.usefixtures("kernels")
 @LAWS
 @given(compressed())
@@ -275,12 +282,11 @@ def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
     rows = [page * per_page + i for page in prompt.reservation.host_pages.tolist() for i in range(per_page)]
     for rank, (layer, head) in enumerate(dynamic):
         mine = rows[rank * geometry.num_prompt_pages : (rank + 1) * geometry.num_prompt_pages]
-        for store, exact in ((pool.store.k_pages, prompt.keys), (pool.store.v_pages, prompt.values)):
-            assert torch.equal(store[mine].flatten(0, 1), exact[layer, head, : geometry.covered])
+        for stored, exact in zip(stored_rows(pool, mine), (prompt.keys, prompt.values), strict=True):
+            assert torch.equal(stored, exact[layer, head, : geometry.covered])
     written = set(rows[: len(dynamic) * geometry.num_prompt_pages])
-    foreign = [row for row in range(len(pool.store.k_pages)) if row not in written]
-    assert pool.store.k_pages[foreign].isnan().all()
-    assert pool.store.v_pages[foreign].isnan().all()
+    foreign = [row for row in range(len(pool.store.pages.data)) if row not in written]
+    assert (pool.store.pages.data[foreign] == NAN_BYTE).all()
 
 
 @pytest.mark.usefixtures("kernels")

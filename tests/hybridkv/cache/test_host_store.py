@@ -7,8 +7,8 @@ from sglang_hybridkv.cache.host_store import HostStore
 from tests.builders import LAWS
 
 
-def make_store(num_pages=5, heads=4, page_size=8, head_dim=32, dtype=torch.bfloat16):
-    return HostStore(num_pages, heads, page_size, head_dim, dtype, False)
+def make_store(num_pages=5, heads=4, page_size=8, head_dim=32, dtype=torch.bfloat16, host_dtype="same"):
+    return HostStore(num_pages, heads, page_size, head_dim, dtype, False, host_dtype)
 
 
 class HostStoreAgainstModel(RuleBasedStateMachine):
@@ -67,11 +67,25 @@ HostStoreAgainstModel.TestCase.settings = LAWS
 test_host_store_against_model = HostStoreAgainstModel.TestCase
 
 
-def test_page_bytes_are_those_of_the_tensors():
-    store = make_store()
-    both = store.k_pages.numel() + store.v_pages.numel()
-    assert store.page_bytes * store.num_pages == both * store.k_pages.element_size()
-    assert store.k_pages.shape == store.v_pages.shape == (5 * 4, 8, 32)
+@pytest.mark.parametrize(
+    ("host_dtype", "dtype", "head_dim", "record_bytes"),
+    [
+        ("same", torch.bfloat16, 32, 128),
+        ("same", torch.float32, 80, 640),
+        ("int8", torch.bfloat16, 128, 272),  # 256 codes and 2 scales, padded
+        ("int8", torch.float32, 80, 176),
+        ("int8", torch.float16, 8, 32),
+    ],
+)
+def test_page_bytes_are_those_of_the_records(host_dtype, dtype, head_dim, record_bytes):
+    store = make_store(dtype=dtype, head_dim=head_dim, host_dtype=host_dtype)
+    assert store.pages.data.shape == (5 * 4, 8, record_bytes)
+    assert store.page_bytes * store.num_pages == store.pages.data.numel() == 5 * 4 * 8 * record_bytes
+
+
+def test_an_unknown_type_of_rows_is_named():
+    with pytest.raises(ValueError, match=r"^host_dtype: expected one of same, int8, got 'fp8'"):
+        make_store(host_dtype="fp8")
 
 
 # Pages by their place among two of this store and two of another.
