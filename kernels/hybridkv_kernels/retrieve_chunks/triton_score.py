@@ -3,7 +3,8 @@
 Scores by codes are a product of matrices, too. The two bits of a code become the highest bits of the mantissa of
 1.0: the result is exactly 1 + code / 4 in every type, and it costs less than a conversion of integers.
 
-A score is written as a uint32 image for `gpu.top`, which has the order of the scores, and its mark is cleared.
+A score is written as a uint32 image, which has the order of the scores, and the words of `triton_choose` that say which
+chunks are resident are cleared.
 """
 
 from typing import Any
@@ -173,6 +174,12 @@ def _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
 
 
 @triton.jit
+def _clear_words(resident, chunk, inside):
+    """Clear the words of 32 chunks that begin among these."""
+    tl.store(resident + chunk // 32, 0, mask=inside & (chunk % 32 == 0))
+
+
+@triton.jit
 def _load_vectors(
     k_flat,
     v_flat,
@@ -212,7 +219,7 @@ def _score_kernel(
     is_dynamic,
     req_rows,
     image_rows,
-    mark_rows,
+    resident_rows,
     layer_idx,
     pages_per_layer,
     max_pages,
@@ -257,7 +264,7 @@ def _score_kernel(
         score = _group_score(best, G, BG, SCORE)
         image = _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
         tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
-        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
+        _clear_words(resident_rows + entry * (max_chunks // 32), chunk, inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -272,7 +279,7 @@ def _score_codes_kernel(
     is_dynamic,
     req_rows,
     image_rows,
-    mark_rows,
+    resident_rows,
     layer_idx,
     pages_per_layer,
     max_pages,
@@ -337,7 +344,7 @@ def _score_codes_kernel(
         score = _coded_scores(words, scaled, constant, factor, CHUNK, G, MANTISSA, INTERPRETED)
         image = _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
         tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
-        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
+        _clear_words(resident_rows + entry * (max_chunks // 32), chunk, inside)
 
 
 def score_launch(q: torch.Tensor, group: int, retrieval: Retrieval) -> tuple[triton.JITFunction, dict[str, Any]]:
