@@ -159,9 +159,10 @@ def _attend(
 ):
     """One split of the kept rows and the tail of one entry."""
     line = splits + tl.program_id(0) * _FIELDS
-    # All at once, before the program looks at one of them: it waits once.
+    # All at once, before the program looks at one of them: it waits once. Only the number of parts comes last, as it
+    # would take a register from the loops.
     entry, row, begin, end = tl.load(line), tl.load(line + 1).to(tl.int64), tl.load(line + 2), tl.load(line + 3)
-    kept, first_page, tail, num_parts = tl.load(line + 4), tl.load(line + 5), tl.load(line + 6), tl.load(line + 7)
+    kept, first_page, tail = tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
     if entry < 0:
         return
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -194,7 +195,7 @@ def _attend(
         k = tl.load(k_flat + places, mask=inside, other=0.0)
         v = tl.load(v_flat + places, mask=inside, other=0.0)
         top, total, acc = _add_rows(queries, k, v, is_row, scale, 0.0, top, total, acc, INTERPRETED)
-    most = tl.num_programs(0)
+    most, num_parts = tl.num_programs(0), tl.load(line + 7)
     at = tl.program_id(0)
     _finish(out, partial, partial_lse, entries, most, at, entry, num_parts, top, total, acc, g, d, G, D, V, BLOCK_SPLITS)
 
@@ -266,7 +267,7 @@ def _attend_means(
     """One split of the V means of each chunk of one entry's dynamic head, those of resident chunks left out."""
     line = splits + tl.program_id(0) * _FIELDS
     entry, row, begin, end = tl.load(line), tl.load(line + 1).to(tl.int64), tl.load(line + 2), tl.load(line + 3)
-    first_page, num_parts = tl.load(line + 5), tl.load(line + 7)
+    first_page = tl.load(line + 5)
     if entry < 0:
         return
     d, g = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_G)
@@ -290,7 +291,7 @@ def _attend_means(
         pool = tl.where(is_in_v, v_flat, k_flat)
         v = tl.load(pool[:, None] + (at[:, None] * D + d[None, :]), mask=inside, other=0.0)
         top, total, acc = _add_rows(queries, k, v, is_row, scale, bonus, top, total, acc, INTERPRETED)
-    most = tl.num_programs(0)
+    most, num_parts = tl.num_programs(0), tl.load(line + 7)
     at = most + tl.program_id(0)
     _finish(out, partial, partial_lse, entries, most, at, entry, num_parts, top, total, acc, g, d, G, D, V, BLOCK_SPLITS)
 
