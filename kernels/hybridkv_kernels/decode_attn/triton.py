@@ -67,9 +67,7 @@ def _add_splits(partial, partial_lse, first, count, g, d, top, acc, G: tl.conste
     for i in tl.range(0, count, loop_unroll_factor=4):  # so that the rows of four splits are under way
         at = (first + i).to(tl.int64) * G
         lse = tl.load(partial_lse + at + g, mask=g < G, other=-float("inf"), cache_modifier=".cg")
-        rows = tl.load(
-            partial + at * D + g[:, None] * D + d[None, :], mask=inside, other=0.0, cache_modifier=".cg"
-        )
+        rows = tl.load(partial + at * D + g[:, None] * D + d[None, :], mask=inside, other=0.0, cache_modifier=".cg")
         acc += rows * tl.exp2(lse - top)[:, None]
     return acc
 
@@ -197,7 +195,9 @@ def _attend(
         top, total, acc = _add_rows(queries, k, v, is_row, scale, 0.0, top, total, acc, INTERPRETED)
     most, num_parts = tl.num_programs(0), tl.load(line + 7)
     at = tl.program_id(0)
-    _finish(out, partial, partial_lse, entries, most, at, entry, num_parts, top, total, acc, g, d, G, D, V, BLOCK_SPLITS)
+    _finish(
+        out, partial, partial_lse, entries, most, at, entry, num_parts, top, total, acc, g, d, G, D, V, BLOCK_SPLITS
+    )
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -293,7 +293,9 @@ def _attend_means(
         top, total, acc = _add_rows(queries, k, v, is_row, scale, bonus, top, total, acc, INTERPRETED)
     most, num_parts = tl.num_programs(0), tl.load(line + 7)
     at = most + tl.program_id(0)
-    _finish(out, partial, partial_lse, entries, most, at, entry, num_parts, top, total, acc, g, d, G, D, V, BLOCK_SPLITS)
+    _finish(
+        out, partial, partial_lse, entries, most, at, entry, num_parts, top, total, acc, g, d, G, D, V, BLOCK_SPLITS
+    )
 
 
 def decode_attn(

@@ -110,7 +110,7 @@ def _count_means(row, head, is_compressed, num_prompt_pages, is_dynamic, V: tl.c
 def _write_splits(
     splits, first, count, blocks, rows, skipped, entry, row, kept, page, tail, num_parts, BLOCK_ROWS: tl.constexpr
 ):
-    """Lines of the splits of some entries: whole blocks of rows, shared out evenly, of the rows that are not skipped."""
+    """Lines of the splits of some entries: whole blocks, shared out evenly, of the rows behind those skipped."""
     for place in range(tl.max(count, 0)):
         mask = place < count
         line = splits + (first + place) * _FIELDS
@@ -174,8 +174,8 @@ def _plan(
         if V > 0:
             means = _count_means(row, head, is_compressed, num_prompt_pages, is_dynamic, V)
             mean_blocks += tl.cdiv(means, BLOCK_ROWS)
-    # At most num_splits splits of a kind are this long, in blocks. Each entry may end in a shorter one, or have an empty
-    # one, which writes its output: so all are at most num_splits + E.
+    # At most num_splits splits of a kind are this long, in blocks. Each entry may end in a shorter one, or have an
+    # empty one, which writes its output: so all are at most num_splits + E.
     most_rows = tl.maximum(tl.cdiv(tl.sum(row_blocks, 0), num_splits), 1)
     most_means = tl.maximum(tl.cdiv(tl.sum(mean_blocks, 0), num_splits), 1)
     first_rows, first_means = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
@@ -201,7 +201,19 @@ def _plan(
             page = tl.load(first_summary_page + head, mask=mean_count > 0, other=0)
             mean_splits = splits + most_splits * _FIELDS
             _write_splits(
-                mean_splits, mean_first, mean_count, mean_blocks, means, 0, entry, row, 0, page, 0, num_parts, BLOCK_ROWS
+                mean_splits,
+                mean_first,
+                mean_count,
+                mean_blocks,
+                means,
+                0,
+                entry,
+                row,
+                0,
+                page,
+                0,
+                num_parts,
+                BLOCK_ROWS,
             )
             tl.store(entries + entry * _FIELDS + 3, mean_first, mask=mask)
             tl.store(entries + entry * _FIELDS + 4, mean_count, mask=mask)

@@ -86,7 +86,7 @@ def describe(device: torch.device | str) -> str:
 
 
 def twin(op: str, function: str | None = None) -> Callable[..., Any]:
-    """A function, named as the op where it is None, of `hybridkv_kernels/<op>/triton.py`, imported at its first call."""
+    """A function of `hybridkv_kernels/<op>/triton.py`, which is imported at its first call; None is the op's own."""
 
     def run(*args, **kwargs):
         return load_twin(op, function)(*args, **kwargs)

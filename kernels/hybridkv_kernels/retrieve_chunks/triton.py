@@ -90,8 +90,8 @@ def retrieve_chunks(
 ) -> None:
     """Arguments as the public function's; on a CUDA device the host store is pinned.
 
-    CUDA graph: capturable, no sync. Scratch: 12.25 bytes for each of B * H * max_chunks, where max_chunks is the number of
-    chunks in the host pages that a row of the table can name; a prompt has no more chunks than that.
+    CUDA graph: capturable, no sync. Scratch: 12.25 bytes for each of B * H * max_chunks, where max_chunks is the number
+    of chunks in the host pages that a row of the table can name; a prompt has no more chunks than that.
     """
     layout, batch, max_host_pages = table.layout, q.shape[0], table.host_pages.shape[1]
     if max_host_pages == 0:
