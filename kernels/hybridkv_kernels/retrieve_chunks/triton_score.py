@@ -316,8 +316,8 @@ def _score_codes_kernel(
     header, one = tl.zeros([1], tl.int32), tl.full([1], 1, tl.int1)
     step = _load_vectors(k_flat, v_flat, pages, first, header, one, 0, pages_per_layer, D, CHANNELS, BD, P, L, H)
     member, c = tl.arange(0, BG), tl.arange(0, BD)
-    # The query group, turned: [BD, BG], so that a product of matrices has many rows. The rotation is symmetric. A few
-    # channels of the query at a time, or the rotation fills the registers.
+    # The query group, turned: [BD, BG], so that a product of matrices has many rows. The rotation is symmetric. As many
+    # channels of the query at a time as leave room for the rotation: each time waits for three loads, one by one.
     turned = tl.zeros([BD, BG], tl.float32)
     for start in range(0, BD, BK):
         numbers = _load_vectors(
@@ -366,7 +366,8 @@ def score_launch(q: torch.Tensor, group: int, retrieval: Retrieval) -> tuple[tri
         # vectors that are loaded with a mask, would need more registers than there are.
         vectors = 16 if q.dtype == torch.float32 or channels < block else 32
         constants |= {"BC": vectors * CODED_TOKENS // size, "BG": max(8, triton.next_power_of_2(group))}
-        constants |= {"BD": block, "BK": 16, "CHANNELS": channels, "MANTISSA": _MANTISSA_BITS[q.dtype]}
+        constants |= {"BD": block, "BK": min(block, 32 if vectors == 16 else 64), "CHANNELS": channels}
+        constants |= {"MANTISSA": _MANTISSA_BITS[q.dtype]}
         return _score_codes_kernel, constants | {"rotations": rotation(channels, q.device, q.dtype), "num_warps": 2}
     vectors, stored = retrieval.score_vectors, retrieval.stored_vectors
     kind = "mean_max" if retrieval.chunk_score == "mean_spread" else retrieval.chunk_score
