@@ -40,7 +40,7 @@ GATED_ARCHITECTURES = (80, 90)
 MAX_REGISTERS = 128
 LAYERS_AND_HEADS = {"num_layers": 28, "num_kv_heads": 4}
 NUM_REQUESTS = 2
-LONG = 4096  # chunks or tokens of a prompt
+LONG, LONGER = 4096, 32768  # chunks or tokens of a prompt
 
 
 def shape_of(dtype: torch.dtype = torch.bfloat16, **changes: int) -> Shape:
@@ -123,13 +123,18 @@ def host_pages(shape: Shape, views: HeadPageViews, host_dtype: str) -> HostPages
 
 
 def retrieve_chunks(
-    chunk_score: str, estimate: bool = False, chunk_size: int | None = None, host_dtype: str = "same"
+    chunk_score: str,
+    estimate: bool = False,
+    chunk_size: int | None = None,
+    *,
+    num_chunks: int = LONG,
+    host_dtype: str = "same",
 ) -> Callable[[Shape], Any]:
-    """Retrieval of one layer of a pool of this shape, for prompts of up to LONG chunks, which are pages with None."""
+    """Retrieval of one layer of a pool of this shape, for prompts of num_chunks chunks, which are pages with None."""
 
     def call(shape: Shape) -> Any:
         size = chunk_size or shape.page_size
-        views, table = tiny_pool(shape, LONG * size // shape.page_size, size)
+        views, table = tiny_pool(shape, num_chunks * size // shape.page_size, size)
         q = queries(shape, NUM_REQUESTS)
         host = host_pages(shape, views, host_dtype)
         counters, rows = torch.zeros(2, dtype=torch.int64), torch.ones(NUM_REQUESTS, dtype=torch.int64)
@@ -186,7 +191,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"retrieve_chunks {chunk_score}", shape, retrieve_chunks(chunk_score), is_gated=True)
     codes = {size: retrieve_chunks("key_codes", chunk_size=size) for size in (1, 16)}
     yield Case("retrieve_chunks key_codes", shape_of(page_size=8), codes[1], is_gated=True)
-    half = retrieve_chunks("half_codes", chunk_size=1)
+    half = retrieve_chunks("half_codes", chunk_size=1, num_chunks=LONGER)
     for shape in (shape_of(page_size=8), shape_of(head_dim=256, group_size=4, page_size=8)):
         yield Case("retrieve_chunks half_codes", shape, half, is_gated=True)
     yield Case(

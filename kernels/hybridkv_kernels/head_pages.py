@@ -162,6 +162,7 @@ class HeadPageTable:
     is_dynamic : [R, L, H], bool. first_summary_page : [R, L, H], int32, linear; dynamic heads only.
     host_pages : [R, max_host_pages], int32. host_rank : [R, L, H], int32. Place of a dynamic head in the host store:
         page i of the prompt is linear index host_rank * num_prompt_pages + i of the request's host pages.
+    windows : [L], int32. The layout's windows for kernels that see all layers; 2 ** 31 - 1 where a layer has none.
     """
 
     def __init__(self, num_rows: int, max_pages: int, max_host_pages: int, layout: HeadPageLayout, device):
@@ -175,6 +176,8 @@ class HeadPageTable:
         self.first_head_page, self.num_head_pages = zeros(*heads), zeros(*heads)
         self.first_summary_page, self.host_rank = zeros(*heads), zeros(*heads)
         self.is_dynamic = zeros(*heads, dtype=torch.bool)
+        windows = [layout.window(layer_idx) or 2**31 - 1 for layer_idx in range(layout.num_layers)]
+        self.windows = torch.tensor(windows, dtype=torch.int32, device=device)
 
     def bind(self, row: int, pages: torch.Tensor, host_pages: torch.Tensor, covered: int) -> None:
         """Give `row` its pages before the forward that compresses it is launched; heads are empty until then."""

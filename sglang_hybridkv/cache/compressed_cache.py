@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from hybridkv_kernels.decode_attn import decode_attn
+from hybridkv_kernels.decode_attn import decode_attn, plan_decode
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.cache.compress import ObservedPrompt, compress_prompt
 from sglang_hybridkv.cache.memory import CacheMemory, make_memory
@@ -14,6 +16,9 @@ from sglang_hybridkv.cache.stopwatch import Stopwatch
 from sglang_hybridkv.compressors.base import Compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.ledger import Reservation
+
+if TYPE_CHECKING:
+    from hybridkv_kernels.decode_attn.triton_plan import DecodePlan
 
 
 class CompressedCache:
@@ -43,6 +48,7 @@ class CompressedCache:
         keys = memory.views.k_pages
         self.counters = torch.zeros(2, dtype=torch.int64, device=keys.device)
         self.prefetch: QueryPrefetch | None = None
+        self._plan: DecodePlan | None = None
         config = compressor.config
         if isinstance(config, RetrievalConfig) and config.prefetch != "off":
             num_rows = len(memory.table.num_pages)
@@ -174,7 +180,16 @@ class CompressedCache:
         seq_lens: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        """[B, H * G, D]: one softmax over head pages and dense tail; arguments as those of `decode_attn`."""
+        """[B, H * G, D]: one softmax over head pages and dense tail; arguments as those of `decode_attn`.
+
+        The layers of a step come one after the other, with the same row and length tensors: the first one plans for
+        all, inside of a captured graph, too.
+        """
+        plan = self._plan
+        if layer_idx == 0 or plan is None or not plan.is_for(req_rows, seq_lens):
+            plan = plan_decode(q, self.memory.table, req_rows, seq_lens, self.retrieval)
+        # Dropped after the last layer, so that no other step can meet it.
+        self._plan = None if layer_idx == self.memory.layout.num_layers - 1 else plan
         return decode_attn(
             q,
             self.memory.views,
@@ -185,6 +200,7 @@ class CompressedCache:
             seq_lens,
             scaling=scaling,
             retrieval=self.retrieval,
+            plan=plan,
         )
 
     def give_up(self, row: int) -> None:

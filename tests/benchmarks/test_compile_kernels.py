@@ -32,7 +32,7 @@ from benchmarks import compile_kernels as c
 wanted = [c.Case("decode_attn", c.shape_of(page_size=p), c.decode_attn(), is_gated=True) for p in (8, 16, 32)]
 usages = list(c.measured(wanted, [80, 90]))
 attend = [u for u in usages if u.kernel == "_attend"]
-assert len(attend) == 6 and {u.kernel for u in usages} == {"_plan", "_attend", "_merge"}
+assert len(attend) == 6 and {u.kernel for u in usages} == {"_plan", "_attend"}
 assert all(0 < u.registers and u.shared_bytes > 0 for u in attend)
 sys.exit("; ".join(u.fault for u in usages if u.fault) or 0)
 """)

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.gpu_check.pool import Shape
 from hybridkv_kernels import cpu as cpu_kernels
-from hybridkv_kernels.decode_attn import cpu, decode_attn
+from hybridkv_kernels.decode_attn import cpu, decode_attn, plan_decode
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
 from tests.builders import NAN, fresh_generator, full_attention, head_page, make_views, poisoned_memory
 from tests.kernels.shapes import DTYPES, each_model_shape
@@ -171,10 +171,10 @@ def split(request, twin, monkeypatch):
     torch.set_num_threads(min(request.param, 4))
     monkeypatch.setattr(cpu, "SPLIT_ROWS", request.param)
     if twin in ("triton", "cuda"):
-        from hybridkv_kernels.decode_attn import triton
+        from hybridkv_kernels.decode_attn import triton_plan
 
-        monkeypatch.setattr(triton, "SPLITS_PER_PROCESSOR", 1)
-        monkeypatch.setattr(triton.gpu, "num_processors", lambda device: request.param)
+        monkeypatch.setattr(triton_plan, "SPLITS_PER_PROCESSOR", 1)
+        monkeypatch.setattr(triton_plan.gpu, "num_processors", lambda device: request.param)
     yield request.param
     torch.set_num_threads(before)
 
@@ -197,9 +197,9 @@ def test_a_layer_with_a_window_attends_to_the_last_rows_of_each_head(twin, windo
 def test_numbers_of_layers_and_heads(monkeypatch, kernels, shape):
     """Triton's list of entries is longer than a block of it."""
     if kernels in ("triton", "cuda"):
-        from hybridkv_kernels.decode_attn import triton
+        from hybridkv_kernels.decode_attn import triton_plan
 
-        monkeypatch.setattr(triton, "BLOCK_ENTRIES", 4)
+        monkeypatch.setattr(triton_plan, "BLOCK_ENTRIES", 4)
     layers, heads, group = shape
     counts = [[1 + (layer + head) % 4 for head in range(heads)] for layer in range(layers)]
     requests = [(4, counts, 5), (1, None, 20), (4, counts, 9)]
@@ -347,25 +347,58 @@ def test_a_broken_key_breaks_its_own_head_only(special):
     torch.testing.assert_close(out[1].double(), batch.expected[1, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_plan_of_the_splits_covers_every_row_once_within_its_bound():
-    """Splits of an entry are contiguous, whole blocks, as even as blocks allow, and never empty."""
+def test_the_plan_of_the_splits_covers_every_row_once_within_its_bound(monkeypatch):
+    """Splits of an entry are contiguous, whole blocks, as even as blocks allow, and empty only where an entry is."""
     pytest.importorskip("triton")
-    from hybridkv_kernels.decode_attn import triton
+    from hybridkv_kernels.decode_attn import triton, triton_plan
 
-    entries, num_splits = 70, 9
-    lens = torch.randint(0, 40 * triton.BLOCK_ROWS, (entries,), generator=fresh_generator(), dtype=torch.int32)
+    block, window = triton.BLOCK_ROWS, 5 * triton.BLOCK_ROWS + 3
+    generator, num_requests = fresh_generator(), 35
+    lens = torch.randint(0, 40 * block, (num_requests,), generator=generator, dtype=torch.int32)
     lens[::7] = 0
-    nothing = torch.zeros(entries, dtype=torch.int32)
-    first, most = torch.empty(entries + 1, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-    tables, sizes = (torch.arange(entries), lens, *[nothing] * 5), {"L": 1, "H": 1, "P": 8, "V": 0}
-    blocks = {"BLOCK_ROWS": triton.BLOCK_ROWS, "BLOCK_ENTRIES": 16}
-    triton._plan[(1,)](first, most, *tables, entries, num_splits, 0, 2**31 - 1, **sizes, **blocks)
-    splits, blocks = first.diff(), -(-lens // triton.BLOCK_ROWS)
-    assert first[0] == 0
-    assert first[-1] <= num_splits + entries
-    assert torch.equal(splits, -(-blocks // most))
-    assert torch.equal(splits == 0, lens == 0)
-    assert (splits <= blocks).all()
+    monkeypatch.setattr(triton_plan, "BLOCK_ENTRIES", 16)
+    layout = HeadPageLayout(3, 2, 1, 8, windows=(0, window, 0))
+    table = HeadPageTable(num_requests, 1, 0, layout, "cpu")
+    plan = triton.plan_decode(table, torch.arange(num_requests), lens)
+    num_entries, most = 2 * num_requests, plan.splits.shape[2]
+    for layer_idx in range(3):
+        splits, entries = plan.of_layer(layer_idx, num_entries, 0)
+        used = splits[0, splits[0, :, 0] >= 0]
+        assert (splits[0, len(used) :, 0] == -1).all()
+        assert most - num_entries == triton_plan.SPLITS_PER_PROCESSOR * 4, "of an interpreted device's processors"
+        assert (entries[:, 0] == 0).all()
+        for entry, length in enumerate(lens.repeat_interleave(2).tolist()):
+            mine = used[used[:, 0] == entry]
+            first, count = entries[entry, 1:3].tolist()
+            assert torch.equal(mine, used[first : first + count])
+            assert (mine[:, 1] == entry // 2).all()
+            assert (mine[:, 7] == count).all()
+            begin, end = mine[:, 2], mine[:, 3]
+            counted = min(length, window) if layer_idx == 1 else length
+            assert (int(begin[0]), int(end[-1])) == (length - counted, length)
+            assert torch.equal(begin[1:], end[:-1])
+            sizes = (end - begin)[:-1]
+            assert (sizes % block == 0).all()
+            assert not len(sizes) or int(sizes.max() - sizes.min()) <= block
+            assert ((end > begin) | (count == 1)).all()
+
+
+@each_implementation
+def test_a_plan_of_all_layers_is_that_of_each_one(kernels):
+    """And it may be used again: a counter that a launch left behind would leave the second output unwritten."""
+    if kernels in ("naive", "cpu"):
+        pytest.skip("they need no plan")
+    batch = Batch(MIXED)
+    arguments = [batch.arguments(layer_idx) for layer_idx in range(batch.table.layout.num_layers)]
+    q, rows, lens = (arguments[0][name] for name in ("q", "req_rows", "seq_lens"))
+    plan = plan_decode(q, batch.table, rows, lens)
+    for given in arguments:
+        expected = decode_attn(**given)
+        for _ in range(2):
+            assert torch.equal(decode_attn(**given, plan=plan), expected)
+    assert not plan.entries[:, :, 0].any()
+    with pytest.raises(ValueError, match=r"^plan: expected \d+ entries, 0 means and layer 1"):
+        decode_attn(**arguments[1], plan=plan_decode(q[:1], batch.table, rows[:1], lens[:1]))
 
 
 # C++ alone: its splits, and its own conversion of 16-bit numbers.

@@ -67,3 +67,21 @@ def test_every_replay_attends_to_what_it_should(fast_kernels, chunk_score, dtype
                     check_selection(pool, prompt, layer, q, had[layer, i])
             check_attention(pool, prompt, layer, q, step.out[layer, i])
     assert len(compositions) > num_steps // 2, "the batches were composed alike"
+
+
+def test_no_step_attends_by_the_plan_of_another(kernels):
+    """Of the same tensors with other rows and lengths in them, of a step that ended early, of another batch."""
+    generator = fresh_generator()
+    pool = TinyPool(generator, eager_config(budget=0.3, theta=0.5), pages=240, host_pages=120)
+    step, traffic = DecodeStep(pool, BATCH_SIZE), Traffic(pool, generator.initial_seed())
+    for _ in range(3):
+        batch = traffic.next_batch()
+        step.load(batch)
+        step.run()
+        for layer in range(pool.layout.num_layers):
+            for i, prompt in enumerate(batch):
+                check_attention(pool, prompt, layer, step.q[layer, i], step.out[layer, i])
+        step.attend(0, step.rows, step.lens)
+        last = batch[-1:]
+        q = pool.queries(1)
+        check_attention(pool, last[0], 1, q[0], pool.attend(last, 1, q)[0])

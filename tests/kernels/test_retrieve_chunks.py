@@ -389,10 +389,13 @@ def test_more_hysteresis_fetches_less_and_a_great_deal_of_it_nothing():
 def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk_score, num_programs, budget):
     """By few or many programs, over blocks of any size, or by one to four threads."""
     if twin in ("triton", "cuda"):
-        from hybridkv_kernels.retrieve_chunks import triton
+        from hybridkv_kernels.retrieve_chunks import triton, triton_choose
 
-        monkeypatch.setattr(triton, "top_block", lambda num_chunks: block)
-        monkeypatch.setattr(triton, "_TARGET_PROGRAMS", num_programs)
+        monkeypatch.setattr(triton_choose, "MOST_KEPT", block)
+        monkeypatch.setattr(triton_choose, "PLACES_PER_WARP", max(2, block // 32))
+        monkeypatch.setattr(triton_choose, "_REST_ROWS", 2)
+        monkeypatch.setattr(triton, "_FETCH_PROGRAMS", num_programs)
+        monkeypatch.setattr(triton, "_TARGET_SCORE_WARPS", 4 * num_programs)
     config = eager_config(budget=budget, chunk_score=chunk_score)
     pool = TinyPool(fresh_generator(), config, num_layers=1, num_kv_heads=2, pages=220, host_pages=80)
     prompt, before = pool.add_prompt(51 * P), torch.get_num_threads()

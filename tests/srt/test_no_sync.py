@@ -136,6 +136,34 @@ def test_a_captured_step_waits_for_nothing_and_does_the_same_for_every_batch(bac
         assert traces[0] == traces[1] == traces[2], "a graph does the same whoever is in the batch"
 
 
+LAUNCHES_A_LAYER, LAUNCHES_A_STEP = 4, 1
+"""Score, choose, fetch, attend; and the plan of all layers. With prefetch a layer retrieves twice."""
+OTHERS_A_LAYER = 20
+"""At most so many operations of torch, most of which are views, in a layer of a step without prefetch."""
+
+
+@needs_twins
+@pytest.mark.parametrize(("prefetch", "more"), [("off", 0), ("previous_query", 3)])
+def test_launches_of_a_step(prefetch, more, monkeypatch):
+    """Whatever the batch: what a step costs beside its bytes."""
+    with forced_kernels("triton"):
+        serving, names = small("triton", monkeypatch, prefetch=prefetch), []
+        serving.backend.init_cuda_graph_state(ROWS, ROWS)
+        for size in (2, 4):
+            graph = Graph(serving, size, monkeypatch)
+            with monkeypatch.context() as patched:
+                guard = NoSync()
+                launches(guard, patched)
+                with guard:
+                    graph.run()
+            names.append([name for name, _ in guard.trace])
+    assert names[0] == names[1], names
+    num_layers, num_launches = len(serving.layers), names[0].count("launch")
+    assert num_launches == num_layers * (LAUNCHES_A_LAYER + more) + LAUNCHES_A_STEP
+    if prefetch == "off":
+        assert len(names[0]) - num_launches <= num_layers * OTHERS_A_LAYER
+
+
 @pytest.mark.parametrize("backend", ["torch_native", "triton", "flashinfer"])
 def test_the_guard_finds_what_the_references_do(backend, monkeypatch):
     """Unlike kernels, they ask for the rows of a batch: seen from inside, they wait."""

@@ -1,5 +1,9 @@
 """Decode attention over head pages, the dense tail and the means of what is not retrieved, one softmax."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
 from hybridkv_kernels import checks, dispatch, gpu
@@ -7,7 +11,11 @@ from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.decode_attn import cpu, naive
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 
+if TYPE_CHECKING:
+    from hybridkv_kernels.decode_attn.triton_plan import DecodePlan
+
 _IMPLEMENTATIONS = {"naive": naive.decode_attn, "cpu": cpu.decode_attn, "triton": gpu.twin("decode_attn")}
+_plan = gpu.twin("decode_attn", "plan_decode")
 
 
 def decode_attn(
@@ -21,6 +29,7 @@ def decode_attn(
     *,
     scaling: float,
     retrieval: Retrieval | None = None,
+    plan: DecodePlan | None = None,
 ) -> torch.Tensor:
     """Attention output of one new token per request, compressed or dense, in one call.
 
@@ -39,6 +48,7 @@ def decode_attn(
         dynamic head's buffer does not hold, by `views.held_chunks`, takes part through its V means. The logit of a
         mean is scaling * q . mean_key + log(P / V), and its value is mean_value. Static heads and dense requests have
         nothing to estimate. Where every chunk is resident, estimating changes no bit of the result.
+    plan : what `plan_decode` returned for this step; None plans this layer alone, where there is something to plan.
 
     Returns
     -------
@@ -81,4 +91,36 @@ def decode_attn(
         for row, covered, seq_len in zip(req_rows, table.covered[req_rows.long()], seq_lens, strict=True):
             checks.check_range(f"req_to_token[{int(row)}]", req_to_token[row, covered:seq_len], slots_per_layer)
     chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // layout.num_kv_heads)
-    return _IMPLEMENTATIONS[chosen](q, views, table, layer_idx, req_rows, req_to_token, seq_lens, scaling, num_means)
+    more = {} if plan is None else {"plan": plan}
+    return _IMPLEMENTATIONS[chosen](
+        q, views, table, layer_idx, req_rows, req_to_token, seq_lens, scaling, num_means, **more
+    )
+
+
+def plan_decode(
+    q: torch.Tensor,
+    table: HeadPageTable,
+    req_rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    retrieval: Retrieval | None = None,
+) -> DecodePlan | None:
+    """Share out the rows that all layers of one step read, in one launch; None where the kernels need no plan.
+
+    Parameters
+    ----------
+    q, table, req_rows, seq_lens, retrieval : as `decode_attn` of every layer gets them; of q only the shape counts.
+
+    Notes
+    -----
+    The plan is one of the contents that the table, the rows and the lengths have now: a step whose lengths or rows
+    differ needs another one, and so does one after a row was bound, compressed or cleared. Retrieval changes nothing
+    of it. The layers of a step attend one after the other, as they share counters. CUDA graph: capturable, no sync.
+    """
+    checks.check_shape("q", q, (None, None, None))
+    checks.check_group("q", q, table.layout.num_kv_heads)
+    checks.check_shape("req_rows", req_rows, (q.shape[0],))
+    checks.check_shape("seq_lens", seq_lens, (q.shape[0],))
+    chosen = dispatch.choose(q.device, q.dtype, q.shape[2], q.shape[1] // table.layout.num_kv_heads)
+    if chosen != "triton":
+        return None
+    return _plan(table, req_rows, seq_lens, 0 if retrieval is None else retrieval.num_means)

@@ -85,16 +85,16 @@ def describe(device: torch.device | str) -> str:
     return f"{triton.__version__}, {target}"
 
 
-def twin(op: str) -> Callable[..., Any]:
-    """The function `op` of `hybridkv_kernels/<op>/triton.py`, which is imported at its first call."""
+def twin(op: str, function: str | None = None) -> Callable[..., Any]:
+    """A function of `hybridkv_kernels/<op>/triton.py`, which is imported at its first call; None is the op's own."""
 
     def run(*args, **kwargs):
-        return load_twin(op)(*args, **kwargs)
+        return load_twin(op, function)(*args, **kwargs)
 
     return run
 
 
 @functools.cache
-def load_twin(op: str) -> Callable[..., Any]:
+def load_twin(op: str, function: str | None = None) -> Callable[..., Any]:
     """Import a twin."""
-    return getattr(importlib.import_module(f"hybridkv_kernels.{op}.triton"), op)
+    return getattr(importlib.import_module(f"hybridkv_kernels.{op}.triton"), function or op)

@@ -1,4 +1,4 @@
-"""The exact choice of the largest numbers of a row without a sort, which Triton twins share.
+"""The exact choice of the largest numbers of a row without a sort, for Triton twins.
 
 Each number has an unsigned image, and the images have the order of the numbers. The k-th largest is found two bits at
 a time, in at most 16 passes over an entry's 32-bit images, however many there are.

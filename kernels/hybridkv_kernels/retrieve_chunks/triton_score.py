@@ -3,7 +3,8 @@
 Scores by codes are a product of matrices, too. The two bits of a code become the highest bits of the mantissa of
 1.0: the result is exactly 1 + code / 4 in every type, and it costs less than a conversion of integers.
 
-A score is written as a uint32 image for `gpu.top`, which has the order of the scores, and its mark is cleared.
+A score is written as a uint32 image, which has the order of the scores, and the words of `triton_choose` that say which
+chunks are resident are cleared.
 """
 
 from typing import Any
@@ -173,6 +174,12 @@ def _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
 
 
 @triton.jit
+def _clear_words(resident, chunk, inside):
+    """Clear the words of 32 chunks that begin among these."""
+    tl.store(resident + chunk // 32, 0, mask=inside & (chunk % 32 == 0))
+
+
+@triton.jit
 def _load_vectors(
     k_flat,
     v_flat,
@@ -212,7 +219,7 @@ def _score_kernel(
     is_dynamic,
     req_rows,
     image_rows,
-    mark_rows,
+    resident_rows,
     layer_idx,
     pages_per_layer,
     max_pages,
@@ -257,7 +264,7 @@ def _score_kernel(
         score = _group_score(best, G, BG, SCORE)
         image = _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
         tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
-        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
+        _clear_words(resident_rows + entry * (max_chunks // 32), chunk, inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -272,7 +279,7 @@ def _score_codes_kernel(
     is_dynamic,
     req_rows,
     image_rows,
-    mark_rows,
+    resident_rows,
     layer_idx,
     pages_per_layer,
     max_pages,
@@ -309,8 +316,8 @@ def _score_codes_kernel(
     header, one = tl.zeros([1], tl.int32), tl.full([1], 1, tl.int1)
     step = _load_vectors(k_flat, v_flat, pages, first, header, one, 0, pages_per_layer, D, CHANNELS, BD, P, L, H)
     member, c = tl.arange(0, BG), tl.arange(0, BD)
-    # The query group, turned: [BD, BG], so that a product of matrices has many rows. The rotation is symmetric. A few
-    # channels of the query at a time, or the rotation fills the registers.
+    # The query group, turned: [BD, BG], so that a product of matrices has many rows. The rotation is symmetric. As many
+    # channels of the query at a time as leave room for the rotation: each time waits for three loads, one by one.
     turned = tl.zeros([BD, BG], tl.float32)
     for start in range(0, BD, BK):
         numbers = _load_vectors(
@@ -337,7 +344,7 @@ def _score_codes_kernel(
         score = _coded_scores(words, scaled, constant, factor, CHUNK, G, MANTISSA, INTERPRETED)
         image = _chunk_images(score, chunk, num_chunks, num_selected, num_sinks, num_recent)
         tl.store(image_rows + entry * max_chunks + chunk, image.to(tl.int32, bitcast=True), mask=inside)
-        tl.store(mark_rows + entry * max_chunks + chunk, 0, mask=inside)
+        _clear_words(resident_rows + entry * (max_chunks // 32), chunk, inside)
 
 
 def score_launch(q: torch.Tensor, group: int, retrieval: Retrieval) -> tuple[triton.JITFunction, dict[str, Any]]:
@@ -359,7 +366,8 @@ def score_launch(q: torch.Tensor, group: int, retrieval: Retrieval) -> tuple[tri
         # vectors that are loaded with a mask, would need more registers than there are.
         vectors = 16 if q.dtype == torch.float32 or channels < block else 32
         constants |= {"BC": vectors * CODED_TOKENS // size, "BG": max(8, triton.next_power_of_2(group))}
-        constants |= {"BD": block, "BK": 16, "CHANNELS": channels, "MANTISSA": _MANTISSA_BITS[q.dtype]}
+        constants |= {"BD": block, "BK": min(block, 32 if vectors == 16 else 64), "CHANNELS": channels}
+        constants |= {"MANTISSA": _MANTISSA_BITS[q.dtype]}
         return _score_codes_kernel, constants | {"rotations": rotation(channels, q.device, q.dtype), "num_warps": 2}
     vectors, stored = retrieval.score_vectors, retrieval.stored_vectors
     kind = "mean_max" if retrieval.chunk_score == "mean_spread" else retrieval.chunk_score
