@@ -5,6 +5,7 @@ read from the compressed copy.
 """
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 
 from hybridkv_kernels.chunks import CODED_SCORES, encode_keys
 from hybridkv_kernels.head_pages import HeadPageLayout
-from sglang_hybridkv.cache.compress import digest_plan, salience_kept
+from sglang_hybridkv.cache.compress import ObservedPrompt, digest_plan, rows_by_place, salience_kept
 from sglang_hybridkv.compressors.base import HeadPlan
-from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
 from sglang_hybridkv.requests.spans import VisualSpan
 from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
@@ -324,12 +325,10 @@ def test_nothing_but_the_reserved_pages_is_written(case):
     assert pool.values[:, ~own_slots].isnan().all()
 
 
-class Careless(SnapKV):
-    """A compressor that breaks the contract in one way."""
+class Careless:
+    """Beside a compressor: breaks the contract in one way."""
 
-    def __init__(self, fault):
-        super().__init__(SnapKV.config_class(budget=0.3, min_prompt_tokens=1, min_head_pages=1))
-        self.fault = fault
+    fault = ""
 
     def plan(self, observation, total_head_pages, *, may_retrieve):
         plan = super().plan(observation, total_head_pages, may_retrieve=may_retrieve)
@@ -338,6 +337,8 @@ class Careless(SnapKV):
             pages += 1
         elif self.fault == "empty head":
             pages[0, 0] = 0
+        elif self.fault == "negative":
+            pages[0, 0] = -1
         elif self.fault == "prompt":
             pages[0, 0], pages[0, 1:], pages[1:] = observation.num_prompt_pages + 1, 1, 1
         elif self.fault == "dynamic":
@@ -347,33 +348,82 @@ class Careless(SnapKV):
     def rank_tokens(self, observation, plan):
         order = super().rank_tokens(observation, plan)
         if self.fault == "repeated token":
-            order[0, 0, 1] = order[0, 0, 0]
+            order[..., 1] = order[..., 0]
         return order
 
 
+class CarelessSnapKV(Careless, SnapKV):
+    pass
+
+
+class CarelessHybridKV(Careless, HybridKV):
+    pass
+
+
+EAGER = {"min_prompt_tokens": 1, "min_head_pages": 1, "budget": 0.3, "page_size": P}
+CARELESS = [
+    CarelessSnapKV(SnapKV.config_class(**EAGER)),
+    CarelessHybridKV(HybridKVConfig(preset="paper", theta=0.5, **EAGER)),
+]
+
+
+@pytest.mark.usefixtures("fast_kernels")
+@pytest.mark.parametrize("compressor", CARELESS, ids=["snapkv", "hybridkv"])
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        ("budget", r"'snapkv': num_head_pages = \d+ to \d+, \d+ in all; legal: 1 to 20 a head, at most \d+ in all"),
+        ("budget", r"num_head_pages = \d+ to \d+, \d+ in all; legal: 1 to 20 a head, at most \d+ in all"),
         ("empty head", "num_head_pages = 0 to "),
+        ("negative", "num_head_pages = -1 to "),
         ("prompt", "num_head_pages = 1 to 21, "),
-        ("dynamic", "'snapkv': is_dynamic = 1 heads; legal: at most 0"),
-        ("repeated token", "'snapkv': rank_tokens must name each token once a head"),
+        ("dynamic", r"is_dynamic = \d heads; legal: at most 0"),
+        ("repeated token", "rank_tokens must name each token once a head"),
     ],
 )
-def test_a_plan_that_breaks_the_contract_writes_nothing(fault, sentence):
-    pool = TinyPool(fresh_generator(), compressor=Careless(fault))
-    prompt = pool.add_prompt(20 * pool.config.page_size)
-    keys, values, pages = pool.keys.clone(), pool.values.clone(), pool.table.num_head_pages.clone()
-    with pytest.raises(ValueError, match=sentence):
-        pool.compress(prompt, may_retrieve=False)
-    assert torch.equal(pool.keys.nan_to_num(7.0), keys.nan_to_num(7.0))
-    assert torch.equal(pool.values.nan_to_num(7.0), values.nan_to_num(7.0))
-    assert torch.equal(pool.table.num_head_pages, pages)
+def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, compressor):
+    """Nothing beyond its reserved pages is written, and nothing reads those."""
+    pool = TinyPool(fresh_generator(), compressor=compressor, num_layers=3, windows=(0, 2 * P, 0))
+    compressor.fault = ""
+    neighbour, prompt = pool.add_prompt(20 * P + 3), pool.add_prompt(20 * P + 3)
+    pool.compress(neighbour, mixed_statistic(pool))
+    before = pool.keys.clone(), pool.values.clone(), pool.views.held_chunks.clone()
+    hosted = pool.store.k_pages.clone(), pool.store.v_pages.clone()
+    reservation = pool._reserve(prompt.seq_len, (), may_retrieve=fault != "dynamic" and compressor.may_retrieve)
+    slots = pool.req_to_token[prompt.row].long()
+    pool.cache.observer.watch(prompt.row, range(prompt.seq_len))
+    pool.cache.bind(prompt.row, reservation)
+    compressor.fault = fault
+    shape = (2, 2, prompt.seq_len)
+    pool.cache.compress(prompt.row, slots, ObservedPrompt((), pool.rand(2, 2), pool.rand(*shape), pool.rand(2, 2, 32)))
+    assert re.match(sentence, reservation.refusal())
+    assert pool.cache.readable(prompt.row) is None
+    pool.cache.check_integrity()
+    own, per_layer = reservation.pages.tolist(), (pool.layout.num_layers, pool.layout.pages_per_layer)
+    for now, then in zip((pool.keys, pool.values, pool.views.held_chunks), before, strict=True):
+        now, then = (x.view(*per_layer, -1).nan_to_num(7.0) for x in (now, then))
+        now[:, own] = then[:, own] = 0
+        assert torch.equal(now, then)
+    for now, then in zip((pool.store.k_pages, pool.store.v_pages), hosted, strict=True):
+        now, then = (x.view(pool.store.num_pages, -1).nan_to_num(7.0) for x in (now, then))
+        now[reservation.host_pages] = then[reservation.host_pages] = 0
+        assert torch.equal(now, then)
+    check_equals_full_attention(pool, [prompt])
+    compressor.fault = ""
 
 
 def digest(is_dynamic, kept):
-    return int(digest_plan(kept.nonzero(as_tuple=True), is_dynamic, kept.shape[-1]))
+    return int(digest_plan(kept.flatten().nonzero().squeeze(1), is_dynamic, kept.shape[-1]))
+
+
+@LAWS
+@given(st.integers(1, 300), st.integers(0, 2**31 - 1), st.floats(0.0, 1.0))
+def test_kept_rows_lie_at_consecutive_places(num_rows, seed, share):
+    kept = torch.rand(num_rows, generator=torch.Generator().manual_seed(seed)) < share
+    places = kept.cumsum(0, dtype=torch.int32) - 1
+    rows = kept.nonzero().squeeze(1).tolist()
+    for room in (0, 5):
+        found = rows_by_place(places, len(rows) + room).tolist()
+        assert found == rows + [-1] * room
 
 
 @LAWS
@@ -385,8 +435,9 @@ def test_the_digest_tells_plans_apart(data, layers, heads, tokens, seed):
     kept = torch.rand(layers, heads, tokens, generator=generator) < 0.3
     kept[..., 0] = True  # no head is without rows
     before = digest(is_dynamic, kept)
-    order = torch.randperm(int(kept.sum()), generator=generator)
-    assert int(digest_plan(tuple(i[order] for i in kept.nonzero(as_tuple=True)), is_dynamic, tokens)) == before
+    rows = torch.cat((kept.flatten().nonzero().squeeze(1), torch.full((3,), -1)))
+    order = torch.randperm(len(rows), generator=generator)
+    assert int(digest_plan(rows[order], is_dynamic, tokens)) == before, "whatever the order, and whatever is unused"
     head = data.draw(st.integers(0, layers - 1)), data.draw(st.integers(0, heads - 1))
     token = data.draw(st.integers(1, tokens - 1))
     other_types, other_kept = is_dynamic.clone(), kept.clone()
