@@ -42,8 +42,8 @@ class HostSync(AssertionError):
 class NoSync(TorchDispatchMode):
     """Guard for a decode step, and for the end of prefill.
 
-    What torch makes on another tensor's `device` is on the device, and on "cpu" it is not. A copy to the host that nobody waits for (`non_blocking`)
-    leaves its target there, too: it must not be read before an event says so.
+    What torch makes on another tensor's `device` is on the device, and on "cpu" it is not. A copy to the host that
+    nobody waits for (`non_blocking`) leaves its target on the device, too: it must not be read before an event says so.
 
     Parameters
     ----------
@@ -131,7 +131,8 @@ class NoSync(TorchDispatchMode):
     def _check_host_tensors(self, name, tensors, args, kwargs):
         """Of what is not a single number: only copies that nobody waits for may join host and device."""
         if name == "copy_":
-            if self.is_on_device(args[0]) != self.is_on_device(args[1]) and args[1].dim() and not _is_async(args, kwargs):
+            is_crossing = self.is_on_device(args[0]) != self.is_on_device(args[1]) and args[1].dim()
+            if is_crossing and not _is_async(args, kwargs):
                 way = "from the device to the host" if self.is_on_device(args[1]) else "from the host to the device"
                 raise HostSync(f"copy_ {way}")
         elif any(x.dim() and x.numel() and not self.is_on_device(x) for x in tensors):

@@ -8,14 +8,13 @@ emptied on the device, because the first decode step may be launched before the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 
 from hybridkv_kernels.chunks import top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
-from sglang_hybridkv.cache.memory import CacheMemory
+from sglang_hybridkv.cache.memory import CacheMemory, full_layers
 from sglang_hybridkv.cache.offload import offload_heads
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
@@ -109,9 +108,8 @@ def compress_prompt(
     if compressor.merges:
         _merge_rows(memory, compressor, row, slots, plan, places.view_as(plan.kept), geometry)
     if compressor.config.retrieval is not None and reservation.most_dynamic:
-        layers = full_layers(memory.layout, slots.device)
-        is_dynamic = plan.heads.is_dynamic[layers]
-        offload_heads(memory, compressor.config.retrieval, row, slots, geometry, is_dynamic, layers, observed.query_rms)
+        is_dynamic, rms = plan.heads.is_dynamic, observed.query_rms
+        offload_heads(memory, compressor.config.retrieval, row, slots, geometry, is_dynamic, rms)
     reservation.figures = _to_host(figures.stack())
     reservation.digest = _to_host(digest_plan(kept_rows, plan.heads.is_dynamic, geometry.covered))
     if compressor.config.events is not None:
@@ -151,12 +149,6 @@ def with_windows(plan: PromptPlan, layout: HeadPageLayout) -> PromptPlan:
             pages = window_pages(layout.window(layer_idx), covered // layout.page_size, layout.page_size)
             counts[layer_idx], kept[layer_idx, :, covered - pages * layout.page_size :] = pages, True
     return PromptPlan(HeadPlan(is_dynamic, counts), kept, plan.is_text)
-
-
-@functools.lru_cache
-def full_layers(layout: HeadPageLayout, device: torch.device) -> torch.Tensor:
-    """[compressed L], int64: the layers that are compressed. Copied to the device once, since that copy waits."""
-    return torch.tensor(layout.full_layers, device="cpu").to(device)
 
 
 def salience_kept(salience: torch.Tensor, kept: torch.Tensor, layout: HeadPageLayout) -> torch.Tensor:

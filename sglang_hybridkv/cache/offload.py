@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hybridkv_kernels.chunks import Retrieval, encode_keys, summarize_chunks
-from sglang_hybridkv.cache.memory import CacheMemory
+from sglang_hybridkv.cache.memory import CacheMemory, full_layers
 from sglang_hybridkv.requests.geometry import PromptGeometry
 
 _BATCH_BYTES = 1 << 26  # of keys that are gathered at once; their summaries need several times as much in fp32
@@ -23,7 +23,6 @@ def offload_heads(
     slots: torch.Tensor,
     geometry: PromptGeometry,
     is_dynamic: torch.Tensor,
-    layers: torch.Tensor,
     query_rms: torch.Tensor,
 ) -> None:
     """Write host rows and summaries of `geometry.max_dynamic_heads` heads of one prompt, the dynamic ones first.
@@ -31,16 +30,16 @@ def offload_heads(
     Parameters
     ----------
     slots : [covered], int64. Token slots of the prompt.
-    is_dynamic : [L, H], bool, of the L layers that are compressed. At most max_dynamic_heads of them.
-    layers : [L], int64. Which layers of the model these are.
-    query_rms : [L, H, D]. See `ObservedPrompt`.
+    is_dynamic : [L, H], bool. At most max_dynamic_heads of them.
+    query_rms : [compressed L, H, D]. See `ObservedPrompt`.
 
     Notes
     -----
     No host sync, fixed shapes. Host memory is written here alone, by the forward's stream on CUDA; see `HostStore`.
     """
     views, num_kv_heads = memory.views, memory.layout.num_kv_heads
-    heads = (~is_dynamic.flatten()).to(torch.uint8).argsort(stable=True)[: geometry.max_dynamic_heads]
+    layers = full_layers(memory.layout, slots.device)
+    heads = (~is_dynamic[layers].flatten()).to(torch.uint8).argsort(stable=True)[: geometry.max_dynamic_heads]
     layer_idx, kv_head = layers[heads // num_kv_heads], heads % num_kv_heads
     rms = query_rms.flatten(0, 1)
     head_bytes = len(slots) * views.k_flat.shape[1] * views.k_flat.itemsize

@@ -17,9 +17,7 @@ class VisualSpan:
     modality: str
 
 
-def text_mask(
-    spans: tuple[VisualSpan, ...], num_tokens: int, device: torch.device | str | None = None
-) -> torch.Tensor:
+def text_mask(spans: tuple[VisualSpan, ...], num_tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
     """[num_tokens], bool: True where the token is text. Made on the `device`: a copy from the host would wait."""
     is_text = torch.ones(num_tokens, dtype=torch.bool, device=device)
     for span in spans:

@@ -10,7 +10,8 @@ import torch
 
 from hybridkv_kernels import compact_kv, retrieve_chunks, score_heads
 from hybridkv_kernels.chunks import rotation
-from sglang_hybridkv.cache import compress, offload
+from sglang_hybridkv.cache import offload
+from sglang_hybridkv.cache.memory import full_layers
 from sglang_hybridkv.compressors import BUILT_IN, random_tokens
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.requests.spans import VisualSpan
@@ -38,7 +39,7 @@ class Guard(NoSync):
         tensors = [x for part in (memory.table, memory.views) for x in vars(part).values()]
         tensors += [pool.req_to_token, pool.counters, *more]
         device = pool.device
-        tensors += [compress.full_layers(pool.layout, device), rotation(16, device), rotation(32, device)]
+        tensors += [full_layers(pool.layout, device), rotation(16, device), rotation(32, device)]
         tensors += [scores] if (scores := getattr(pool.compressor, "scores", None)) is not None else []
         super().__init__([x for x in tensors if isinstance(x, torch.Tensor)])
         self._host_pages = {x.untyped_storage().data_ptr() for x in (memory.store.k_pages, memory.store.v_pages)}
