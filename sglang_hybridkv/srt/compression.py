@@ -241,7 +241,7 @@ class Compression:
         All of them keep as many pages as the one with the most dynamic heads needs, and where one has failed the prompt
         is dense on all.
         """
-        self._heed_refusal(reservation)
+        self.heed_refusal(reservation)
         digest = 0 if reservation.digest is None else int(reservation.digest)
         num_static, num_dynamic = reservation.outcome.tolist()
         of_ranks = self.ranks.gather(int(reservation.failed), num_static, num_dynamic, digest)
@@ -249,16 +249,13 @@ class Compression:
         reservation.failed = bool(failed.any())
         reservation.agreed = Agreed(int(static.sum()), int(dynamic.sum()), int(dynamic.max()), digests.tolist())
 
-    def _heed_refusal(self, reservation: Reservation) -> None:
+    def heed_refusal(self, reservation: Reservation) -> None:
         """A plan that the forward has refused is a prompt that it could not compress."""
         refusal = None if reservation.failed else reservation.refusal()
         if refusal is not None:
-            origin = f"KV compressor {self.settings.name!r}"
+            sentence = f"KV compressor {self.settings.name!r}: {refusal}"
             logger.error(
-                "KV compressor: a prompt of %d tokens could not be compressed: %s: %s",
-                reservation.prefilled,
-                origin,
-                refusal,
+                "KV compressor: a prompt of %d tokens could not be compressed: %s", reservation.prefilled, sentence
             )
             reservation.failed = True
 
@@ -317,7 +314,7 @@ class Compression:
             return
         reservation = self._give_back(row)
         if reservation is not None and not reservation.committed:
-            self._heed_refusal(reservation)
+            self.heed_refusal(reservation)
         # A retraction is not an answer: the request comes back.
         if not req.finished() or (reservation is not None and reservation.committed):
             return

@@ -141,7 +141,8 @@ class _SelfTest:
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
         if reservation is None:
             return EXPLANATIONS[DenseReason(self.compression.request_info(req)["reason"])]
-        if reservation.failed or reservation.refusal() is not None:
+        self.compression.heed_refusal(reservation)
+        if reservation.failed:
             raise ValueError(f"in the self-test {EXPLANATIONS[DenseReason.COMPRESSOR_FAILED]}")
         req.output_ids.append(answer[0])
         self.tree.checkpoint(req, up_to=len(prompt))
