@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridkv_kernels import compact_kv, retrieve_chunks, score_heads
-from hybridkv_kernels.chunks import rotation
+from hybridkv_kernels.chunks import rotation, top_chunks
 from sglang_hybridkv.cache import offload
 from sglang_hybridkv.cache.memory import full_layers
 from sglang_hybridkv.compressors import BUILT_IN, random_tokens
@@ -51,22 +51,20 @@ class Guard(NoSync):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@pytest.fixture(params=["naive", "triton"])
-def launched(request, monkeypatch):
-    """Makes the kernels of a guard launches; those of Triton are such already, in its interpreter."""
-    with use_kernels(request.param):
+def launches(guard, monkeypatch):
+    """References as launches of kernels; Triton's are launches already, in its interpreter."""
+    for module in (compact_kv, score_heads, retrieve_chunks):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setitem(module._IMPLEMENTATIONS, "naive", guard.launch(getattr(module.naive, name), name))
+    monkeypatch.setattr(offload, "offload_rows", guard.launch(OFFLOAD_ROWS, "offload_rows"))
+    monkeypatch.setattr(random_tokens, "to_device", guard.to_device)
 
-        def launch(guard):
-            for module, name in ((compact_kv, "compact_kv"), (score_heads, "score_heads")):
-                if request.param == "naive":
-                    run = guard.launch(getattr(module.naive, name), name)
-                    monkeypatch.setitem(module._IMPLEMENTATIONS, "naive", run)
-            run = guard.launch(retrieve_chunks.naive.retrieve_chunks, "retrieve_chunks")
-            monkeypatch.setitem(retrieve_chunks._IMPLEMENTATIONS, "naive", run)
-            monkeypatch.setattr(offload, "offload_rows", guard.launch(OFFLOAD_ROWS, "offload_rows"))
-            monkeypatch.setattr(random_tokens, "to_device", guard.to_device)
 
-        yield launch
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes launches of what a guard must not look into."""
+    with use_kernels("naive"):
+        yield lambda guard: launches(guard, monkeypatch)
 
 
 def make_pool(name, config, windows=(), compressor=None):
@@ -77,11 +75,11 @@ def make_pool(name, config, windows=(), compressor=None):
     return pool
 
 
-def prepared(pool):
+def prepared(pool, prompt_len=PROMPT_LEN, num_observed=20):
     """A dense prompt that is about to be compressed, and its queries of each layer."""
-    prompt = pool.add_prompt(PROMPT_LEN)
+    prompt = pool.add_prompt(prompt_len)
     reservation = pool._reserve(prompt.seq_len, SPANS, pool.compressor.may_retrieve)
-    pool.cache.observer.watch(prompt.row, range(prompt.seq_len - 20, prompt.seq_len))
+    pool.cache.observer.watch(prompt.row, range(prompt.seq_len - num_observed, prompt.seq_len))
     pool.cache.bind(prompt.row, reservation)
     return prompt, [pool.queries(prompt.seq_len) * scale for scale in torch.rand(3, generator=pool.generator) * 4]
 
@@ -114,6 +112,24 @@ def test_it_waits_for_nothing_and_does_the_same_for_every_prompt(name, config, w
     assert len(traces[0]) > 100, "the guard saw nothing"
     assert traces[0] == traces[1] == traces[2]
     assert len(set(digests)) == (1 if name in ("full", "random") else 3), "the plans differ"
+
+
+@pytest.mark.parametrize("config", [{}, {"preset": "paper", "page_size": P}])
+def test_with_the_kernels_of_a_gpu_it_waits_for_nothing_either(config, monkeypatch):
+    """Beside their launches they use torch, here in the statistics of heads."""
+
+    def launched(guard):
+        launches(guard, monkeypatch)
+        # The selection of the best keys takes a minute in the interpreter.
+        best = guard.launch(lambda images, counts: top_chunks(images ^ -(2**63), counts), "top_images")
+        monkeypatch.setattr("hybridkv_kernels.score_heads.triton.top_images", best)
+
+    with use_kernels("triton"):
+        pool, traces = make_pool("hybridkv", config), []
+        for _ in range(2):
+            traces.append(guarded(pool, launched, *prepared(pool, 5 * P + 3, num_observed=3)))
+        assert sum(name == "launch" for name, _ in traces[0]) >= 7, "two or three a layer score, one copies rows"
+        assert traces[0] == traces[1]
 
 
 def test_a_plan_that_is_refused_takes_the_same_launches(launched):
