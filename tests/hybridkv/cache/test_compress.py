@@ -20,7 +20,7 @@ from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import LAWS, TinyPool, fresh_generator, full_attention
+from tests.builders import LAWS, TinyPool, fresh_generator, full_attention, make_compressor
 
 P = 16
 CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale", *CODED_SCORES]
@@ -482,3 +482,38 @@ def test_the_salience_that_is_kept_is_a_share_of_the_covered_prompt():
     layout = HeadPageLayout(2, 3, 1, 4, windows=(2, 0))
     shares = salience_kept(salience, torch.cat((kept, kept)), layout)
     assert shares.nan_to_num(nan=-1.0).tolist() == [[-1.0] * 3, [0.5, 1.0, -1.0]]
+
+
+# Without a window and with one, recorded on a CPU when the end of prefill still waited for the device.
+DIGESTS = [
+    ("hybridkv", {}, (0xAD38B2B85E467E45, 0x254C92D5323599B0)),
+    ("snapkv", {}, (0x2CF5B2C098453204, 0x90C7852BD2C9DE47)),
+    ("look-m", {}, (0xFB81B9CC7883F394, 0x43E86FFCCCA0D88B)),
+    ("madakv", {}, (0x85974BCF02E1812B, 0x7776709AFEA2BA9B)),
+    ("sparsemm", {}, (0x94C8703AD7979829, 0x47E9B6B79EC562F0)),
+    ("quest", {}, (0x3D5DD8D12DD1BBCE, 0x1E3DF0C7CA6D9DA8)),
+    ("tgv-kv", {}, (0xB8C26213A52BB230, 0x0E198F9625AC1EFE)),
+    ("adakv", {}, (0xFE26A29C3881B9FD, 0x36FAAC2A4272EA14)),
+    ("pyramidkv", {}, (0xD3E68E62B11049DB, 0x1BE7DAA587B307EE)),
+    ("expected-attention", {}, (0x8918FFEEA960A25C, 0x10E2CD17CC9A2B3C)),
+    ("random", {}, (0xFE961FF3CECDAD09, 0xC83CE152302A19D8)),
+    ("full", {}, (0x702DFA3FB091CF41, 0xEBAEFFBE9F8CC47B)),
+    ("hybridkv", {"preset": "paper", "theta": 0.5}, (0x79DF64C80241F40C, 0x6A90FCC0759EC451)),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "digests"), DIGESTS)
+def test_plans_are_what_they_were(name, config, digests):
+    """A change of these numbers is a change of what is kept, and belongs into the changelog."""
+    spans = (VisualSpan(20, 90, "image"), VisualSpan(120, 150, "image"))
+    for seed, windows, digest_before in zip((1, 2), ((), (0, 24, 0)), digests, strict=True):
+        eager = EAGER | {"page_size": 8} if name != "full" else {"page_size": 8, "min_prompt_tokens": 1}
+        compressor = make_compressor(name, 3, 2, **eager | config)
+        shape = {"num_layers": 3, "windows": windows, "pages": 300, "host_pages": 120}
+        pool = TinyPool(torch.Generator().manual_seed(seed), compressor=compressor, **shape)
+        compressor.take_layers(pool.layout.full_layers)
+        prompt = pool.add_prompt(22 * 8 + 5)
+        heads = (len(pool.layout.full_layers), 2)
+        observed = pool.rand(*heads), pool.rand(*heads, prompt.seq_len)
+        pool.compress(prompt, *observed, spans=spans, may_retrieve=compressor.may_retrieve)
+        assert int(prompt.reservation.digest) % 2**64 == digest_before
