@@ -90,9 +90,9 @@ class Reservation:
     def refusal(self) -> str | None:
         """Why the row is dense although the forward has compressed, which is waited for: its plan was illegal.
 
-        None where it was legal, and before there is one.
+        None where it was legal, and before there is one. Cheap once the prompt is committed: each decode step asks.
         """
-        if self.figures is None:
+        if self.figures is None or self.committed:
             return None
         self._wait()
         return PlanFigures(*self.figures.tolist()).complaint(self.geometry, self.most_dynamic)

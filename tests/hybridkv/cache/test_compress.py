@@ -405,13 +405,13 @@ def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, c
     pool.compress(neighbour, mixed_statistic(pool))
     before = pool.keys.clone(), pool.values.clone(), pool.views.held_chunks.clone()
     hosted = pool.store.k_pages.clone(), pool.store.v_pages.clone()
-    reservation = pool._reserve(prompt.seq_len, (), may_retrieve=fault != "dynamic" and compressor.may_retrieve)
-    slots = pool.req_to_token[prompt.row].long()
-    pool.cache.observer.watch(prompt.row, range(prompt.seq_len))
-    pool.cache.bind(prompt.row, reservation)
     compressor.fault = fault
-    shape = (2, 2, prompt.seq_len)
-    pool.cache.compress(prompt.row, slots, ObservedPrompt((), pool.rand(2, 2), pool.rand(*shape), pool.rand(2, 2, 32)))
+    observed = ObservedPrompt((), pool.rand(2, 2), pool.rand(2, 2, prompt.seq_len), pool.rand(2, 2, 32))
+    with torch.device("cpu"):  # where a server's tensors are, unless it says otherwise
+        reservation = pool._reserve(prompt.seq_len, (), may_retrieve=fault != "dynamic" and compressor.may_retrieve)
+        pool.cache.observer.watch(prompt.row, range(prompt.seq_len))
+        pool.cache.bind(prompt.row, reservation)
+        pool.cache.compress(prompt.row, pool.req_to_token[prompt.row].long(), observed)
     assert re.match(sentence, reservation.refusal())
     assert pool.cache.readable(prompt.row) is None
     pool.cache.check_integrity()
