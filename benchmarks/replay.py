@@ -24,8 +24,9 @@ from PIL import Image
 from hybridkv_kernels.chunks import Retrieval, top_chunks
 from hybridkv_kernels.host_pages import round_rows, widen_rows
 from hybridkv_kernels.retrieve_chunks.naive import join_group, score_chunks_by_query, score_tokens_by_query
-from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt, summarize_heads
+from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt
 from sglang_hybridkv.cache.observation import PromptObserver
+from sglang_hybridkv.cache.offload import summarize_heads
 from sglang_hybridkv.compressors import Compressor
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.admission import EXPLANATIONS, DenseReason, PoolShape, decide

@@ -32,6 +32,7 @@ SYNCING = {
     "repeat_interleave.Tensor",  # allowed with an output size, see `_makes_sync`
 }
 METHODS = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "nonzero")
+FACTORIES = ("arange", "empty", "full", "linspace", "ones", "zeros")
 
 
 class HostSync(AssertionError):
@@ -39,7 +40,10 @@ class HostSync(AssertionError):
 
 
 class NoSync(TorchDispatchMode):
-    """Guard for a decode step.
+    """Guard for a decode step, and for the end of prefill.
+
+    What torch makes on another tensor's `device` is on the device, and on "cpu" it is not. A copy to the host that
+    nobody waits for (`non_blocking`) leaves its target on the device, too: it must not be read before an event says so.
 
     Parameters
     ----------
@@ -97,6 +101,9 @@ class NoSync(TorchDispatchMode):
         for name in METHODS:
             self._patches.enter_context(mock.patch.object(torch.Tensor, name, self._guarded(name)))
         self._patches.enter_context(mock.patch.object(torch.Tensor, "to", self._guarded_to()))
+        self._patches.enter_context(mock.patch.object(torch, "tensor", self._guarded_tensor()))
+        for name in FACTORIES:
+            self._patches.enter_context(mock.patch.object(torch, name, self._marking(getattr(torch, name))))
         self._pause_interpreter()
         return super().__enter__()
 
@@ -113,13 +120,23 @@ class NoSync(TorchDispatchMode):
         name = func.name().removeprefix("aten::")
         if is_there and _makes_sync(name, args, kwargs):
             raise HostSync(f"{name} waits for the device")
-        if name == "copy_" and self.is_on_device(args[1]) and not self.is_on_device(args[0]):
-            raise HostSync("copy_ from the device to the host")
+        if is_there and not self._is_strict:
+            self._check_host_tensors(name, tensors, args, kwargs)
         out = func(*args, **kwargs)
-        if is_there:
+        if is_there and not (name == "empty_like" and kwargs.get("device") is not None):  # that is a host twin
             self._mark(out)
         self.trace.append((name, tuple(tuple(x.shape) for x in _flat(out) if isinstance(x, torch.Tensor))))
         return out
+
+    def _check_host_tensors(self, name, tensors, args, kwargs):
+        """Of what is not a single number: only copies that nobody waits for may join host and device."""
+        if name == "copy_":
+            is_crossing = self.is_on_device(args[0]) != self.is_on_device(args[1]) and args[1].dim()
+            if is_crossing and not _is_async(args, kwargs):
+                way = "from the device to the host" if self.is_on_device(args[1]) else "from the host to the device"
+                raise HostSync(f"copy_ {way}")
+        elif any(x.dim() and x.numel() and not self.is_on_device(x) for x in tensors):
+            raise HostSync(f"{name} takes a tensor that the host would have to send")
 
     def _mark(self, out):
         tensors = [x for x in _flat(out) if isinstance(x, torch.Tensor)]
@@ -142,11 +159,31 @@ class NoSync(TorchDispatchMode):
 
         def to(tensor, *args, **kwargs):
             wanted = [x for x in (*args, *kwargs.values()) if isinstance(x, str | torch.device)]
-            if not self._is_paused and "cpu" in map(str, wanted) and self.is_on_device(tensor):
+            is_sync = not kwargs.get("non_blocking", False)
+            if not self._is_paused and is_sync and "cpu" in map(str, wanted) and self.is_on_device(tensor):
                 raise HostSync("Tensor.to(cpu) waits for the device")
             return original(tensor, *args, **kwargs)
 
         return to
+
+    def _guarded_tensor(self):
+        original = torch.tensor
+
+        def tensor(data, *args, device=None, **kwargs):
+            if not self._is_paused and isinstance(device, torch.device):
+                raise HostSync("torch.tensor sends numbers from the host")
+            return original(data, *args, device=device, **kwargs)
+
+        return tensor
+
+    def _marking(self, factory):
+        def make(*args, device=None, **kwargs):
+            made = factory(*args, device=device, **kwargs)
+            if not self._is_paused and isinstance(device, torch.device):
+                self._mark(made)
+            return made
+
+        return make
 
     def _pause_interpreter(self):
         """Triton's interpreter runs a launch in Python, over the very tensors."""
@@ -174,6 +211,10 @@ def _makes_sync(name, args, kwargs):
     if base == "_to_copy":
         return False  # there is one device here; `Tensor.to` is watched
     return base in SYNCING
+
+
+def _is_async(args, kwargs):
+    return kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
 
 
 def _flat(value):

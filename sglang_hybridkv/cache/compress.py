@@ -1,4 +1,9 @@
-"""End of prefill: from the observation of a prompt to head pages, chunk summaries and host rows."""
+"""End of prefill: from the observation of a prompt to head pages, chunk summaries and host rows.
+
+Nothing here waits for the device, and every shape follows from the prompt's geometry, which the host knows. What was
+decided for a prompt shows in numbers only: rows that are not kept are marked, and a plan that breaks the contract is
+emptied on the device, because the first decode step may be launched before the host knows.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,17 @@ import dataclasses
 
 import torch
 
-from hybridkv_kernels.chunks import Retrieval, encode_keys, summarize_chunks, top_chunks
+from hybridkv_kernels.chunks import top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
-from hybridkv_kernels.offload_rows import offload_rows
-from sglang_hybridkv.cache.memory import CacheMemory
+from sglang_hybridkv.cache.memory import CacheMemory, full_layers
+from sglang_hybridkv.cache.offload import offload_heads
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
 from sglang_hybridkv.requests.geometry import PromptGeometry, window_pages
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.requests.plan_events import pack_bits
+from sglang_hybridkv.requests.plan_law import PlanFigures
 from sglang_hybridkv.requests.spans import VisualSpan, text_mask
 
 
@@ -56,10 +62,12 @@ def plan_prompt(
     compressor: Compressor, geometry: PromptGeometry, observed: ObservedPrompt, *, may_retrieve: bool
 ) -> PromptPlan:
     """The compressor's decisions; a function of the prompt and its settings alone."""
-    is_text = text_mask(observed.spans, geometry.covered).to(observed.salience.device)
+    is_text = text_mask(observed.spans, geometry.covered, observed.salience.device)
     config = compressor.config
     pooled = pool_salience(observed.salience[..., : geometry.covered], config.pool_kernel, config.pool_mode)
-    observation = PromptObservation(observed.statistic, pooled, is_text, geometry.num_prompt_pages)
+    observation = PromptObservation(
+        observed.statistic, pooled, is_text, geometry.num_prompt_pages, tuple(observed.spans)
+    )
     heads = compressor.plan(observation, geometry.budget_head_pages, may_retrieve=may_retrieve)
     return PromptPlan(heads, kept_tokens(compressor, observation, heads), is_text)
 
@@ -77,50 +85,59 @@ def compress_prompt(
     Parameters
     ----------
     memory : written in place; the prompt's own slots are only read.
-    row : the request's row, bound in the table.
+    row : the request's row, bound in the table. It is dense afterwards where the compressor's plan or ranking breaks
+        the contract, which `Reservation.refusal` says; then nothing was written beyond the reserved pages.
     slots : [>= covered], int64. Token slots of the prompt.
-
-    Raises
-    ------
-    ValueError
-        The compressor's plan or ranking breaks the contract; nothing of the pool was written.
 
     Notes
     -----
-    Runs on the forward's stream. Cost in traffic: kept rows twice, rows of dynamic heads once more.
+    Runs on the forward's stream. No host sync, and the same launches for every prompt of one geometry. Cost in traffic:
+    kept rows twice, rows of the heads that may be dynamic once more.
     """
     geometry = reservation.geometry
     slots = slots[: geometry.covered]
     plan = plan_prompt(compressor, geometry, observed, may_retrieve=reservation.may_retrieve)
-    _check_plan(compressor, plan, reservation)
-    num_dynamic = plan.heads.is_dynamic.sum()
-    outcome = torch.stack((plan.heads.is_dynamic.numel() - num_dynamic, num_dynamic))
-    plan = with_windows(plan, memory.layout)
+    figures = _figures(plan, geometry)
+    is_legal = figures.is_legal(geometry, reservation.most_dynamic)
+    plan = _emptied_unless(is_legal, with_windows(plan, memory.layout))
     place_heads(memory.table, row, plan.heads, geometry)
-    kept_rows = plan.kept.nonzero(as_tuple=True)
-    is_dynamic = plan.heads.is_dynamic
-    _move_kept_rows(memory, row, slots, kept_rows, is_dynamic)
-    for place, layer_idx in enumerate(memory.layout.full_layers):
-        if compressor.merges and not plan.kept[layer_idx].all():
-            _merge_layer(memory, compressor, row, slots, plan, layer_idx)
-        if compressor.config.retrieval is not None:
-            _offload_layer(memory, compressor.config.retrieval, row, slots, layer_idx, observed.query_rms[place])
-    reservation.outcome.copy_(outcome, non_blocking=True)
-    reservation.head_counts = plan.heads.num_head_pages.to(torch.int32).to("cpu", non_blocking=True)
-    reservation.digest = digest_plan(kept_rows, is_dynamic, geometry.covered).to("cpu", non_blocking=True)
+    _make_dense_unless(is_legal, memory.table, row)
+    places = plan.kept.flatten().cumsum(0, dtype=torch.int32) - 1  # of kept rows, over all heads in linear order
+    kept_rows = rows_by_place(places, geometry.total_head_pages * memory.layout.page_size)
+    _move_kept_rows(memory, row, slots, kept_rows, geometry)
+    if compressor.merges:
+        _merge_rows(memory, compressor, row, slots, plan, places.view_as(plan.kept), geometry)
+    if compressor.config.retrieval is not None and reservation.most_dynamic:
+        is_dynamic, rms = plan.heads.is_dynamic, observed.query_rms
+        offload_heads(memory, compressor.config.retrieval, row, slots, geometry, is_dynamic, rms)
+    reservation.figures = _to_host(figures.stack())
+    reservation.digest = _to_host(digest_plan(kept_rows, plan.heads.is_dynamic, geometry.covered))
     if compressor.config.events is not None:
-        on_device = is_dynamic, pack_bits(plan.kept), salience_kept(observed.salience, plan.kept, memory.layout)
-        reservation.plan = tuple(one.to("cpu", non_blocking=True) for one in on_device)
-    if outcome.is_cuda:
+        share = salience_kept(observed.salience, plan.kept, memory.layout)
+        reservation.plan = _to_host(plan.heads.is_dynamic), _to_host(pack_bits(plan.kept)), _to_host(share)
+    _report(reservation, plan.heads, len(memory.layout.head_windows))
+
+
+def _report(reservation: Reservation, heads: HeadPlan, num_in_windows: int) -> None:
+    num_dynamic = heads.is_dynamic.sum()
+    num_static = heads.is_dynamic.numel() - num_in_windows - num_dynamic
+    reservation.outcome.copy_(torch.stack((num_static, num_dynamic)), non_blocking=True)
+    reservation.head_counts = _to_host(heads.num_head_pages.to(torch.int32))
+    if num_dynamic.is_cuda:
         reservation.written = torch.cuda.Event()
         reservation.written.record()
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Its copy in pinned memory, there once `Reservation.written` has happened."""
+    return tensor.to("cpu", non_blocking=True)
 
 
 def with_windows(plan: PromptPlan, layout: HeadPageLayout) -> PromptPlan:
     """The plan of all layers: heads that attend to their last tokens only are static, and keep the last rows."""
     if not layout.windows:
         return plan
-    full, device = torch.tensor(layout.full_layers), plan.kept.device
+    full, device = full_layers(layout, plan.kept.device), plan.kept.device
     covered = plan.kept.shape[-1]
     shape = layout.num_layers, layout.num_kv_heads
     is_dynamic = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -142,7 +159,7 @@ def salience_kept(salience: torch.Tensor, kept: torch.Tensor, layout: HeadPageLa
     salience = salience[..., : kept.shape[-1]]
     if not layout.windows:
         return (salience * kept).sum(-1) / salience.sum(-1)
-    full = torch.tensor(layout.full_layers)
+    full = full_layers(layout, kept.device)
     shares = torch.full(kept.shape[:2], float("nan"), device=kept.device)
     shares[full] = (salience * kept[full]).sum(-1) / salience.sum(-1)
     return shares
@@ -183,12 +200,24 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
 
 
-def digest_plan(kept_rows: tuple[torch.Tensor, ...], is_dynamic: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def rows_by_place(places: torch.Tensor, num_places: int) -> torch.Tensor:
+    """[num_places], int64: which row lies at each place of the kept rows, -1 where none does.
+
+    Parameters
+    ----------
+    places : [rows], int32. How many kept rows come before a row, itself included, minus 1.
+    """
+    wanted = torch.arange(num_places, dtype=torch.int32, device=places.device)
+    row = torch.searchsorted(places, wanted)  # the first row that has reached the place is the one that lies there
+    return torch.where(row < len(places), row, -1)
+
+
+def digest_plan(kept_rows: torch.Tensor, is_dynamic: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """[], int64: differs, but for chance, when a head's type, its pages or one of its kept tokens differs.
 
     Parameters
     ----------
-    kept_rows : three times [M], int64. Layer, head and token of each kept row, in any order.
+    kept_rows : [M], int64. Kept rows as numbers in [L, H, num_tokens], in any order; negative ones count for nothing.
     is_dynamic : [L, H], bool.
     num_tokens : covered tokens.
 
@@ -196,114 +225,72 @@ def digest_plan(kept_rows: tuple[torch.Tensor, ...], is_dynamic: torch.Tensor, n
     -----
     The wrapping sum of SplitMix64 over the rows: integers, so that no device or order changes it, and no sync.
     """
-    layer_idx, kv_head, token = kept_rows
-    place = (layer_idx * is_dynamic.shape[1] + kv_head) * num_tokens + token
-    mixed = (2 * place + is_dynamic[layer_idx, kv_head] + 1) * -0x61C8864680B583EB
+    head = kept_rows.clamp(min=0) // num_tokens
+    mixed = (2 * kept_rows + is_dynamic.flatten()[head] + 1) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
     mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
-    return (mixed ^ (mixed >> 31)).sum()
+    return (mixed ^ (mixed >> 31)).where(kept_rows >= 0, 0).sum()
 
 
-def _check_plan(compressor: Compressor, plan: PromptPlan, reservation: Reservation) -> None:
-    """Refuse what would write to pages of other requests, or leave rows that nobody wrote."""
-    geometry, counts = reservation.geometry, plan.heads.num_head_pages
-    # One sync; finding the kept rows needs one anyway.
-    total, least, most, num_dynamic, is_whole = torch.stack(
-        (
-            counts.sum(),
-            counts.min(),
-            counts.max(),
-            plan.heads.is_dynamic.sum(),
-            (plan.kept.sum(-1) == counts * (geometry.covered // geometry.num_prompt_pages)).all().long(),
-        )
-    ).tolist()
-    origin = f"KV compressor {compressor.name!r}"
-    if total > geometry.budget_head_pages or least < 1 or most > geometry.num_prompt_pages:
-        raise ValueError(
-            f"{origin}: num_head_pages = {least} to {most}, {total} in all; legal: 1 to {geometry.num_prompt_pages} "
-            f"a head, at most {geometry.budget_head_pages} in all"
-        )
-    most_dynamic = geometry.max_dynamic_heads if reservation.may_retrieve else 0
-    if num_dynamic > most_dynamic:
-        raise ValueError(f"{origin}: is_dynamic = {num_dynamic} heads; legal: at most {most_dynamic}")
-    if not is_whole:
-        raise ValueError(f"{origin}: rank_tokens must name each token once a head")
+def _figures(plan: PromptPlan, geometry: PromptGeometry) -> PlanFigures:
+    """Of the heads that are compressed; scalars on the device."""
+    counts, page_size = plan.heads.num_head_pages, geometry.covered // geometry.num_prompt_pages
+    misfits = plan.kept.sum(-1) != counts * page_size
+    return PlanFigures(counts.sum(), counts.min(), counts.max(), plan.heads.is_dynamic.sum(), misfits.sum())
+
+
+def _emptied_unless(is_legal: torch.Tensor, plan: PromptPlan) -> PromptPlan:
+    """Otherwise no head has a page, and no row is kept: whatever follows stays within the prompt's own pages."""
+    heads = HeadPlan(plan.heads.is_dynamic & is_legal, plan.heads.num_head_pages * is_legal)
+    return PromptPlan(heads, plan.kept & is_legal, plan.is_text)
+
+
+def _make_dense_unless(is_legal: torch.Tensor, table: HeadPageTable, row: int) -> None:
+    for figure in (table.num_pages, table.covered, table.num_prompt_pages):
+        figure[row].mul_(is_legal)
+
+
+def _own_rows(memory: CacheMemory, row: int, geometry: PromptGeometry) -> torch.Tensor:
+    """[places], int64: rows of k_flat for the places of kept rows, counted over all heads in linear order."""
+    page_size, device = memory.layout.page_size, memory.table.pages.device
+    linear = torch.arange(geometry.total_head_pages, device=device)
+    head_pages = memory.layout.head_page_ids(memory.table.pages[row], linear)
+    return (head_pages[:, None] * page_size + torch.arange(page_size, device=device)).flatten()
 
 
 def _move_kept_rows(
-    memory: CacheMemory,
-    row: int,
-    slots: torch.Tensor,
-    kept_rows: tuple[torch.Tensor, ...],
-    is_dynamic: torch.Tensor,
+    memory: CacheMemory, row: int, slots: torch.Tensor, kept_rows: torch.Tensor, geometry: PromptGeometry
 ) -> None:
-    views = memory.views
-    layer_idx, kv_head, token = kept_rows
-    destination = _head_page_rows(memory, row, torch.arange(len(token), device=token.device))
-    compact_kv(views.k_flat, views.v_flat, views.token_rows(layer_idx, slots[token], kv_head), destination)
+    views, num_tokens = memory.views, geometry.covered
+    head, token = kept_rows.clamp(min=0) // num_tokens, kept_rows.clamp(min=0) % num_tokens
+    num_kv_heads = views.layout.num_kv_heads
+    source = views.token_rows(head // num_kv_heads, slots[token], head % num_kv_heads)
+    destination = _own_rows(memory, row, geometry)
+    compact_kv(views.k_flat, views.v_flat, source.where(kept_rows >= 0, -1), destination)
+    # The map is read of dynamic heads only, whose chunks are whole: each starts where a chunk of the buffer does.
     chunk_size = views.layout.page_size // views.held_chunks.shape[1]
-    is_chunk_start = (destination % chunk_size == 0) & is_dynamic[layer_idx, kv_head]
-    chunk = (token[is_chunk_start] // chunk_size).to(torch.int32)
-    views.held_chunks.view(-1)[destination[is_chunk_start] // chunk_size] = chunk
+    chunk = (token[::chunk_size] // chunk_size).to(torch.int32)
+    views.held_chunks.view(-1)[destination[::chunk_size] // chunk_size] = chunk
 
 
-def _head_page_rows(memory: CacheMemory, row: int, place: torch.Tensor) -> torch.Tensor:
-    """Rows of k_flat for the places of kept rows, counted over all heads in the request's linear order."""
-    # Heads lie there in the order in which nonzero lists them, each with whole pages.
-    page_size = memory.layout.page_size
-    head_pages = memory.layout.head_page_ids(memory.table.pages[row], place // page_size)
-    return head_pages * page_size + place % page_size
-
-
-def _merge_layer(
-    memory: CacheMemory, compressor: Compressor, row: int, slots: torch.Tensor, plan: PromptPlan, layer_idx: int
-) -> None:
-    """Write what the compressor makes of one layer's kept rows over their copies in the head pages."""
-    views, kept = memory.views, plan.kept[layer_idx]  # kept [H, N]
-    heads = torch.arange(memory.layout.num_kv_heads, device=slots.device)
-    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])  # [H, N]
-    keys, values = compressor.merge(views.k_flat[rows], views.v_flat[rows], kept, plan.is_text)
-    first = int(plan.kept[:layer_idx].sum())
-    place = torch.arange(first, first + int(kept.sum()), device=slots.device)
-    destination = _head_page_rows(memory, row, place)
-    views.k_flat[destination], views.v_flat[destination] = keys[kept], values[kept]
-
-
-def _offload_layer(
+def _merge_rows(
     memory: CacheMemory,
-    retrieval: Retrieval,
+    compressor: Compressor,
     row: int,
     slots: torch.Tensor,
-    layer_idx: int,
-    query_rms: torch.Tensor,
+    plan: PromptPlan,
+    places: torch.Tensor,
+    geometry: PromptGeometry,
 ) -> None:
-    """Write host rows and summaries of one layer's dynamic heads; query_rms [H, D]."""
-    views, table, store = memory.views, memory.table, memory.store
-    heads = table.is_dynamic[row, layer_idx].nonzero().squeeze(1)
-    if len(heads) == 0:
-        return
-    num_pages = len(slots) // memory.layout.page_size
-    rows = views.token_rows(torch.tensor(layer_idx), slots, heads[:, None])  # [E, N]
-    keys, values = views.k_flat[rows], views.v_flat[rows]  # [E, N, D]
-    offload_rows(views, store.pages, rows, table.host_page_ids(row, layer_idx, heads, num_pages))
-    _write_summaries(memory, row, layer_idx, heads, summarize_heads(retrieval, keys, values, query_rms[heads]))
-
-
-def summarize_heads(
-    retrieval: Retrieval, keys: torch.Tensor, values: torch.Tensor, query_rms: torch.Tensor
-) -> torch.Tensor:
-    """[E, vectors, D]: what the device keeps of keys and values [E, covered, D] to choose, or to estimate, chunks.
-
-    query_rms : [E, D]. See `ObservedPrompt`.
-    """
-    if retrieval.is_coded:
-        return encode_keys(keys, query_rms, retrieval.coded_channels(keys.shape[2]))
-    k, v = (x.unflatten(1, (-1, retrieval.chunk_size)) for x in (keys, values))
-    return summarize_chunks(k, retrieval.chunk_score, v if retrieval.estimate else None).flatten(1, 2)
-
-
-def _write_summaries(memory: CacheMemory, row: int, layer_idx: int, heads: torch.Tensor, vectors: torch.Tensor) -> None:
-    ids, half, place = memory.table.summary_places(row, layer_idx, heads, vectors.shape[1])
-    for which, pages in enumerate((memory.views.k_pages, memory.views.v_pages)):
-        mine = half == which
-        pages[ids[:, mine], place[mine]] = vectors[:, mine]
+    """Write what the compressor makes of kept rows over their copies in the head pages; places [L, H, N]."""
+    views, own_rows = memory.views, _own_rows(memory, row, geometry)
+    heads = torch.arange(memory.layout.num_kv_heads, device=slots.device)[:, None]
+    for layer_idx in memory.layout.full_layers:
+        kept = plan.kept[layer_idx]  # [H, N]
+        rows = views.token_rows(torch.tensor(layer_idx), slots, heads)  # [H, N]
+        merged = compressor.merge(views.k_flat[rows], views.v_flat[rows], kept, plan.is_text)
+        # In place of a row that is not kept, its head's first kept row is written once more.
+        written = torch.arange(kept.shape[1], device=kept.device).where(kept, kept.to(torch.uint8).argmax(1)[:, None])
+        destination = own_rows[places[layer_idx].gather(1, written).clamp(min=0).long()]
+        for flat, changed in zip((views.k_flat, views.v_flat), merged, strict=True):
+            flat[destination] = changed[heads, written]

@@ -211,9 +211,14 @@ class CompressedCache:
             self.memory.table.clear(row)
 
     def readable(self, row: int) -> Reservation | None:
-        """What a decode step reads for `row` besides its dense tail; None for a dense row."""
+        """What a decode step reads for `row` besides its dense tail; None for a dense row.
+
+        Waits for the forward that compressed the row, once.
+        """
         reservation = self.bound.get(row)
-        return None if reservation is None or reservation.failed else reservation
+        if reservation is None or reservation.failed or reservation.refusal() is not None:
+            return None
+        return reservation
 
     def release(self, row: int) -> None:
         """Make `row` dense again; its pages are the caller's to free."""
@@ -240,5 +245,5 @@ class CompressedCache:
         """AssertionError unless table and host store hold exactly what the bound rows reserved."""
         self.memory.store.check_integrity([reservation.host_pages for reservation in self.bound.values()])
         rows = set(self.memory.table.num_pages.nonzero().flatten().tolist())
-        bound = {row for row, reservation in self.bound.items() if not reservation.failed}
+        bound = {row for row in self.bound if self.readable(row) is not None}
         assert rows == bound, f"the table binds rows {rows}, the cache {bound}"

@@ -57,7 +57,14 @@ class HostStore:
         return taken
 
     def free(self, pages: torch.Tensor) -> None:
-        """Give pages back; each exactly once."""
+        """Give pages back; each exactly once.
+
+        The device may still read or write them: what frees them knows nothing of that, and need not. Their contents
+        are touched by what the forward's stream launches alone, by `offload_rows` and `retrieve_chunks`, also where
+        retrieval runs beside it (`QueryPrefetch.beside`), which the stream waits for within the step. The next prompt
+        that gets the pages is launched later on that stream, so that it writes them after the last use before. On the
+        host nothing reads or writes a page's contents beside a CUDA pool.
+        """
         self.free_pages = torch.cat((pages, self.free_pages))
 
     def used_bytes(self) -> int:

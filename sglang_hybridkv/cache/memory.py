@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -36,6 +37,12 @@ def layout_of(keys: torch.Tensor, page_size: int, windows: tuple[int, ...] = ())
     """Layout of a pool of keys (or values) [L, slots, H, D] in pages of `page_size` slots."""
     num_layers, num_slots, num_kv_heads, _ = keys.shape
     return HeadPageLayout(num_layers, num_kv_heads, num_slots // page_size, page_size, windows)
+
+
+@functools.lru_cache
+def full_layers(layout: HeadPageLayout, device: torch.device) -> torch.Tensor:
+    """[compressed L], int64: the layers that are compressed. Copied to the device once, since that copy waits."""
+    return torch.tensor(layout.full_layers, device="cpu").to(device)
 
 
 def make_memory(

@@ -16,8 +16,8 @@ class _Prompt:
     """Scores of the layers that have run on the final part of a prompt."""
 
     spans: tuple[VisualSpan, ...]
-    is_text: torch.Tensor
     compressor: Compressor
+    is_text: torch.Tensor | None = None
     statistic: list[torch.Tensor] = dataclasses.field(default_factory=list)
     salience: list[torch.Tensor] = dataclasses.field(default_factory=list)
     query_rms: list[torch.Tensor] = dataclasses.field(default_factory=list)
@@ -55,8 +55,7 @@ class PromptObserver:
         spans : the prompt's.
         compressor : that scores it; None is the one for all.
         """
-        is_text = text_mask(spans, self.prompt_len(row))
-        self._prompts[row] = _Prompt(spans, is_text, compressor or self.compressor)
+        self._prompts[row] = _Prompt(spans, compressor or self.compressor)
 
     def drop(self, row: int) -> None:
         """Forget `row`."""
@@ -114,7 +113,8 @@ class PromptObserver:
         """
         prompt, window = self._prompts[row], self._windows[row]
         assert (len(q), len(slots)) == (len(window), window.stop), f"{len(q)} queries of {window}, {len(slots)} keys"
-        prompt.is_text = prompt.is_text.to(q.device)
+        if prompt.is_text is None:
+            prompt.is_text = text_mask(prompt.spans, window.stop, q.device)
         layer = PromptLayer(
             q.contiguous(), k_rows, v_rows, slots, scaling, prompt.is_text, layer_idx=len(prompt.statistic)
         )

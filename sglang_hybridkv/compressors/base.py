@@ -13,6 +13,7 @@ from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.compressors.budget import apportion, lift_weights
 from sglang_hybridkv.compressors.token_order import tiered_order
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
+from sglang_hybridkv.requests.spans import VisualSpan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,14 @@ class PromptObservation:
     salience : [L, H, N], fp32, not negative. The method's score of each covered token, pooled.
     is_text : [N], bool. False where the token came from an image or a video.
     num_prompt_pages : pages of the whole prompt, N / page_size; N is page-aligned.
+    spans : where images and videos lie, as is_text has it, on the host.
     """
 
     statistic: torch.Tensor
     salience: torch.Tensor
     is_text: torch.Tensor
     num_prompt_pages: int
+    spans: tuple[VisualSpan, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,7 +99,8 @@ class Compressor:
     """One method. What a subclass leaves alone is SnapKV: observe, equal budgets, forced tokens, then top salience.
 
     The engine makes one object per server and calls, in this order: `bind` at start-up; for each prompt and layer
-    `score_layer`; then `plan` and `rank_tokens` once, and `merge` layer by layer where `merges`.
+    `score_layer`; then `plan` and `rank_tokens` once, and `merge` layer by layer where `merges`. None of the latter
+    may wait for the device: no number, condition or shape is taken from a tensor.
 
     Attributes
     ----------
@@ -187,7 +191,7 @@ class Compressor:
     def merge(
         self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, is_text: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What kept rows of one layer become, called only where `merges` and some row is evicted.
+        """What kept rows of one layer become, called where `merges`; where none is evicted, they stay as they are.
 
         Parameters
         ----------

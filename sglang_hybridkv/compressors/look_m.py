@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Annotated, Literal
 
 import torch
@@ -10,7 +12,7 @@ from pydantic import Field
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.config import CompressorConfig, NumSinkTokens, PoolKernel
 
-_BLOCK = 1024  # evicted rows whose similarities are in memory at once
+_BLOCK = 1024  # rows whose similarities are in memory at once
 
 
 class LookMConfig(CompressorConfig):
@@ -62,23 +64,29 @@ class LookM(Compressor):
     def _merge_head(
         self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, is_text: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        evicted, candidates = (~kept & ~is_text).nonzero().squeeze(1), kept.nonzero().squeeze(1)
-        if len(evicted) == 0:
-            return keys, values
+        is_evicted = (~kept & ~is_text).unsqueeze(-1)  # [N, 1]
+        candidates = kept.to(torch.uint8).argsort(descending=True, stable=True)[: self._most_kept(len(kept))]
         unit = torch.nn.functional.normalize(keys.float(), dim=-1)
-        best = [(unit[block] @ unit[candidates].T).max(dim=1) for block in evicted.split(_BLOCK)]
+        others = ~kept[candidates]
+        best = [
+            (block @ unit[candidates].T).masked_fill(others, -float("inf")).max(dim=1) for block in unit.split(_BLOCK)
+        ]
         similarity = torch.cat([b.values for b in best]).clamp(min=0.0).unsqueeze(-1)
         target = candidates[torch.cat([b.indices for b in best])]
-        count = torch.zeros(len(keys), 1, device=keys.device)
-        count.index_add_(0, target, torch.ones(len(target), 1, device=keys.device))
+        count = torch.zeros(len(keys), 1, device=keys.device).index_add_(0, target, is_evicted.float())
         out = []
         for rows in (keys, values):
             full = rows.float()
-            entering, anchor = full[evicted], full[target]
+            entering, anchor = full, full[target]
             if self.config.merging == "pivotal":
                 entering = (entering + anchor) / 2
             elif self.config.merging == "weighted":
                 entering = similarity * entering
-            mean = full.clone().index_add_(0, target, entering) / (count + 1)
+            mean = full.clone().index_add_(0, target, entering.where(is_evicted, 0.0)) / (count + 1)
             out.append(torch.where(count > 0, mean.to(rows.dtype), rows))
         return out[0], out[1]
+
+    def _most_kept(self, num_tokens: int) -> int:
+        """Rows that a head keeps at most, as all share the budget equally; the host knows no more."""
+        page_size = self.config.page_size
+        return min(num_tokens, math.ceil(Fraction(repr(self.config.budget)) * num_tokens / page_size) * page_size)

@@ -8,9 +8,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from hybridkv_kernels.transfer import to_device
 from sglang_hybridkv.compressors.base import HeadPlan, PromptObservation, Unscored
 from sglang_hybridkv.compressors.token_order import tiered_order
 from sglang_hybridkv.config import CompressorConfig
+from sglang_hybridkv.requests.spans import text_mask
 
 
 class RandomConfig(CompressorConfig):
@@ -25,7 +27,7 @@ class Random(Unscored):
     """Each head keeps sinks, the recent window and random tokens, as many as every other head.
 
     The draw depends on the seed and on where the prompt's text and images lie, not on scores: a rerun, also one in
-    another batch, keeps the same tokens. Hashing the layout costs one host sync a prompt.
+    another batch, keeps the same tokens.
     """
 
     name = "random"
@@ -34,8 +36,9 @@ class Random(Unscored):
 
     def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
         """Forced tokens first, then a permutation of its own for each head."""
-        layout = bytes(observation.is_text.cpu().to(torch.uint8).tolist())
-        generator = torch.Generator().manual_seed(zlib.crc32(layout, self.config.seed))
-        draw = torch.rand(observation.salience.shape, generator=generator).to(observation.salience.device)
+        is_text = text_mask(observation.spans, len(observation.is_text), "cpu")
+        generator = torch.Generator().manual_seed(zlib.crc32(is_text.numpy().tobytes(), self.config.seed))
+        draw = torch.rand(observation.salience.shape, generator=generator, device="cpu")
+        draw = to_device(draw, observation.salience.device)
         config = self.config
         return tiered_order(draw, 0, num_sink_tokens=config.num_sink_tokens, recent_window=config.recent_window)

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from hybridkv_kernels.transfer import to_device
 from sglang_hybridkv.compressors.base import Compressor, PromptObservation
 from sglang_hybridkv.compressors.calibration import load_calibration
 from sglang_hybridkv.config import PoolKernel, PoolMode, WindowConfig
@@ -55,7 +56,8 @@ class SparseMM(Compressor):
 
     def weigh_heads(self, observation: PromptObservation, total_head_pages: int) -> torch.Tensor:
         """Rows of each head by the formula."""
-        self.scores = self.scores.to(observation.statistic.device)
+        if self.scores.device != observation.statistic.device:
+            self.scores = to_device(self.scores, observation.statistic.device)
         num_heads = self.scores.numel()
         rows = total_head_pages * observation.page_size / num_heads
         window = min(self.config.recent_window, rows)

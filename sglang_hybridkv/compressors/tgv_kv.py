@@ -38,7 +38,7 @@ class TGVKV(Compressor):
         row_weights = among_rows.sum(dim=0) / causal[:, -num_rows:].sum(dim=0)
         visual = row_weights @ attention
         salience = torch.where(layer.is_text, attention.sum(dim=0), visual)
-        mass = attention[:, ~layer.is_text].sum()
+        mass = attention.masked_fill(layer.is_text, 0.0).sum()
         num_kv_heads = layer.k_rows.shape[1]
         return mass.expand(num_kv_heads), salience.expand(num_kv_heads, -1)
 

@@ -39,7 +39,7 @@ EXPLANATIONS = {
     DenseReason.POOL_TOO_SMALL: "its compressed pages never fit the pool beside its prompt or its answer",
     DenseReason.NO_FREE_PAGES: "the pool has no free pages beside the prompt, even after eviction",
     DenseReason.HOST_STORE_FULL: "the host store has no room for its rows; raise host_store_bytes",
-    DenseReason.COMPRESSOR_FAILED: "an error came up while its prompt was compressed; the log has its traceback",
+    DenseReason.COMPRESSOR_FAILED: "an error came up while its prompt was compressed; the log has it",
     DenseReason.NOT_PREFILLED: "the request ended before its prompt was processed",
     DenseReason.REQUEST_DISABLED: "the request asked for it, with enabled = false in custom_params.kv_compressor",
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.plan_law import PlanFigures
 from sglang_hybridkv.requests.spans import VisualSpan
 
 _DIGEST_FACTOR = 0x9E3779B97F4A7C15  # odd, so that no digest of a rank is lost
@@ -52,12 +53,14 @@ class Reservation:
     head_counts : [L, H], int32, on the CPU. Kept or buffer pages of each head, from the forward; see
         `head_counts_on_host`.
     digest : [], int64, on the CPU. `digest_plan` of what is kept, from the forward; read at the commit.
+    figures : [5], int64, on the CPU. `PlanFigures` of the plan, from the forward; see `refusal`.
     plan : is_dynamic [L, H], bool, and `pack_bits` of what is kept, on the CPU, from the forward; only where plans are
         published.
     seconds : set by the forward; what its plan and its copies took, None while that is not known.
-    written : set by the forward where it writes `outcome`, `head_counts`, `digest` and `plan` without waiting.
-    failed : set by the forward when it could not compress. Nothing reads the pages then; they go back in place of the
-        commit, and the prompt stays exact in the request's row.
+    written : set by the forward where it writes `outcome`, `head_counts`, `digest`, `figures` and `plan` without
+        waiting.
+    failed : set by the forward when it could not compress, and by `settle` where it refused the plan. Nothing reads the
+        pages then; they go back in place of the commit, and the prompt stays exact in the request's row.
     agreed : set before the commit, from `outcome` and `digest` of all ranks.
     """
 
@@ -71,6 +74,7 @@ class Reservation:
     committed: bool = False
     head_counts: torch.Tensor | None = None
     digest: torch.Tensor | None = None
+    figures: torch.Tensor | None = None
     plan: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
     seconds: Callable[[], float | None] = lambda: None
     written: torch.cuda.Event | None = None
@@ -80,10 +84,28 @@ class Reservation:
     def head_counts_on_host(self) -> torch.Tensor:
         """`head_counts`, after waiting for the forward that writes them; an error before that one was launched."""
         assert self.head_counts is not None, "decoded before it was compressed"
+        self._wait()
+        return self.head_counts
+
+    def refusal(self) -> str | None:
+        """Why the row is dense although the forward has compressed, which is waited for: its plan was illegal.
+
+        None where it was legal, and before there is one. Cheap once the prompt is committed: each decode step asks.
+        """
+        if self.figures is None or self.committed:
+            return None
+        self._wait()
+        return PlanFigures(*self.figures.tolist()).complaint(self.geometry, self.most_dynamic)
+
+    def _wait(self) -> None:
         if self.written is not None:
             self.written.synchronize()
             self.written = None
-        return self.head_counts
+
+    @property
+    def most_dynamic(self) -> int:
+        """Heads that may be dynamic; host pages and pages for summaries are reserved for as many."""
+        return self.geometry.max_dynamic_heads if self.may_retrieve else 0
 
     @property
     def num_in_row(self) -> int:

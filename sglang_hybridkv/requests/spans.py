@@ -17,9 +17,9 @@ class VisualSpan:
     modality: str
 
 
-def text_mask(spans: tuple[VisualSpan, ...], num_tokens: int) -> torch.Tensor:
-    """[num_tokens], bool: True where the token is text."""
-    is_text = torch.ones(num_tokens, dtype=torch.bool)
+def text_mask(spans: tuple[VisualSpan, ...], num_tokens: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """[num_tokens], bool: True where the token is text. Made on the `device`: a copy from the host would wait."""
+    is_text = torch.ones(num_tokens, dtype=torch.bool, device=device)
     for span in spans:
         is_text[span.start : span.end] = False
     return is_text

@@ -242,12 +242,23 @@ class Compression:
         All of them keep as many pages as the one with the most dynamic heads needs, and where one has failed the prompt
         is dense on all.
         """
+        self.heed_refusal(reservation)
         digest = 0 if reservation.digest is None else int(reservation.digest)
         num_static, num_dynamic = reservation.outcome.tolist()
         of_ranks = self.ranks.gather(int(reservation.failed), num_static, num_dynamic, digest)
         failed, static, dynamic, digests = of_ranks.unbind(1)
         reservation.failed = bool(failed.any())
         reservation.agreed = Agreed(int(static.sum()), int(dynamic.sum()), int(dynamic.max()), digests.tolist())
+
+    def heed_refusal(self, reservation: Reservation) -> None:
+        """A plan that the forward has refused is a prompt that it could not compress."""
+        refusal = None if reservation.failed else reservation.refusal()
+        if refusal is not None:
+            sentence = f"KV compressor {self.settings.name!r}: {refusal}"
+            logger.error(
+                "KV compressor: a prompt of %d tokens could not be compressed: %s", reservation.prefilled, sentence
+            )
+            reservation.failed = True
 
     def commit(self, req: Request) -> None:
         """The prompt is compressed and its exact form is in the tree; give back what turned out unused."""
@@ -303,6 +314,8 @@ class Compression:
         if row is None:
             return
         reservation = self._give_back(row)
+        if reservation is not None and not reservation.committed:
+            self.heed_refusal(reservation)
         # A retraction is not an answer: the request comes back.
         if not req.finished() or (reservation is not None and reservation.committed):
             return

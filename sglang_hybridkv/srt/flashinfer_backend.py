@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from hybridkv_kernels.decode_attn.flashinfer import HeadPageDecode, merge, to_device
+from hybridkv_kernels.decode_attn.flashinfer import HeadPageDecode, merge
+from hybridkv_kernels.transfer import to_device
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
 from sglang_hybridkv.srt.model_requirements import check_inputs

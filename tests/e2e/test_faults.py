@@ -34,7 +34,7 @@ COMPRESSION = [
     ("compressors.hybridkv.HybridKV.rank_tokens", 2),
     ("cache.compress.place_heads", 1),
     ("cache.compress.compact_kv", 2),
-    ("cache.compress.summarize_heads", 2),
+    ("cache.offload.summarize_heads", 1),
     ("cache.compress.digest_plan", 1),
 ]
 

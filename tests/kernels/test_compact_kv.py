@@ -38,6 +38,25 @@ def test_row_numbers_may_be_strided_and_sources_repeated():
     assert v.flatten().tolist() == [0, -1, -2, -3, 0, 0, -6, -7]
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("count", [1, 40, 90])
+def test_a_negative_source_leaves_its_target_alone(count):
+    """Whatever its target is: the last row, too, which a negative number would mean to torch."""
+    generator = fresh_generator()
+    k, v = (torch.randn(200, 16, generator=generator) for _ in range(2))
+    order = torch.randperm(200, generator=generator)
+    src, dst = order[:count], order[200 - count :].clone()
+    is_unused = torch.rand(count, generator=generator) < 0.5
+    is_unused[0] = True
+    dst[0] = -1
+    expected = k.clone(), v.clone()
+    for rows in expected:
+        rows[dst[~is_unused]] = rows[src[~is_unused]]
+    compact_kv(k, v, src.where(~is_unused, -1), dst)
+    assert torch.equal(k, expected[0])
+    assert torch.equal(v, expected[1])
+
+
 @pytest.mark.usefixtures("fast_kernels")
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("head_dim", [1, 3, 80, 128])

@@ -18,6 +18,8 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalInputs,
 )
 
+from sglang_hybridkv.cache.compress import ObservedPrompt
+from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
 from sglang_hybridkv.requests.settings import WARM_UP
 from sglang_hybridkv.requests.spans import VisualSpan
@@ -419,6 +421,60 @@ def test_a_commit_before_the_compression_is_an_error():
     compression.settle(compression.ledger.get(1))
     with pytest.raises(AssertionError, match="committed before it was compressed"):
         compression.commit(req)
+
+
+@pytest.mark.parametrize("ends", ["in a commit", "at its first token"])
+def test_a_plan_that_the_forward_refused_is_a_prompt_that_it_could_not_compress(ends, monkeypatch, caplog):
+    """Between the two a decode step may run, and reads a dense row; the log says what is wrong with the plan."""
+    serving = Serving("torch_native", monkeypatch, compressor="snapkv")
+    compression, compressor = serving.compression, serving.cache.compressor
+    plan = compressor.plan
+
+    def too_much(*args, **kwargs):
+        heads = plan(*args, **kwargs)
+        return HeadPlan(heads.is_dynamic, heads.num_head_pages + 1)
+
+    monkeypatch.setattr(compressor, "plan", too_much)
+    serving.add(1, 100, compressed=False)
+    req = make_request(1, 100, finished_reason=FINISH_LENGTH(length=1), finished=lambda: True)
+    compression.prepare(req, None)
+    reservation, slots = compression.ledger.get(1), serving.req_to_token[1].long()
+    shape = (LAYERS, HEADS)
+    observed = ObservedPrompt((), torch.rand(shape), torch.rand(*shape, 100), torch.rand(*shape, serving.head_dim))
+    serving.cache.compress(1, slots, observed)
+    compression.check_integrity()
+    assert not reservation.failed
+    assert serving.cache.readable(1) is None
+    if ends == "in a commit":
+        compression.settle(reservation)
+        assert reservation.failed
+        compression.give_up(req)
+    else:
+        compression.release(req)
+    assert "a prompt of 100 tokens could not be compressed: KV compressor 'snapkv': num_head_pages = " in caplog.text
+    assert caplog.text.count("could not be compressed") == 1
+    assert compression.request_info(req)["reason"] == "compressor_failed"
+    compression.check_integrity()
+    assert not compression.ledger.by_row
+
+
+def test_what_is_read_of_a_plan_on_the_host_is_waited_for(monkeypatch):
+    class Event:
+        waits = 0
+
+        def synchronize(self):
+            self.waits += 1
+
+    event, compression = Event(), make_compression()
+    prepared(compression)
+    reservation = compression.ledger.get(1)
+    assert reservation.refusal() is None, "before it was compressed there is no plan"
+    geometry = reservation.geometry
+    reservation.written = event
+    reservation.figures = torch.tensor([geometry.total_head_pages + 1, 1, 2, 0, 0])
+    compression.settle(reservation)
+    assert event.waits == 1
+    assert reservation.failed
 
 
 def test_integrity_finds_a_row_without_a_reservation():

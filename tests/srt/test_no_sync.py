@@ -198,10 +198,20 @@ WAITS = {
     "allclose": lambda x: torch.allclose(x.float(), x.float()),
     "repeat": lambda x: torch.repeat_interleave(x, x),
     "bincount": lambda x: torch.bincount(x),
+    "sent_numbers": lambda x: torch.tensor([1, 2], device=x.device),
+    "read_too_early": lambda x: x.to("cpu", non_blocking=True).tolist(),
     "derived": lambda x: (x + 1).view(2, 2).sum(0)[0].item(),
 }
+SENDS = {
+    "index": lambda x: x[torch.tensor([0, 2])],
+    "mask": lambda x: x * torch.ones(4),
+    "copy": lambda x: x.copy_(torch.arange(4)),
+}
 WAITS_NOT = {
-    "gather": lambda x: x[torch.tensor([0, 2])],
+    "gather": lambda x: x[torch.arange(2, device=x.device)],
+    "number": lambda x: x * torch.tensor(2),
+    "send_later": lambda x: x.copy_(torch.arange(4), non_blocking=True),
+    "to_host_later": lambda x: x.to("cpu", non_blocking=True),
     "where": lambda x: torch.where(x > 0, x, 0),
     "repeat": lambda x: torch.repeat_interleave(x, x, output_size=10),
     "write": lambda x: x.clone().index_put_((x - 1,), x),
@@ -220,12 +230,21 @@ def test_the_guard_can_fail(wait, strict):
     wait(x)
 
 
+@pytest.mark.parametrize("send", SENDS.values(), ids=SENDS)
+def test_what_the_host_sends_is_found(send):
+    x = torch.tensor([1, 2, 3, 4])
+    with pytest.raises(HostSync, match="host"), NoSync([x]):
+        send(x)
+
+
 def test_a_copy_to_host_memory_is_found():
     x, host = torch.tensor([1, 2, 3, 4]), torch.empty(4, dtype=torch.int64)
     with pytest.raises(HostSync, match="copy_ from the device"), NoSync([x]):
         host.copy_(x)
     with NoSync([x]):
-        x.copy_(host)
+        host.copy_(x, non_blocking=True)
+        with pytest.raises(HostSync, match="tolist waits"):
+            host.tolist()
 
 
 @pytest.mark.parametrize("harmless", WAITS_NOT.values(), ids=WAITS_NOT)

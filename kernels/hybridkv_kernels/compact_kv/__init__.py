@@ -9,13 +9,16 @@ _IMPLEMENTATIONS = {"naive": naive.compact_kv, "cpu": cpu.compact_kv, "triton": 
 
 
 def compact_kv(k: torch.Tensor, v: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
-    """Copy rows src[i] to rows dst[i] of the pool, in place, for keys and values.
+    """Copy rows src[i] to rows dst[i] of the pool, in place, for keys and values; none where src[i] is negative.
+
+    So a prompt has as many pairs as its budget has rows, whatever was decided for it.
 
     Parameters
     ----------
     k, v : [rows, D], bf16 | fp16 | fp32, contiguous. One row per (layer, token slot, KV head): row
         (layer * slots + slot) * H + head of the pool, which is row `head_page * P + i` of its head-page view.
-    src, dst : [M], int64, same device. Absolute rows; disjoint; dst without repeats.
+    src, dst : [M], int64, same device. Absolute rows; disjoint; dst without repeats. Where src is negative, dst is not
+        looked at.
 
     Raises
     ------

@@ -10,8 +10,8 @@ _BLOCK_ELEMENTS = 4096
 @triton.jit(do_not_specialize=["num_rows"])
 def _copy_kernel(k_rows, v_rows, src_rows, dst_rows, num_rows, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr):
     i, d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
-    src, dst = tl.load(src_rows + i, mask=i < num_rows, other=0), tl.load(dst_rows + i, mask=i < num_rows, other=0)
-    inside = (i < num_rows)[:, None] & (d < D)[None, :]
+    src, dst = tl.load(src_rows + i, mask=i < num_rows, other=-1), tl.load(dst_rows + i, mask=i < num_rows, other=0)
+    inside = (src >= 0)[:, None] & (d < D)[None, :]
     src, dst = src[:, None] * D + d[None, :], dst[:, None] * D + d[None, :]
     k, v = tl.load(k_rows + src, mask=inside), tl.load(v_rows + src, mask=inside)
     tl.store(k_rows + dst, k, mask=inside)

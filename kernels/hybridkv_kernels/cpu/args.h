@@ -83,7 +83,7 @@ struct ScoreArgs {
 
 struct CompactArgs {
   char *k, *v;              // pool rows, in place
-  const int64_t *src, *dst; // [num_rows]
+  const int64_t *src, *dst; // [num_rows]; a negative src: no row
   int64_t num_rows, k_row_bytes, v_row_bytes;
   int32_t num_threads;
 };

@@ -50,6 +50,7 @@ int32_t hk_retrieve(const RetrieveArgs* args, [[maybe_unused]] int32_t isa) { HK
 int32_t hk_compact(const CompactArgs* args, int32_t) {
 #pragma omp parallel for schedule(static) num_threads(args->num_threads)
   for (int64_t i = 0; i < args->num_rows; ++i) {
+    if (args->src[i] < 0) continue;
     std::memcpy(args->k + args->dst[i] * args->k_row_bytes, args->k + args->src[i] * args->k_row_bytes,
                 size_t(args->k_row_bytes));
     std::memcpy(args->v + args->dst[i] * args->v_row_bytes, args->v + args->src[i] * args->v_row_bytes,

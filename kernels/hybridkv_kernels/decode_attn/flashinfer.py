@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
+from hybridkv_kernels.transfer import pinned, to_device
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -159,9 +160,9 @@ class HeadPageDecode:
         self._wrappers = self._captured(len(req_rows)) if in_graph else self._uncaptured()
         for wrapper, indptr, last_page_len in zip(self._wrappers, entries.indptr, entries.last_page_len, strict=True):
             wrapper.plan(
-                _pinned(indptr, self.workspace.device),
+                pinned(indptr, self.workspace.device),
                 indices,
-                _pinned(last_page_len, self.workspace.device),
+                pinned(last_page_len, self.workspace.device),
                 num_qo_heads=self.group_size,
                 num_kv_heads=1,
                 head_dim=head_dim,
@@ -231,13 +232,3 @@ def merge(
 
 def _int_workspace_bytes(num_entries: int) -> int:
     return _INT_WORKSPACE_BYTES + num_entries * _INT_WORKSPACE_BYTES_AN_ENTRY
-
-
-def _pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` in memory that `device` copies from without waiting."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host `tensor` on `device`, without waiting for it."""
-    return _pinned(tensor, device).to(device, non_blocking=True)

@@ -1,5 +1,7 @@
 """Laws of every registered compressor, and of each method."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -313,7 +315,7 @@ def layers_to_merge(draw):
 def test_merging_is_the_published_mean(case, merging):
     keys, values, kept, is_text = case
     before = keys.clone(), values.clone()
-    merged = make_compressor("look-m", 1, 2, merging=merging).merge(keys, values, kept, is_text)
+    merged = make_compressor("look-m", 1, 2, merging=merging, budget=1.0).merge(keys, values, kept, is_text)
     assert torch.equal(keys, before[0])
     assert torch.equal(values, before[1])
     for head in range(2):
@@ -332,6 +334,31 @@ def test_merging_is_the_published_mean(case, merging):
                 expected = torch.stack([rows[head, c], *entering]).mean(0)
                 torch.testing.assert_close(after[head, c], expected, rtol=1e-4, atol=1e-5)
                 assert members or torch.equal(after[head, c], rows[head, c])
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.34])
+def test_merging_looks_at_as_many_rows_as_a_budget_keeps(budget):
+    """How many those are the host knows by the budget alone: 0.3 of 20 pages are 6, 0.34 of them at most 7."""
+    generator, num_pages = fresh_generator(), 20
+    keys, values = torch.randn(2, 2, num_pages * P, 8, generator=generator)
+    is_text = torch.rand(num_pages * P, generator=generator) < 0.3
+    most = math.ceil(round(budget * num_pages, 6)) * P
+    kept = torch.rand(2, num_pages * P, generator=generator).argsort(-1) < torch.tensor([[most], [most - P]])
+    one, two = (
+        make_compressor("look-m", 1, 2, budget=b, page_size=P).merge(keys, values, kept, is_text) for b in (budget, 1)
+    )
+    for some, all_ in zip(one, two, strict=True):
+        torch.testing.assert_close(some[kept], all_[kept])
+
+
+@pytest.mark.parametrize("merging", ["averaged", "pivotal", "weighted", "none"])
+def test_a_head_that_keeps_everything_merges_nothing(merging):
+    generator = fresh_generator()
+    keys, values = torch.randn(2, 2, 64, 8, generator=generator).to(torch.bfloat16)
+    kept, is_text = torch.ones(2, 64, dtype=torch.bool), torch.arange(64) < 20
+    compressor = make_compressor("look-m", 1, 2, merging=merging, budget=1.0)
+    for merged, rows in zip(compressor.merge(keys, values, kept, is_text), (keys, values), strict=True):
+        assert torch.equal(merged, rows)
 
 
 def test_look_m_writes_what_it_merges_to_the_kept_rows():

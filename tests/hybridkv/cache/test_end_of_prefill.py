@@ -1,0 +1,217 @@
+"""The end of prefill makes the host wait for nothing, and does the same for every prompt of one geometry.
+
+Kernels are launches here, unseen inside. So is the offload to the host store, which on a GPU is one.
+"""
+
+import pkgutil
+
+import pytest
+import torch
+
+from hybridkv_kernels import compact_kv, retrieve_chunks, score_heads
+from hybridkv_kernels.chunks import rotation, top_chunks
+from sglang_hybridkv.cache import offload
+from sglang_hybridkv.cache.memory import full_layers
+from sglang_hybridkv.compressors import BUILT_IN, random_tokens
+from sglang_hybridkv.compressors.base import HeadPlan
+from sglang_hybridkv.requests.spans import VisualSpan
+from tests.builders import TinyPool, fresh_generator, make_compressor, use_kernels
+from tests.no_sync import HostSync, NoSync
+
+P, PROMPT_LEN = 8, 22 * 8 + 5
+SPANS = (VisualSpan(20, 90, "image"), VisualSpan(120, 150, "image"))
+METHODS = [(name, {}) for name in BUILT_IN] + [
+    ("hybridkv", {"preset": "paper", "theta": 0.5, "page_size": P}),
+    ("hybridkv", {"chunk_score": "mean2_max", "unretrieved": "estimate", "chunk_size": P}),
+    ("quest", {"chunk_size": P}),
+    ("look-m", {"merging": "weighted"}),
+]
+every_method = pytest.mark.parametrize(("name", "config"), METHODS, ids=lambda x: x if isinstance(x, str) else str(x))
+windows = pytest.mark.parametrize("windows", [(), (0, 3 * P, 0)], ids=["full", "windows"])
+OFFLOAD_ROWS = offload.offload_rows
+
+
+class Guard(NoSync):
+    """The device's memory is on the device; nobody on the host touches the store's pages."""
+
+    def __init__(self, pool, *more):
+        memory = pool.cache.memory
+        tensors = [x for part in (memory.table, memory.views) for x in vars(part).values()]
+        tensors += [pool.req_to_token, pool.counters, *more]
+        device = pool.device
+        tensors += [full_layers(pool.layout, device), rotation(16, device), rotation(32, device)]
+        tensors += [scores] if (scores := getattr(pool.compressor, "scores", None)) is not None else []
+        super().__init__([x for x in tensors if isinstance(x, torch.Tensor)])
+        self._host_pages = memory.store.pages.data.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if not self._is_paused and any(x.untyped_storage().data_ptr() == self._host_pages for x in tensors):
+            raise HostSync(f"{func.name()} touches the host store")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def launches(guard, monkeypatch):
+    """References as launches of kernels; Triton's are launches already, in its interpreter."""
+    for module in (compact_kv, score_heads, retrieve_chunks):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setitem(module._IMPLEMENTATIONS, "naive", guard.launch(getattr(module.naive, name), name))
+    monkeypatch.setattr(offload, "offload_rows", guard.launch(OFFLOAD_ROWS, "offload_rows"))
+    monkeypatch.setattr(random_tokens, "to_device", guard.to_device)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes launches of what a guard must not look into."""
+    with use_kernels("naive"):
+        yield lambda guard: launches(guard, monkeypatch)
+
+
+def make_pool(name, config, windows=(), compressor=None):
+    eager = {"page_size": P, "min_prompt_tokens": 1, "min_head_pages": 1} | ({} if name == "full" else {"budget": 0.3})
+    compressor = compressor or make_compressor(name, 3, 2, **eager | config)
+    pool = TinyPool(fresh_generator(), compressor=compressor, num_layers=3, windows=windows, pages=300, host_pages=120)
+    compressor.take_layers(pool.layout.full_layers)
+    return pool
+
+
+def prepared(pool, prompt_len=PROMPT_LEN, num_observed=20):
+    """A dense prompt that is about to be compressed, and its queries of each layer."""
+    prompt = pool.add_prompt(prompt_len)
+    reservation = pool._reserve(prompt.seq_len, SPANS, pool.compressor.may_retrieve)
+    pool.cache.observer.watch(prompt.row, range(prompt.seq_len - num_observed, prompt.seq_len))
+    pool.cache.bind(prompt.row, reservation)
+    return prompt, [pool.queries(prompt.seq_len) * scale for scale in torch.rand(3, generator=pool.generator) * 4]
+
+
+def observe(pool, prompt, queries):
+    """All layers, as the attention backend shows them; the last one compresses."""
+    for layer_idx, q in enumerate(queries):
+        pool.cache.observe(prompt.row, layer_idx, q, 0, pool.req_to_token[prompt.row], pool.scaling)
+
+
+def guarded(pool, launched, prompt, queries):
+    """What was dispatched and launched, with the shapes of all results."""
+    guard = Guard(pool, *queries)
+    launched(guard)
+    with guard:
+        observe(pool, prompt, queries)
+    return guard.trace
+
+
+@every_method
+@windows
+def test_it_waits_for_nothing_and_does_the_same_for_every_prompt(name, config, windows, launched):
+    pool, traces, digests = make_pool(name, config, windows), [], []
+    for _ in range(3):
+        prompt, queries = prepared(pool)
+        traces.append(guarded(pool, launched, prompt, queries))
+        reservation = pool.cache.bound[prompt.row]
+        assert reservation.refusal() is None
+        digests.append(int(reservation.digest))
+    assert len(traces[0]) > 100, "the guard saw nothing"
+    assert traces[0] == traces[1] == traces[2]
+    assert len(set(digests)) == (1 if name in ("full", "random") else 3), "the plans differ"
+
+
+@pytest.mark.parametrize("config", [{}, {"preset": "paper", "page_size": P}])
+def test_with_the_kernels_of_a_gpu_it_waits_for_nothing_either(config, monkeypatch):
+    """Beside their launches they use torch, here in the statistics of heads."""
+
+    def launched(guard):
+        launches(guard, monkeypatch)
+        # The selection of the best keys takes a minute in the interpreter.
+        best = guard.launch(lambda images, counts: top_chunks(images ^ -(2**63), counts), "top_images")
+        monkeypatch.setattr("hybridkv_kernels.score_heads.triton.top_images", best)
+
+    with use_kernels("triton"):
+        pool, traces = make_pool("hybridkv", config), []
+        for _ in range(2):
+            traces.append(guarded(pool, launched, *prepared(pool, 5 * P + 3, num_observed=3)))
+        assert sum(name == "launch" for name, _ in traces[0]) >= 7, "two or three a layer score, one copies rows"
+        assert traces[0] == traces[1]
+
+
+def test_a_plan_that_is_refused_takes_the_same_launches(launched):
+    """The host learns of it later."""
+    pool, traces = make_pool("snapkv", {}), []
+    plan = pool.compressor.plan
+    for fault in (0, 1):
+
+        def faulty(*args, fault=fault, **kwargs):
+            heads = plan(*args, **kwargs)
+            return HeadPlan(heads.is_dynamic, heads.num_head_pages + fault)
+
+        pool.compressor.plan = faulty
+        prompt, queries = prepared(pool)
+        traces.append(guarded(pool, launched, prompt, queries))
+        assert (pool.cache.bound[prompt.row].refusal() is None) == (fault == 0)
+        assert (pool.cache.readable(prompt.row) is None) == (fault == 1)
+        pool.cache.check_integrity()
+    assert traces[0] == traces[1]
+
+
+def test_events_wait_for_nothing_either(launched):
+    pool = make_pool("hybridkv", {"events": "tcp://127.0.0.1:1"}, (0, 3 * P, 0))
+    prompt, queries = prepared(pool)
+    guarded(pool, launched, prompt, queries)
+    assert pool.cache.bound[prompt.row].plan is not None
+
+
+WAITS = {
+    "plan": ("compressors.hybridkv.HybridKV.plan", lambda plan: plan.is_dynamic.any().item()),
+    "rank": ("compressors.hybridkv.HybridKV.rank_tokens", lambda order: order.max().tolist()),
+    "digest": ("cache.compress.digest_plan", int),
+    "summaries": ("cache.offload.summarize_heads", lambda vectors: vectors.isnan().nonzero()),
+    "score": ("compressors.hybridkv.HybridKV.score_layer", lambda scores: scores[0].cpu()),
+}
+
+
+@pytest.mark.parametrize("place", WAITS)
+def test_a_wait_anywhere_is_found(place, launched, monkeypatch):
+    """A deliberate one, in what the other tests accept."""
+    path, wait = WAITS[place]
+    owner, _, name = path.rpartition(".")
+    owner = pkgutil.resolve_name(f"sglang_hybridkv.{owner}")
+    original = getattr(owner, name)
+
+    def waiting(*args, **kwargs):
+        result = original(*args, **kwargs)
+        wait(result)
+        return result
+
+    monkeypatch.setattr(owner, name, waiting)
+    pool = make_pool("hybridkv", {})
+    with pytest.raises(HostSync):
+        guarded(pool, launched, *prepared(pool))
+
+
+def test_only_launches_touch_the_host_store(launched):
+    """Its pages are given to the next prompt although the device may still read them: the order of launches is enough.
+
+    A prompt is compressed, decoded once and released, and the next one gets its pages.
+    """
+    pool = make_pool("hybridkv", {"max_dynamic_heads": 1.0})
+    for _ in range(3):
+        prompt, queries = prepared(pool)
+        reservation = pool.cache.bound[prompt.row]
+        rows = torch.tensor([prompt.row])
+        guard = Guard(pool, *queries, rows)
+        launched(guard)
+        with guard:
+            observe(pool, prompt, queries)
+            for layer_idx, q in enumerate(queries):
+                pool.cache.retrieve(layer_idx, q[:1], rows)
+            pool.store.free(reservation.host_pages[3:])
+            reservation.host_pages = reservation.host_pages[:3]
+            pool.store.free(reservation.host_pages)
+            pool.cache.release(prompt.row)
+        assert ("launch offload_rows", ()) in guard.trace
+        pool.cache.check_integrity()
+
+
+@pytest.mark.parametrize("touch", [lambda pages: pages[0].clone(), lambda pages: pages.zero_()])
+def test_a_touch_of_the_host_store_is_found(touch):
+    pool = make_pool("hybridkv", {})
+    with pytest.raises(HostSync, match="touches the host store"), Guard(pool):
+        touch(pool.store.pages.data)
