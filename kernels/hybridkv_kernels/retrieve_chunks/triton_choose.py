@@ -141,9 +141,7 @@ def _find_threshold(
         share = (count - num_selected).to(tl.float32) / (count - above).to(tl.float32)
         step = tl.where(is_even, width // 2, (width.to(tl.float32) * share).to(tl.uint32))
         probe = low + tl.minimum(tl.maximum(step, 1), width - 1)
-        found = _count(
-            kept, images, resident, num_chunks, hysteresis, probe, 0, KEPT, REST, HAS_HYSTERESIS, False
-        )
+        found = _count(kept, images, resident, num_chunks, hysteresis, probe, 0, KEPT, REST, HAS_HYSTERESIS, False)
         if found >= num_selected:
             low, count = probe, found
         else:
