@@ -41,7 +41,7 @@ BANDWIDTH_CHUNKS: tuple[tuple[int, ChunkScore, HostDtype], ...] = (
     (8, "half_codes", "same"),
     (8, "half_codes", "int8"),
 )
-"""Page size and chunk score of the rows."""
+"""Page size, chunk score and type of the host rows of the rows."""
 
 Row = dict[str, Any]
 
