@@ -66,7 +66,7 @@ test-pretrained: $(ENVIRONMENT) models-real ## 20 prompts of SmolLM2-135M-Instru
 # is. Leaks are those of the interpreter.
 KERNELS_CPP = kernels/hybridkv_kernels/cpu
 SANITIZED = build/sanitize/_cpu.so
-SANITIZED_TESTS = $(addprefix tests/kernels/test_,compact_kv.py decode_attn.py dispatch.py estimate.py offload_rows.py retrieve_chunks.py score_heads.py)
+SANITIZED_TESTS = $(addprefix tests/kernels/test_,compact_kv.py decode_attn.py dispatch.py estimate.py retrieve_chunks.py score_heads.py)
 
 $(SANITIZED): $(wildcard $(KERNELS_CPP)/*.* kernels/hybridkv_kernels/*/cpu.h)
 	mkdir -p $(@D)
