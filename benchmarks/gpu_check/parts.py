@@ -22,7 +22,7 @@ from benchmarks.bench_memory import AdmissionLoad, admission_rows
 from benchmarks.gpu_check import bandwidth, e2e, e2e_plan, servers
 from benchmarks.gpu_check.reference import Mismatch
 from hybridkv_kernels import dispatch
-from sglang_hybridkv.config import ChunkScore
+from sglang_hybridkv.config import ChunkScore, HostDtype
 
 KERNEL_SECONDS = 3600.0
 """Time limit for the tests of the kernels. Most of it goes into compiling, or into interpreting without a GPU."""
@@ -34,13 +34,14 @@ SERVER_LOAD = {
     "cuda": servers.Load((200, 333, 1500, 2049, 4000, 8191), 64),
 }
 ADMISSION = {"cpu": AdmissionLoad(12, 1024, 48, 3), "cuda": AdmissionLoad()}
-BANDWIDTH_CHUNKS: tuple[tuple[int, ChunkScore], ...] = (
-    (8, "mean_max"),
-    (16, "mean_max"),
-    (8, "key_codes"),
-    (8, "half_codes"),
+BANDWIDTH_CHUNKS: tuple[tuple[int, ChunkScore, HostDtype], ...] = (
+    (8, "mean_max", "same"),
+    (16, "mean_max", "same"),
+    (8, "key_codes", "same"),
+    (8, "half_codes", "same"),
+    (8, "half_codes", "int8"),
 )
-"""Page size and chunk score of the rows."""
+"""Page size, chunk score and type of the host rows of the rows."""
 
 Row = dict[str, Any]
 
@@ -181,9 +182,10 @@ def server_rows(context: Context) -> Iterator[Row]:
 
 def bandwidth_rows(context: Context) -> Iterator[Row]:
     """The workload of the criteria, which are judged on a GPU only."""
-    for page_size, chunk_score in BANDWIDTH_CHUNKS:
+    for page_size, chunk_score, host_dtype in BANDWIDTH_CHUNKS:
         full = bandwidth.Workload() if context.has_gpu else bandwidth.SMALL
-        workload = dataclasses.replace(full, page_size=page_size, chunk_score=chunk_score)
+        chunks = {"page_size": page_size, "chunk_score": chunk_score, "host_dtype": host_dtype}
+        workload = dataclasses.replace(full, **chunks)
         row = bandwidth.measure(workload, context.device, context.seed)
         missed = bandwidth.unmet(row) if context.has_gpu else []
         if not context.has_gpu:

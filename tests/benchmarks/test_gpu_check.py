@@ -270,7 +270,8 @@ class TestParts:
         tiny = dataclasses.replace(bandwidth.SMALL, context=256, num_steps=1)
         with mock.patch.object(bandwidth, "SMALL", tiny):
             rows = list(parts.bandwidth_rows(CONTEXT))
-        assert [(row["page_size"], row["chunk_score"]) for row in rows] == list(parts.BANDWIDTH_CHUNKS)
+        named = [(row["page_size"], row["chunk_score"], row["host_dtype"]) for row in rows]
+        assert named == list(parts.BANDWIDTH_CHUNKS)
         for row in rows:
             assert row["ok"]
             assert not row["judged"]
