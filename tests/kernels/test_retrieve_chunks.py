@@ -382,7 +382,7 @@ def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk
         from hybridkv_kernels.retrieve_chunks import triton, triton_choose
 
         monkeypatch.setattr(triton_choose, "MOST_KEPT", block)
-        monkeypatch.setattr(triton_choose, "PLACE_BLOCK", block)
+        monkeypatch.setattr(triton_choose, "PLACES_PER_WARP", max(2, block // 32))
         monkeypatch.setattr(triton_choose, "_REST_ROWS", 2)
         monkeypatch.setattr(triton, "_TARGET_PROGRAMS", num_programs)
         monkeypatch.setattr(triton, "_TARGET_SCORE_WARPS", 4 * num_programs)

@@ -19,7 +19,7 @@ from hybridkv_kernels.gpu.head_pages import head_page_ids
 from hybridkv_kernels.retrieve_chunks.triton_score import VARYING, forced_counts, image_score, load_entry, score_image
 
 MOST_KEPT = 32768  # images in the registers of a program: 32 of the 64 that each of 1024 threads has
-PLACE_BLOCK = 4096  # buffer places that a program looks at together
+PLACES_PER_WARP = 128  # buffer places that a program looks at together
 _REST_ROWS = 128  # words of images that a count reads together beyond those in registers
 _FORCED = tl.constexpr(0xFFFFFFFF)  # image of forced chunks
 
@@ -37,11 +37,11 @@ def _held_chunks(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Slots of the pool, int64, and chunks of BLOCK buffer places of an entry, and which of the places there are."""
+    """Slots of the pool and chunks of BLOCK buffer places of an entry, int32, and which of the places there are."""
     place = start + tl.arange(0, BLOCK)
     inside = place < num_selected
     slot = head_page_ids(pages, first + place // C, inside, pages_per_layer, L, H) * C + place % C
-    return slot, tl.load(held_chunks + slot, mask=inside, other=0), inside
+    return slot.to(tl.int32), tl.load(held_chunks + slot, mask=inside, other=0), inside
 
 
 @triton.jit
@@ -100,11 +100,12 @@ def _count(
 
 
 @triton.jit
-def _bounds(image, start, num_chunks, ROWS: tl.constexpr):
-    """The least image, and the largest of those that are not forced, 0 where there is none."""
-    chunk = start + tl.arange(0, ROWS)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    least = tl.min(tl.where(chunk < num_chunks, image, _FORCED))
-    return least, tl.max(tl.where(image == _FORCED, 0, image))
+def _bounds(image):
+    """The least image less 1, and the largest plus 1: so the images beyond the last chunk and forced ones do not count.
+
+    Those are 0 and 0xFFFFFFFF, and wrap around.
+    """
+    return tl.min(image - 1), tl.max(image + 1)
 
 
 @triton.jit
@@ -126,30 +127,27 @@ def _find_threshold(
     second probe lies where the counts of the two would have it if images between them were spread evenly, the others
     halve the interval. So there are at most 64 probes; 32,768 normally distributed scores take 15.
     """
-    least, largest = _bounds(kept, 0, num_chunks, KEPT)
+    below, high = _bounds(kept)
     for start in range(KEPT * 32, num_chunks, REST * 32):
         image = _load_images(images, resident, start, num_chunks, hysteresis, REST, HAS_HYSTERESIS)
-        rest_least, rest_largest = _bounds(image, start, num_chunks, REST)
-        least, largest = tl.minimum(least, rest_least), tl.maximum(largest, rest_largest)
-    low, count = least.to(tl.int64), num_chunks
-    high, above = largest.to(tl.int64) + 1, num_forced
+        rest_below, rest_high = _bounds(image)
+        below, high = tl.minimum(below, rest_below), tl.maximum(high, rest_high)
+    low, count, above = below + 1, num_chunks, num_forced
     if above >= num_selected:  # a single place, and a forced chunk for it
-        low, count = tl.full([], 0xFFFFFFFF, tl.int64), num_selected
+        low, count = tl.full([], 0xFFFFFFFF, tl.uint32), num_selected
     is_even = num_chunks < 0
     while (high - low > 1) & (count != num_selected):
         width = high - low
         share = (count - num_selected).to(tl.float32) / (count - above).to(tl.float32)
-        step = tl.where(is_even, width // 2, (width.to(tl.float32) * share).to(tl.int64))
+        step = tl.where(is_even, width // 2, (width.to(tl.float32) * share).to(tl.uint32))
         probe = low + tl.minimum(tl.maximum(step, 1), width - 1)
-        found = _count(
-            kept, images, resident, num_chunks, hysteresis, probe.to(tl.uint32), 0, KEPT, REST, HAS_HYSTERESIS, False
-        )
+        found = _count(kept, images, resident, num_chunks, hysteresis, probe, 0, KEPT, REST, HAS_HYSTERESIS, False)
         if found >= num_selected:
             low, count = probe, found
         else:
             high, above = probe, found
         is_even = is_even == 0
-    threshold, last = low.to(tl.uint32), num_chunks - 1
+    threshold, last = low, num_chunks - 1
     if count != num_selected:
         # The interval is a single image, and more chunks have it than are wanted: the earlier ones are chosen.
         wanted, before = num_selected - above, tl.full([], -1, tl.int32)
@@ -272,7 +270,7 @@ def choose_kernel(
         is_chosen = (tl.load(chosen + held // 32, mask=inside, other=0) >> held % 32) & 1
         is_reused = inside & (is_chosen == 0)
         rank = num_reused + tl.cumsum(is_reused.to(tl.int32), 0) - 1
-        tl.store(reused + lists + rank, slot.to(tl.int32), mask=is_reused)
+        tl.store(reused + lists + rank, slot, mask=is_reused)
         num_reused += tl.sum(is_reused.to(tl.int32), 0)
     tl.store(all_num_moved + entry, tl.minimum(num_missing, num_reused))
     by_score = num_selected - sinks - recent
@@ -283,10 +281,7 @@ def choose_kernel(
 def choose_tiles(max_chunks: int) -> dict[str, int]:
     """Constants and options of `choose_kernel` for entries of up to so many chunks."""
     kept = min(MOST_KEPT, max(32, triton.next_power_of_2(max_chunks)))
-    # With few images a program of fewer warps has less to wait for.
-    return {
-        "KEPT": kept // 32,
-        "REST": _REST_ROWS,
-        "BLOCK": min(PLACE_BLOCK, kept),
-        "num_warps": 32 if kept > 8192 else 16,
-    }
+    num_warps = 32 if kept > 8192 else 16  # with few images a program of fewer warps has less to wait for
+    tiles = {"KEPT": kept // 32, "REST": _REST_ROWS, "BLOCK": PLACES_PER_WARP * num_warps}
+    # All registers that there are: left alone, the compiler would save some of them, and spill.
+    return tiles | {"num_warps": num_warps, "maxnreg": 65536 // (32 * num_warps)}
