@@ -1,8 +1,8 @@
 """What dynamic heads leave at the end of prefill: all rows in the host store, summaries of their keys on the device.
 
-How many heads are dynamic is known on the device only. So as many *entries* are written as were reserved for: the
-dynamic heads first, in linear order, and then others, whose host and summary pages nobody reads and which go back at
-the commit. Entry i is the dynamic head whose `host_rank` is i.
+How many heads are dynamic is known on the device only. So there are as many *entries* as were reserved for: the dynamic
+heads first, in linear order, and then others, of which no row goes to the host, and whose summary pages nobody reads
+and which go back at the commit. Entry i is the dynamic head whose `host_rank` is i.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def offload_heads(
     layers = full_layers(memory.layout, slots.device)
     heads = (~is_dynamic[layers].flatten()).to(torch.uint8).argsort(stable=True)[: geometry.max_dynamic_heads]
     layer_idx, kv_head = layers[heads // num_kv_heads], heads % num_kv_heads
+    is_read = is_dynamic[layer_idx, kv_head][:, None]
     rms = query_rms.flatten(0, 1)
     head_bytes = len(slots) * views.k_flat.shape[1] * views.k_flat.itemsize
     batch_size = max(1, _BATCH_BYTES // head_bytes)
@@ -51,7 +52,7 @@ def offload_heads(
         ranks = torch.arange(batch.start, batch.stop, device=slots.device)[:, None]
         host_pages = ranks * geometry.num_prompt_pages + torch.arange(geometry.num_prompt_pages, device=slots.device)
         ids = memory.layout.host_page_ids(memory.table.host_pages[row], host_pages)
-        offload_rows(views, memory.store.pages, rows, ids)
+        offload_rows(views, memory.store.pages, rows, ids.where(is_read[batch], -1))
         values = views.v_flat[rows] if retrieval.estimate else None
         vectors = summarize_heads(retrieval, views.k_flat[rows], values, rms[heads[batch]])
         _write_summaries(memory, row, geometry, ranks, vectors)

@@ -138,7 +138,7 @@ def test_a_captured_step_waits_for_nothing_and_does_the_same_for_every_batch(bac
 
 LAUNCHES_A_LAYER, LAUNCHES_A_STEP = 4, 1
 """Score, choose, fetch, attend; and the plan of all layers. With prefetch a layer retrieves twice."""
-OTHERS_A_LAYER = 20
+OTHERS_A_LAYER = 25
 """At most so many operations of torch, most of which are views, in a layer of a step without prefetch."""
 
 
