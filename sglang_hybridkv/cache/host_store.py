@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hybridkv_kernels.host_pages import HostPages
+from hybridkv_kernels.host_pages import HostPages, record_bytes
 
 
 class HostStore:
@@ -18,6 +18,11 @@ class HostStore:
     dtype : of the KV pool.
     host_dtype : how rows are stored, see `HostPages`.
     pin : page-locked memory, so that a CUDA device reads it directly.
+
+    Raises
+    ------
+    RuntimeError
+        There is not as much memory.
 
     Attributes
     ----------
@@ -36,7 +41,14 @@ class HostStore:
         host_dtype: str = "same",
     ):
         num_head_pages = num_pages * head_pages_per_page
-        self.pages = HostPages.empty(num_head_pages, page_size, head_dim, dtype, host_dtype, pin)
+        try:
+            self.pages = HostPages.empty(num_head_pages, page_size, head_dim, dtype, host_dtype, pin)
+        except RuntimeError as error:
+            num_bytes = num_head_pages * page_size * record_bytes(head_dim, dtype.itemsize, host_dtype)
+            raise RuntimeError(
+                f"host_store_bytes: {num_bytes:,} bytes of host memory cannot be had, page-locked where the pool is "
+                "on a GPU; a smaller host_store_bytes, or a machine with more of it, helps"
+            ) from error
         self.num_pages = num_pages
         self.page_bytes = head_pages_per_page * page_size * self.pages.record_bytes
         self.clear()

@@ -451,9 +451,20 @@ def _num_host_pages(config: CompressorConfig, pool: HybridTokenToKVPool, ranks: 
 
 
 def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks: Ranks) -> int:
-    """Of all ranks: what the user asked for, or what dynamic heads need beside full device pools, if that is free."""
+    """Of all ranks: what the user asked for, or what dynamic heads need beside full device pools, if that is free.
+
+    ValueError when the user asks for more than can be page-locked.
+    """
     wanted = config.host_store_bytes if isinstance(config, RetrievalConfig) else 0
+    is_pinned = torch.device(pool.device).type == "cuda"
+    free = int(ranks.gather(available_host_bytes()).min())
     if wanted is not None:
+        if is_pinned and wanted > free:
+            # Page-locked memory beyond that has the system end the process, without a word.
+            raise ValueError(
+                f"host_store_bytes: {wanted:,}; legal: at most {free:,}, which this machine, or the container, has "
+                "free and can page-lock"
+            )
         return wanted
     compressed_heads = (pool.layer_num - sum(map(bool, pool.windows))) * pool.head_num
     heads, pool_bytes = pool.layer_num * pool.head_num, pool.pool_bytes * ranks.size
@@ -462,9 +473,8 @@ def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks
         record_bytes(pool.head_dim, pool.store_dtype.itemsize, one) for one in ("same", config.stored_dtype)
     )
     for_dynamic_heads = rows_bytes * stored // plain
-    free = int(ranks.gather(available_host_bytes()).min())
     found = min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
-    if torch.device(pool.device).type == "cuda" and found >= ranks.size:
+    if is_pinned and found >= ranks.size:
         # torch rounds the pinned tensor of each rank up to a power of two.
         found = ranks.size << ((found // ranks.size).bit_length() - 1)
     return found

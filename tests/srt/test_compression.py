@@ -341,7 +341,11 @@ def test_the_default_host_store_is_what_dynamic_heads_need_if_that_is_free(devic
     if device == "cpu" and free > 32 * GIB:
         assert compression_module._host_store_bytes(rounded, pool, together) == expected * 144 // 256
     asked = HybridKVConfig(host_store_bytes=12345)
-    assert compression_module._host_store_bytes(asked, pool, together) == 12345
+    if device == "cuda" and not free:
+        with pytest.raises(ValueError, match=r"^host_store_bytes: 12,345; legal: at most 0, "):
+            compression_module._host_store_bytes(asked, pool, together)
+    else:
+        assert compression_module._host_store_bytes(asked, pool, together) == 12345
 
 
 def test_a_full_host_store_can_make_all_heads_static():

@@ -108,3 +108,10 @@ def test_a_page_that_is_not_held_or_free_exactly_once_is_found(freed, held):
         store.free(pages[place : place + 1])
     with pytest.raises(AssertionError, match="lost or held twice"):
         store.check_integrity([pages[places] for places in held])
+
+
+def test_memory_that_cannot_be_had_is_one_sentence():
+    with pytest.raises(
+        RuntimeError, match=r"^host_store_bytes: 2,\d{3},\d{3},\d{3},\d{3},\d{3} bytes of host memory cannot"
+    ):
+        make_store(num_pages=2**39)
