@@ -412,7 +412,9 @@ def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, c
     before = pool.keys.clone(), pool.values.clone(), pool.views.held_chunks.clone()
     hosted = pool.store.pages.data.clone()
     compressor.fault = fault
-    observed = ObservedPrompt((), pool.rand(2, 2), pool.rand(2, 2, prompt.seq_len), pool.rand(2, 2, 32))
+    statistic = pool.rand(2, 2)
+    statistic[0, 0] = 1.0  # a static head: the others do not keep what is ranked first
+    observed = ObservedPrompt((), statistic, pool.rand(2, 2, prompt.seq_len), pool.rand(2, 2, 32))
     with torch.device("cpu"):  # where a server's tensors are, unless it says otherwise
         reservation = pool._reserve(prompt.seq_len, (), may_retrieve=fault != "dynamic" and compressor.may_retrieve)
         pool.cache.observer.watch(prompt.row, range(prompt.seq_len))
