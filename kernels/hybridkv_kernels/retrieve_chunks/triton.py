@@ -68,7 +68,7 @@ def _fetch_kernel(
     """
     entry = tl.program_id(0).to(tl.int64)
     num_rows = tl.load(all_num_moved + entry) * CHUNK
-    if num_rows == 0:
+    if tl.program_id(1) * ROWS >= num_rows:
         return
     row = tl.load(req_rows + entry // H).to(tl.int64)
     first = tl.load(host_rank + (row * L + layer_idx) * H + entry % H) * tl.load(all_num_prompt_pages + row)

@@ -244,7 +244,10 @@ def _score_kernel(
     row, head, is_mine = load_entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
         return
-    num_chunks, num_selected = tl.load(all_num_prompt_pages + row) * C, tl.load(num_head_pages + head) * C
+    num_chunks = tl.load(all_num_prompt_pages + row) * C
+    if tl.program_id(1) * BC >= num_chunks:  # a prompt is shorter than the longest
+        return
+    num_selected = tl.load(num_head_pages + head) * C
     pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
     q = _load_group(queries, entry * G, D, G, BG, BD)
     step: tl.constexpr = 2 if SCORE == "quest" or SCORE == "arkvale" else 1
@@ -309,7 +312,10 @@ def _score_codes_kernel(
     row, head, is_mine = load_entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
         return
-    num_chunks, num_selected = tl.load(all_num_prompt_pages + row) * C, tl.load(num_head_pages + head) * C
+    num_chunks = tl.load(all_num_prompt_pages + row) * C
+    if tl.program_id(1) * BC >= num_chunks:  # a prompt is shorter than the longest
+        return
+    num_selected = tl.load(num_head_pages + head) * C
     pages, first = all_pages + row * max_pages, tl.load(first_summary_page + head)
     CHUNK: tl.constexpr = P // C
     WORDS: tl.constexpr = BC * CHUNK // _CODED_TOKENS
