@@ -98,7 +98,7 @@ def test_two_processes_hear_of_each_other(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(180)
         assert process.exitcode == 0
     heard = sorted(queue.get() for _ in processes)
     assert heard == [(index, 2, [[0, -(2**60)], [1, -(2**60) + 1]]) for index in range(2)]
