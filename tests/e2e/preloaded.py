@@ -45,7 +45,9 @@ class PreloadedServer(Server):
 
     def _launch(self, log: IO[bytes]) -> ForkedProcess:
         order = {"argv": self.command[self.command.index("--model-path") :], "log": str(self.log)}
-        return ForkedProcess(_fork(self.env, order))
+        # PYTEST_CURRENT_TEST would make an environment, and a process that imports SGLang, of every test.
+        env = {name: value for name, value in self.env.items() if not name.startswith("PYTEST_")}
+        return ForkedProcess(_fork(env, order))
 
 
 class ForkedProcess:
