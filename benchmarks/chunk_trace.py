@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.replay import Held, Prompt, Replay, ReplayedModel
+from hybridkv_kernels.host_pages import round_rows, widen_rows
 
 
 @dataclasses.dataclass
@@ -61,17 +62,13 @@ class TracedReplay(Replay):
         self._summaries = {(layer_idx, 0): source._chunk_summaries(layer_idx, 0) for layer_idx in layers}
 
     def waits(self, layer_idx: int, grouped: torch.Tensor) -> torch.Tensor:
-        """[T], bool: steps in which the layer attends after its own retrieval; queries [1, H, G, T, D].
-
-        As `QueryPrefetch` decides: the mean query of any dynamic head's group is not like the one before.
-        """
+        """[T], bool: steps in which the layer attends after its own retrieval; queries [1, H, G, T, D]."""
         held = self.held[0]
         if not self.prefetch:
             return torch.ones(grouped.shape[3], dtype=torch.bool)
-        means = grouped[0].float().mean(dim=1)[held.is_dynamic[layer_idx]]  # [E, T, D]
-        alike = torch.nn.functional.cosine_similarity(means[:, 1:], means[:, :-1], dim=-1)
-        moved = (alike < held.config.prefetch_similarity).any(dim=0)
-        return torch.cat((torch.ones(1, dtype=torch.bool), moved))
+        kv_heads = held.is_dynamic[layer_idx].nonzero().flatten().tolist()
+        members, similarity = [(0, kv_head) for kv_head in kv_heads], held.config.prefetch_similarity
+        return self._have_moved(layer_idx, members, grouped[0, kv_heads], similarity, keep=False)[0]
 
     def _retrieve(
         self, layer_idx: int, grouped: torch.Tensor, *, keep: bool = False
@@ -92,10 +89,9 @@ class TracedReplay(Replay):
 
 
 def rounded(prompt: Prompt, is_dynamic: torch.Tensor) -> Prompt:
-    """The prompt with the rows of dynamic heads as 255 levels of one byte, each row by its largest element."""
+    """The prompt with the rows of dynamic heads as a host store of int8 gives them back."""
 
-    def round_rows(rows: torch.Tensor) -> torch.Tensor:
-        step = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-        return torch.where(is_dynamic[:, None, :, None], (rows / step).round() * step, rows)
+    def round_trip(rows: torch.Tensor) -> torch.Tensor:
+        return torch.where(is_dynamic[:, None, :, None], widen_rows(*round_rows(rows), rows.dtype), rows)
 
-    return dataclasses.replace(prompt, k=round_rows(prompt.k), v=round_rows(prompt.v))
+    return dataclasses.replace(prompt, k=round_trip(prompt.k), v=round_trip(prompt.v))

@@ -25,6 +25,7 @@ from benchmarks.provenance import run_metadata
 from benchmarks.quality.cases import END_OF_TURN, TEXT, Cell, Exchange, make_exchanges
 from benchmarks.quality.models import MODELS
 from benchmarks.replay import Held, Prompt, Replay, ReplayedModel, compress, everything
+from hybridkv_kernels.host_pages import record_bytes
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.config import parse_config
@@ -33,8 +34,6 @@ from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 BUDGET = 0.1
 MAX_ANSWER_TOKENS = 48
 BF16_BYTES = 2
-SCALE_BYTES = 16
-"""Of a record with one byte an element, keys and values of one token and head: what restores the numbers."""
 PAGE_GB_S, ROW_GB_S = 50.0, 28.0
 """Pace of an H200's link for whole pages and for single rows, both measured (docs/performance.md)."""
 LONG_HEADS, LONG_HEAD_DIM, LONG_CONTEXT, LONG_REQUESTS = 28 * 4, 128, 32768, 16
@@ -60,13 +59,13 @@ class Measure:
     ----------
     config : settings of hybridkv.
     prefetch : attend to what the previous query has retrieved, unless the queries differ (prefetch "previous_query").
-    element_bytes : of a row in host memory.
+    host_dtype : of rows in host memory.
     """
 
     name: str
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     prefetch: bool = False
-    element_bytes: int = BF16_BYTES
+    host_dtype: str = "same"
 
     @property
     def compressor(self) -> HybridKV:
@@ -75,8 +74,7 @@ class Measure:
 
     def chunk_bytes(self, head_dim: int) -> int:
         """Bytes of one chunk of one head on the link, keys and values."""
-        scales = SCALE_BYTES if self.element_bytes < BF16_BYTES else 0
-        return self.compressor.config.tokens_per_chunk * (2 * head_dim * self.element_bytes + scales)
+        return self.compressor.config.tokens_per_chunk * record_bytes(head_dim, BF16_BYTES, self.host_dtype)
 
 
 _PAGES = {"chunk_size": 8}
@@ -84,12 +82,12 @@ MEASURES = (
     Measure("pages, without hysteresis", {**_PAGES, "hysteresis": 0.0}),
     Measure("pages", _PAGES),
     Measure("pages, prefetch", _PAGES, prefetch=True),
-    Measure("pages, one byte an element", _PAGES, element_bytes=1),
+    Measure("pages, one byte an element", _PAGES, host_dtype="int8"),
     Measure("tokens, without hysteresis", {"hysteresis": 0.0}),
     Measure("tokens (the default)"),
     Measure("tokens, prefetch", prefetch=True),
-    Measure("tokens, one byte an element", element_bytes=1),
-    Measure("tokens, prefetch, one byte an element", prefetch=True, element_bytes=1),
+    Measure("tokens, one byte an element", host_dtype="int8"),
+    Measure("tokens, prefetch, one byte an element", prefetch=True, host_dtype="int8"),
 )
 
 
@@ -111,7 +109,7 @@ def measure_answer(
     model: ReplayedModel, prompt: Prompt, held: Held, measure: Measure, ids: torch.Tensor, logits: torch.Tensor
 ) -> Row:
     """Traffic and quality of one answer of the full cache, ids [T] and logits [T, vocabulary], under a measure."""
-    stored = prompt if measure.element_bytes == BF16_BYTES else rounded(prompt, held.is_dynamic)
+    stored = prompt if measure.host_dtype == "same" else rounded(prompt, held.is_dynamic)
     replay = TracedReplay(model, stored, held, prefetch=measure.prefetch, whole=prompt)
     ours = replay.step(ids[None, :-1])[0].log_softmax(-1)
     full = logits[1:].log_softmax(-1)
@@ -169,7 +167,7 @@ def summary(measure: Measure, answers: Sequence[Row], head_dim: int) -> Row:
         "measure": measure.name,
         "config": measure.config,
         "prefetch": measure.prefetch,
-        "element_bytes": measure.element_bytes,
+        "element_bytes": BF16_BYTES if measure.host_dtype == "same" else 1,
         "answers": len(answers),
         "steps": steps,
         "dynamic_heads": round(sum(answer["dynamic_heads"] for answer in answers) / len(answers), 1),

@@ -62,7 +62,7 @@ class TestArithmetic:
         [
             (Measure("pages", {"chunk_size": 8}), 8 * 512),
             (Measure("tokens"), 512),
-            (Measure("one byte", element_bytes=1), 256 + 16),
+            (Measure("one byte", host_dtype="int8"), 256 + 16),
         ],
     )
     def test_bytes_of_a_chunk(self, measure, size):
