@@ -92,7 +92,7 @@ def compress_prompt(
     Notes
     -----
     Runs on the forward's stream. No host sync, and the same launches for every prompt of one geometry. Cost in traffic:
-    kept rows twice, rows of the heads that may be dynamic once more.
+    kept rows twice, rows of dynamic heads once more, and keys of the heads that may be dynamic for their summaries.
     """
     geometry = reservation.geometry
     slots = slots[: geometry.covered]

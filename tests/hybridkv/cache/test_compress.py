@@ -279,7 +279,7 @@ def stored_rows(pool, head_pages):
 @pytest.mark.usefixtures("fast_kernels")
 @LAWS
 @given(compressed())
-def test_the_host_store_has_every_row_of_dynamic_heads_and_nothing_in_pages_of_others(case):
+def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
     pool, prompt, *_ = case
     geometry, per_page = prompt.reservation.geometry, pool.layout.head_pages_per_page
     dynamic = [i for i in itertools.product(range(2), range(2)) if pool.is_dynamic(prompt, *i)]
@@ -288,7 +288,8 @@ def test_the_host_store_has_every_row_of_dynamic_heads_and_nothing_in_pages_of_o
         mine = rows[rank * geometry.num_prompt_pages : (rank + 1) * geometry.num_prompt_pages]
         for stored, exact in zip(stored_rows(pool, mine), (prompt.keys, prompt.values), strict=True):
             assert torch.equal(stored, exact[layer, head, : geometry.covered])
-    foreign = [row for row in range(len(pool.store.pages.data)) if row not in rows]
+    written = set(rows[: len(dynamic) * geometry.num_prompt_pages])
+    foreign = [row for row in range(len(pool.store.pages.data)) if row not in written]
     assert (pool.store.pages.data[foreign] == NAN_BYTE).all()
 
 
