@@ -65,7 +65,7 @@ setup(
             depends=[
                 "setup.py",
                 *(f"{KERNELS}/cpu/{name}" for name in ("args.h", "head_pages.h", "vec.h", "isa.inc")),
-                *(f"{KERNELS}/{op}/cpu.h" for op in ("decode_attn", "retrieve_chunks", "score_heads")),
+                *(f"{KERNELS}/{op}/cpu.h" for op in ("decode_attn", "retrieve_chunks", "score_heads", "select_tokens")),
             ],
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
             # -s: without symbols, which are six sevenths of it.

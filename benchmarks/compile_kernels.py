@@ -168,6 +168,12 @@ def offload_rows(host_dtype: str) -> Callable[[Shape], Any]:
     return call
 
 
+def select_tokens(shape: Shape) -> Any:
+    """Tokens of a prompt of LONG tokens, with a tier for each."""
+    score, counts = torch.zeros(shape.num_kv_heads, LONG), torch.ones(shape.num_kv_heads, dtype=torch.int64)
+    return gpu.load_twin("select_tokens")(score, counts, torch.zeros(LONG, dtype=torch.uint8), 4, 8)
+
+
 def cases() -> Iterator[Case]:
     """Every Triton kernel, in the shapes that are worth a look. Kernels of other ops are added here."""
     for page_size in (8, 16, 32):
@@ -210,6 +216,7 @@ def cases() -> Iterator[Case]:
     # These kernels run once a prompt, and are not held to the limits.
     for shape in (shape_of(), shape_of(torch.float32), shape_of(torch.float16, head_dim=80, group_size=1)):
         yield Case("score_heads", shape, score_heads)
+    yield Case("select_tokens", shape_of(), select_tokens)
     yield Case("compact_kv", shape_of(), compact_kv)
     for host_dtype in HOST_DTYPES:
         for shape in (shape_of(), shape_of(torch.float32), shape_of(torch.float16, head_dim=80, group_size=1)):

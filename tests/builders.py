@@ -21,6 +21,7 @@ from benchmarks.gpu_check.pool import Pool, Request, Shape, make_geometry
 from benchmarks.gpu_check.reference import full_attention
 from hybridkv_kernels import cpu, dispatch, gpu
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
+from sglang_hybridkv.cache.side_stream import SideStream
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry
@@ -167,6 +168,21 @@ def head_page(pool_LSHD: torch.Tensor, page: int, layer_idx: int, kv_head: int, 
     """[P, D]: one head page, found by reshaping the page's own memory and by no other arithmetic."""
     rows = pool_LSHD[layer_idx, page * page_size : (page + 1) * page_size]
     return rows.reshape(rows.shape[1], page_size, rows.shape[2])[kv_head]
+
+
+class LateSideStream(SideStream):
+    """Runs all work at the last moment, when it is joined; what waited for too little meets fresh memory."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.waiting = []
+
+    def run(self, work, *used):
+        self.waiting.append(work)
+
+    def join(self):
+        while self.waiting:
+            self.waiting.pop(0)()
 
 
 class TinyPool(Pool):

@@ -167,6 +167,7 @@ class Pool:
             self.cache.bind(request.row, reservation)
             observed = ObservedPrompt(reservation.spans, statistic, salience, request.query_rms)
             self.cache.compress(request.row, slots, observed)
+            self.cache.join()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self._commit(request, reservation)

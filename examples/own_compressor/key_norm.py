@@ -32,4 +32,4 @@ class KeyNorm(Compressor):
 
     def rank_tokens(self, observation, plan):
         """Order in which heads keep tokens: sinks and recent window, then the highest tier, then the best score."""
-        return self.order_tokens(observation, observation.is_text.to(torch.int64))
+        return self.order_tokens(observation, observation.is_text)

@@ -11,13 +11,13 @@ import dataclasses
 
 import torch
 
-from hybridkv_kernels.chunks import top_chunks
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
+from hybridkv_kernels.select_tokens import select_tokens
 from sglang_hybridkv.cache.memory import CacheMemory, full_layers
 from sglang_hybridkv.cache.offload import offload_heads
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
-from sglang_hybridkv.compressors.token_order import chunk_salience, pool_salience
+from sglang_hybridkv.compressors.token_order import TokenOrder, chunk_salience, first_of_order, pool_salience
 from sglang_hybridkv.requests.geometry import PromptGeometry, window_pages
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.requests.plan_events import pack_bits
@@ -91,8 +91,9 @@ def compress_prompt(
 
     Notes
     -----
-    Runs on the forward's stream. No host sync, and the same launches for every prompt of one geometry. Cost in traffic:
-    kept rows twice, rows of dynamic heads once more, and keys of the heads that may be dynamic for their summaries.
+    Runs on the forward's stream, but for the host rows. No host sync, and the same launches for every prompt of one
+    geometry. Cost in traffic: kept rows twice, rows of dynamic heads once more, and keys of the heads that may be
+    dynamic for their summaries.
     """
     geometry = reservation.geometry
     slots = slots[: geometry.covered]
@@ -184,10 +185,9 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     Dynamic heads start with the chunks that prefill found salient, so that the first step already hits.
     """
     page_size = observation.page_size
+    num_kept = plan.num_head_pages * page_size
     order = compressor.rank_tokens(observation, plan)
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.full_like(order, order.shape[-1]).scatter_(-1, order, places)
-    static = rank < (plan.num_head_pages * page_size).unsqueeze(-1)
+    static = order.first(num_kept) if isinstance(order, TokenOrder) else first_of_order(order, num_kept)
     retrieval = compressor.config.retrieval
     if retrieval is None:
         return static
@@ -195,7 +195,7 @@ def kept_tokens(compressor: Compressor, observation: PromptObservation, plan: He
     counts = plan.num_head_pages.flatten() * (page_size // chunk_size)
     scores = chunk_salience(observation.salience, chunk_size).flatten(0, 1)
     forced = retrieval.forced_chunks(scores.shape[1], counts)
-    chunks = top_chunks(scores.masked_fill(forced, float("inf")), counts)
+    chunks = select_tokens(scores.masked_fill(forced, float("inf")), counts)
     dynamic = chunks.repeat_interleave(chunk_size, dim=1).view_as(static)
     return torch.where(plan.is_dynamic.unsqueeze(-1), dynamic, static)
 

@@ -30,7 +30,7 @@ class CompressedCache:
 
     Attributes
     ----------
-    memory : pool views, table and host store.
+    memory : pool views, table and host store, and the stream on which rows are written to the latter.
     compressor : bound to the model, with the server's settings; a request with its own brings another one.
     retrieval : how its dynamic heads retrieve; None where no head is dynamic.
     bound : reservations by row, from `bind` to `release`.
@@ -128,8 +128,15 @@ class CompressedCache:
         """Fill the pages of a bound row from its prompt's own `slots` [>= covered], int64; see `compress_prompt`."""
         reservation, stopwatch = self.bound[row], Stopwatch(slots.device)
         compress_prompt(self.memory, self._compressors[row], reservation, row, slots, observed)
-        stopwatch.stop()
+        self.memory.side.run(stopwatch.stop)
         reservation.seconds = stopwatch.seconds
+
+    def join(self) -> None:
+        """Before the layers of a forward are launched: it comes after what was written to the host store before it.
+
+        The host does not wait. From here on host rows may be read, and the slots that they came from may be another's.
+        """
+        self.memory.side.join()
 
     def retrieve(self, layer_idx: int, q: torch.Tensor, req_rows: torch.Tensor) -> None:
         """Bring the dynamic heads of one layer up to date with new queries.

@@ -72,10 +72,11 @@ class HostStore:
         """Give pages back; each exactly once.
 
         The device may still read or write them: what frees them knows nothing of that, and need not. Their contents
-        are touched by what the forward's stream launches alone, by `offload_rows` and `retrieve_chunks`, also where
-        retrieval runs beside it (`QueryPrefetch.beside`), which the stream waits for within the step. The next prompt
-        that gets the pages is launched later on that stream, so that it writes them after the last use before. On the
-        host nothing reads or writes a page's contents beside a CUDA pool.
+        are touched by kernels alone. `retrieve_chunks` reads them on the forward's stream, or beside it within a step
+        (`QueryPrefetch.beside`). `offload_rows` writes them on a side stream (`CacheMemory.side`), after all that
+        the forward's stream has launched, so after the last read before; and each forward joins that stream before
+        its first launch, so that all its reads come after the write. On the host nothing reads or writes a page's
+        contents beside a CUDA pool.
         """
         self.free_pages = torch.cat((pages, self.free_pages))
 

@@ -9,23 +9,26 @@ import torch
 
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable, HeadPageViews
 from sglang_hybridkv.cache.host_store import HostStore
+from sglang_hybridkv.cache.side_stream import SideStream
 from sglang_hybridkv.config import CompressorConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheMemory:
-    """Three parts of one shape.
+    """Three parts of one shape, and a stream.
 
     Attributes
     ----------
     views : of the pool's keys and values, and the residency map of the chunks that dynamic heads hold.
     table : by request row.
     store : rows of dynamic heads.
+    side : the stream on which they are written to the store.
     """
 
     views: HeadPageViews
     table: HeadPageTable
     store: HostStore
+    side: SideStream
 
     @property
     def layout(self) -> HeadPageLayout:
@@ -88,4 +91,5 @@ def make_memory(
             pin=device.type == "cuda",
             host_dtype=config.stored_dtype,
         ),
+        side=SideStream(device),
     )

@@ -7,6 +7,8 @@ and which go back at the commit. Entry i is the dynamic head whose `host_rank` i
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from hybridkv_kernels.chunks import Retrieval, encode_keys, summarize_chunks
@@ -30,13 +32,17 @@ def offload_heads(
 
     Parameters
     ----------
+    memory : host rows are written on its side stream. Until the forward's stream joins that, neither these rows nor the
+        prompt's own slots may get a new content.
     slots : [covered], int64. Token slots of the prompt.
     is_dynamic : [L, H], bool. At most max_dynamic_heads of them.
     query_rms : [compressed L, H, D]. See `ObservedPrompt`.
 
     Notes
     -----
-    No host sync, fixed shapes. Host memory is written here alone, by the forward's stream on CUDA; see `HostStore`.
+    No host sync, fixed shapes. Host memory is written here alone; see `HostStore`. On CUDA the host link is busy for
+    milliseconds with a long prompt, and nothing of this forward waits for it: neither the layers' rest and the first
+    token nor the prompts of the same batch that are compressed after this one.
     """
     views, num_kv_heads = memory.views, memory.layout.num_kv_heads
     layers = full_layers(memory.layout, slots.device)
@@ -52,7 +58,8 @@ def offload_heads(
         ranks = torch.arange(batch.start, batch.stop, device=slots.device)[:, None]
         host_pages = ranks * geometry.num_prompt_pages + torch.arange(geometry.num_prompt_pages, device=slots.device)
         ids = memory.layout.host_page_ids(memory.table.host_pages[row], host_pages)
-        offload_rows(views, memory.store.pages, rows, ids.where(is_read[batch], -1))
+        ids = ids.where(is_read[batch], -1)
+        memory.side.run(functools.partial(offload_rows, views, memory.store.pages, rows, ids), rows, ids)
         values = views.v_flat[rows] if retrieval.estimate else None
         vectors = summarize_heads(retrieval, views.k_flat[rows], values, rms[heads[batch]])
         _write_summaries(memory, row, geometry, ranks, vectors)

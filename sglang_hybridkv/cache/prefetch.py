@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
+from sglang_hybridkv.cache.side_stream import SideStream
 
 
 class QueryPrefetch:
@@ -43,7 +44,7 @@ class QueryPrefetch:
         shape = (layout.num_layers, num_rows, layout.num_kv_heads, head_dim)
         self.previous = torch.zeros(shape, dtype=dtype, device=device)
         self.counters = torch.zeros(2, dtype=torch.int64, device=device)
-        self._beside = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        self._side = SideStream(device)
 
     def forget(self, row: int) -> None:
         """Another request takes `row`."""
@@ -76,19 +77,11 @@ class QueryPrefetch:
     def beside(self, retrieve: Callable[[], None], *used: torch.Tensor, is_last: bool) -> None:
         """Run `retrieve`, which reads `used`, beside what follows on this stream, and on the last layer wait for all.
 
-        Nothing that follows reads what it writes before the next step. On a CPU it just runs.
+        Nothing that follows reads what it writes before the next step.
         """
-        if self._beside is None:
-            retrieve()
-            return
-        stream = torch.cuda.current_stream(self.previous.device)
-        self._beside.wait_stream(stream)
-        for tensor in used:
-            tensor.record_stream(self._beside)
-        with torch.cuda.stream(self._beside):
-            retrieve()
+        self._side.run(retrieve, *used)
         if is_last:
-            stream.wait_stream(self._beside)
+            self._side.join()
 
     def correction_rate(self) -> float | None:
         """Share of requests that waited for their own retrieval; None before any decoded. Waits for the device."""

@@ -11,7 +11,7 @@ import torch
 
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.compressors.budget import apportion, lift_weights
-from sglang_hybridkv.compressors.token_order import tiered_order
+from sglang_hybridkv.compressors.token_order import TokenOrder
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.spans import VisualSpan
 
@@ -175,18 +175,16 @@ class Compressor:
         floor = min(max(self.config.min_head_pages, least_pages), observation.num_prompt_pages)
         return apportion(weights, total_head_pages, floor, observation.num_prompt_pages).view(observation.shape)
 
-    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
-        """[L, H, N], int64: tokens of each head, the ones to keep first; its first num_head_pages * P are kept."""
+    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> TokenOrder | torch.Tensor:
+        """The order in which heads keep tokens; the first num_head_pages * P of each head are kept.
+
+        A method that sorts them itself returns [L, H, N], int64: the tokens of each head, the ones to keep first.
+        """
         return self.order_tokens(observation)
 
-    def order_tokens(self, observation: PromptObservation, tier: torch.Tensor | int = 0) -> torch.Tensor:
-        """[L, H, N], int64: sinks and recent window, then tier by tier the most salient; see `tiered_order`."""
-        return tiered_order(
-            observation.salience,
-            tier,
-            num_sink_tokens=self.config.num_sink_tokens,
-            recent_window=self.config.recent_window,
-        )
+    def order_tokens(self, observation: PromptObservation, tier: torch.Tensor | None = None) -> TokenOrder:
+        """Sinks and recent window, then tier by tier the most salient; see `TokenOrder`."""
+        return TokenOrder(observation.salience, tier, self.config.num_sink_tokens, self.config.recent_window)
 
     def merge(
         self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, is_text: torch.Tensor

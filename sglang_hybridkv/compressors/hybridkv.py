@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from hybridkv_kernels.score_heads import score_heads
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
 from sglang_hybridkv.compressors.budget import head_weights, share_by_ratio
-from sglang_hybridkv.compressors.token_order import text_first_order
+from sglang_hybridkv.compressors.token_order import TokenOrder, text_first_order
 from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RecentWindow, RetrievalConfig
 
 # Defaults by preset; a field that the user gives wins. "paper" is the published method, its open choices inferred.
@@ -188,7 +188,7 @@ class HybridKV(Compressor):
         weights = head_weights(statistic.flatten(), is_dynamic.flatten(), share, config.static_weight)
         return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))
 
-    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
+    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> TokenOrder:
         """Text first, then salient visual tokens."""
         return text_first_order(
             observation.salience,
@@ -197,4 +197,5 @@ class HybridKV(Compressor):
             num_sink_tokens=self.config.num_sink_tokens,
             recent_window=self.config.recent_window,
             text_share=self.config.text_share,
+            least_kept=min(self.config.min_head_pages, observation.num_prompt_pages) * observation.page_size,
         )

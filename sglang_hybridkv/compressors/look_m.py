@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.token_order import TokenOrder
 from sglang_hybridkv.config import CompressorConfig, NumSinkTokens, PoolKernel
 
 _BLOCK = 1024  # rows whose similarities are in memory at once
@@ -44,13 +45,13 @@ class LookM(Compressor):
     config: LookMConfig
     merges = True
 
-    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
+    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> TokenOrder:
         """Recent tokens, text, visual tokens."""
         num_kept = plan.num_head_pages * observation.page_size
         num_tokens = observation.salience.shape[-1]
         positions = torch.arange(num_tokens, device=num_kept.device)
         recent = positions >= (num_tokens - (self.config.recent_share * num_kept).to(torch.int64)).unsqueeze(-1)
-        return self.order_tokens(observation, 2 * recent + observation.is_text.to(torch.int64))
+        return self.order_tokens(observation, 2 * recent + observation.is_text.to(torch.uint8))
 
     def merge(
         self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor, is_text: torch.Tensor

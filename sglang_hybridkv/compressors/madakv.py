@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
+from sglang_hybridkv.compressors.token_order import TokenOrder
 from sglang_hybridkv.config import CompressorConfig, PoolKernel
 
 
@@ -43,16 +44,15 @@ class MadaKV(Compressor):
             need += ((mass.cumsum(-1) < self.config.need_mass * total).sum(-1) + 1) * (total > 0).squeeze(-1)
         return need.mean(dim=1, keepdim=True).expand_as(need)
 
-    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
+    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> TokenOrder:
         """The best text and the best visual tokens, in the head's proportion, ahead of the rest."""
         num_kept = (plan.num_head_pages * observation.page_size).unsqueeze(-1)
         num_text = self.text_places(observation, num_kept)
         # Forced tokens come first here, so they count for their modality before places are handed out.
-        order = self.order_tokens(observation)
+        order = self.order_tokens(observation).sorted()
         is_text = observation.is_text[order]
         chosen = torch.where(is_text, is_text.cumsum(-1) <= num_text, (~is_text).cumsum(-1) <= num_kept - num_text)
-        tier = torch.zeros_like(order).scatter_(-1, order, chosen.to(torch.int64))
-        return self.order_tokens(observation, tier)
+        return self.order_tokens(observation, torch.zeros_like(chosen).scatter_(-1, order, chosen))
 
     def text_places(self, observation: PromptObservation, num_kept: torch.Tensor) -> torch.Tensor:
         """[L, H, 1], int64: text's share of num_kept [L, H, 1]; what one modality cannot use goes to the other."""

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from hybridkv_kernels.transfer import to_device
 from sglang_hybridkv.compressors.base import HeadPlan, PromptObservation, Unscored
-from sglang_hybridkv.compressors.token_order import tiered_order
+from sglang_hybridkv.compressors.token_order import TokenOrder
 from sglang_hybridkv.config import CompressorConfig
 from sglang_hybridkv.requests.spans import text_mask
 
@@ -34,11 +34,11 @@ class Random(Unscored):
     config_class = RandomConfig
     config: RandomConfig
 
-    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
+    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> TokenOrder:
         """Forced tokens first, then a permutation of its own for each head."""
         is_text = text_mask(observation.spans, len(observation.is_text), "cpu")
         generator = torch.Generator().manual_seed(zlib.crc32(is_text.numpy().tobytes(), self.config.seed))
         draw = torch.rand(observation.salience.shape, generator=generator, device="cpu")
         draw = to_device(draw, observation.salience.device)
         config = self.config
-        return tiered_order(draw, 0, num_sink_tokens=config.num_sink_tokens, recent_window=config.recent_window)
+        return TokenOrder(draw, None, config.num_sink_tokens, config.recent_window)

@@ -6,6 +6,7 @@ import torch
 
 from hybridkv_kernels.score_heads.naive import observed_attention
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
+from sglang_hybridkv.compressors.token_order import TokenOrder
 from sglang_hybridkv.config import CompressorConfig, PoolKernel, RecentWindow
 
 
@@ -46,6 +47,6 @@ class TGVKV(Compressor):
         """Mass from text to images of the head's layer."""
         return observation.statistic
 
-    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> torch.Tensor:
+    def rank_tokens(self, observation: PromptObservation, plan: HeadPlan) -> TokenOrder:
         """Text ahead of images."""
-        return self.order_tokens(observation, observation.is_text.to(torch.int64))
+        return self.order_tokens(observation, observation.is_text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-_FORCED = 1 << 8  # above every tier that a method names
+from hybridkv_kernels.select_tokens import select_tokens
+from hybridkv_kernels.select_tokens.naive import sort_tokens
 
 
 def pool_salience(salience: torch.Tensor, kernel: int, mode: str = "average") -> torch.Tensor:
@@ -19,28 +22,50 @@ def pool_salience(salience: torch.Tensor, kernel: int, mode: str = "average") ->
     return pooled.squeeze(1).view_as(salience)
 
 
-def tiered_order(
-    salience: torch.Tensor, tier: torch.Tensor | int, *, num_sink_tokens: int, recent_window: int
-) -> torch.Tensor:
-    """Order in which heads keep tokens: sinks and the recent window, then tier by tier the most salient.
+@dataclasses.dataclass(frozen=True)
+class TokenOrder:
+    """Order in which heads keep tokens: forced ones, then tier by tier those with the largest score.
 
-    Parameters
+    What a head keeps is found without sorting all its tokens. Ties go to the earlier token.
+
+    Attributes
     ----------
-    salience : [L, H, N], fp32, not negative.
-    tier : integers in [0, 256), broadcast against salience; a higher tier comes first.
+    score : [L, H, N], fp32.
+    tier : bool or integers in [0, 256), broadcast against score; a higher tier comes first. None is one tier.
     num_sink_tokens, recent_window : first and last tokens that come before everything else.
-
-    Returns
-    -------
-    [L, H, N], int64. Token positions, the ones to keep first; ties go to the earlier token.
     """
-    num_tokens = salience.shape[-1]
-    positions = torch.arange(num_tokens, device=salience.device)
-    forced = (positions < num_sink_tokens) | (positions >= num_tokens - recent_window)
-    tiers = (forced * _FORCED + tier).expand_as(salience)
-    # Two stable sorts instead of one of tier + salience: adding would round small saliences to ties.
-    order = salience.argsort(dim=-1, descending=True, stable=True)
-    return order.gather(-1, tiers.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+
+    score: torch.Tensor
+    tier: torch.Tensor | None
+    num_sink_tokens: int
+    recent_window: int
+
+    def first(self, num_kept: torch.Tensor) -> torch.Tensor:
+        """[L, H, N], bool: the first num_kept [L, H], int64, tokens of each head."""
+        tier = None if self.tier is None else self.tier.to(torch.uint8)
+        if tier is not None and tier.ndim > 1:
+            tier = tier.expand_as(self.score).flatten(0, 1)
+        return select_tokens(
+            self.score.flatten(0, 1),
+            num_kept.flatten(),
+            tier,
+            num_first=self.num_sink_tokens,
+            num_last=self.recent_window,
+        ).view_as(self.score)
+
+    def sorted(self) -> torch.Tensor:
+        """[L, H, N], int64: the tokens in order."""
+        return sort_tokens(self.score, self.tier, self.num_sink_tokens, self.recent_window)
+
+
+def first_of_order(order: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
+    """[L, H, N], bool: the first num_kept [L, H] of tokens [L, H, N] that somebody has sorted.
+
+    Fewer where a token is named twice.
+    """
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    rank = torch.full_like(order, order.shape[-1]).scatter_(-1, order, places)
+    return rank < num_kept.unsqueeze(-1)
 
 
 def text_first_order(
@@ -51,34 +76,32 @@ def text_first_order(
     num_sink_tokens: int,
     recent_window: int,
     text_share: float,
-) -> torch.Tensor:
+    least_kept: int = 0,
+) -> TokenOrder:
     """Order in which static heads keep tokens: sinks and the recent window, then text, then salient visual tokens.
 
     Parameters
     ----------
     salience : [L, H, N], fp32 in [0, 1].
     is_text : [N], bool.
-    num_kept : [L, H], integer. Rows each head keeps; the first num_kept of the order.
+    num_kept : [L, H], int64. Rows each head keeps; the first num_kept of the order.
     num_sink_tokens, recent_window : first and last tokens that come before everything else.
     text_share : text beyond this share of num_kept competes with visual tokens on salience alone.
+    least_kept : rows that each head keeps at least, as far as the host knows; spares a selection where it is enough.
 
-    Returns
-    -------
-    [L, H, N], int64. Token positions, the ones to keep first. Source: HybridKV (arXiv 2604.05887), text-prior pruning.
+    Notes
+    -----
+    Source: HybridKV (arXiv 2604.05887), text-prior pruning.
     """
-    text_rank = _rank(salience.masked_fill(~is_text, -1.0))
-    preferred = is_text & (text_rank < (text_share * num_kept).unsqueeze(-1))
-    return tiered_order(
-        salience, preferred.to(torch.int64), num_sink_tokens=num_sink_tokens, recent_window=recent_window
-    )
+    tier = is_text
+    # Where all text is ahead, and no forced token is left out, text that is not among the best num_kept is not kept.
+    if text_share < 1 or least_kept < num_sink_tokens + recent_window:
+        most = (text_share * num_kept).ceil().to(torch.int64)
+        best_text = TokenOrder(salience.masked_fill(~is_text, -1.0), None, 0, 0).first(most)
+        tier = is_text & best_text
+    return TokenOrder(salience, tier, num_sink_tokens, recent_window)
 
 
 def chunk_salience(salience: torch.Tensor, page_size: int) -> torch.Tensor:
     """[L, H, C]: salience of each chunk of `page_size` tokens, N being a multiple of it."""
     return salience.unflatten(-1, (-1, page_size)).sum(dim=-1)
-
-
-def _rank(score: torch.Tensor) -> torch.Tensor:
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)

@@ -34,6 +34,7 @@ class HybridAttnMixin(CpuPrefillMixin):
         """Rows of the decode batch that is launched next; FlashInfer plans by them, our kernels need no plan."""
 
     def init_forward_metadata(self, forward_batch: Batch):
+        self.token_to_kv_pool.cache.join()
         self._parts, self._observed = [], []
         if forward_batch.forward_mode.is_decode():
             self._begin_decode(forward_batch)
@@ -51,6 +52,7 @@ class HybridAttnMixin(CpuPrefillMixin):
 
     def init_forward_metadata_out_graph(self, forward_batch: Batch, in_capture=False):
         """Before a graph is captured or replayed; see `AttentionBackend`."""
+        self.token_to_kv_pool.cache.join()
         if forward_batch.forward_mode.is_decode():
             # A graph is captured once: with retrieval, which costs dense requests no more than its launch.
             self._any_compressed = True

@@ -54,6 +54,7 @@ class HybridFlashInferMixin(HybridAttnMixin):
 
     def init_forward_metadata_out_graph(self, forward_batch: Batch, in_capture=False):
         """Before a graph is captured, for padding rows only, or replayed."""
+        self.token_to_kv_pool.cache.join()
         if forward_batch.forward_mode.is_decode():
             self._compose(forward_batch, [] if in_capture else self._launched_rows(), in_graph=True)
         super(HybridAttnMixin, self).init_forward_metadata_out_graph(forward_batch, in_capture=in_capture)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hybridkv_kernels import gpu
 from hybridkv_kernels.head_pages import HeadPageLayout
 from hybridkv_kernels.host_pages import HOST_DTYPES, HostPages
 from hybridkv_kernels.offload_rows import naive, offload_rows
@@ -12,6 +13,13 @@ from tests.kernels.shapes import DTYPES, HEAD_DIMS
 from tests.kernels.test_decode_attn import changed
 
 NUM_HEADS, NUM_PAGES, PAGE_SIZE = 3, 4, 8
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """So few that each has several tiles."""
+    if gpu.is_installed():
+        monkeypatch.setattr("hybridkv_kernels.offload_rows.triton._MOST_PROGRAMS", 2)
 
 
 class Offload:

@@ -4,6 +4,7 @@ The backends are SGLang's classes, with the attributes that their decode reads s
 GPU. What they launch on one is replaced: FlashInfer's wrappers by doubles, Triton kernels of SGLang by torch.
 """
 
+import dataclasses
 import importlib.util
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from sglang_hybridkv.srt.compression import Compression
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from sglang_hybridkv.srt.settings import Settings
 from tests import flashinfer_double
-from tests.builders import NAN, fresh_generator
+from tests.builders import NAN, NAN_BYTE, LateSideStream, fresh_generator
 
 # Where both are, the kernels of a decode step run interpreted.
 HAS_TRITON_TWINS = gpu.is_installed() and all(
@@ -95,6 +96,8 @@ class Serving:
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer[:page_size] = 0
         self.cache = self.pool.cache = self.compression.cache
+        self.cache.memory = dataclasses.replace(self.cache.memory, side=LateSideStream())
+        self.compression.store.pages.data.fill_(NAN_BYTE)
         self.req_to_token = torch.zeros(ROWS, MAX_CONTEXT, dtype=torch.int32)
         self.lens: dict[int, int] = {}
         shape = (HEADS * group, self.head_dim, self.head_dim**-0.5, HEADS)
@@ -105,7 +108,7 @@ class Serving:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
 
     def add(self, row, prompt_len, *, compressed=True, custom_params=None):
-        """A request whose prompt was prefilled and, if `compressed`, committed: its own slots are NaN by now."""
+        """A request whose prompt was prefilled and, if `compressed`, committed: its own slots are NaN, once joined."""
         pages = self.compression.allocator.alloc_pages(-(-prompt_len // self.page_size))
         slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()
         self.req_to_token[row, : len(slots)] = slots.int()
@@ -121,9 +124,12 @@ class Serving:
         salience = torch.rand(*heads, prompt_len, generator=self.generator) / prompt_len
         query_rms = torch.rand(*heads, self.head_dim, generator=self.generator)
         self.cache.compress(row, slots, ObservedPrompt((), statistic, salience, query_rms))
-        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
-            buffer[slots[:covered]] = NAN
+        self.cache.memory.side.run(lambda: self._poison(slots[:covered]))
         self.req_to_token[row, :covered] = 0
+
+    def _poison(self, slots):
+        for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
+            buffer[slots] = NAN
 
     def commit(self, row):
         """The ledger's part of a commit; the request's row is as `add` left it."""

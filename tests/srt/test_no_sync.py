@@ -85,6 +85,7 @@ def small(backend, monkeypatch, **config):
     serving.add(3, 5 * serving.page_size + 3)
     serving.add(2, serving.page_size, compressed=False)
     serving.add(5, 4 * serving.page_size)
+    serving.cache.join()  # so that guards see a step alone
     return serving
 
 

@@ -88,3 +88,12 @@ struct CompactArgs {
   int32_t num_threads;
 };
 }
+
+struct SelectArgs {
+  const float* score;            // [num_entries, num_tokens]
+  const int64_t* num_selected;   // [num_entries]
+  const uint8_t* tier;           // [num_entries, num_tokens], or one row for all: stride 0; or null
+  uint8_t* out;                  // [num_entries, num_tokens]
+  int64_t num_entries, num_tokens, tier_stride, num_first, num_last;
+  int32_t num_threads;
+};

@@ -2,6 +2,7 @@
 // neither Python's nor torch's binary interface.
 #include <cstring>
 
+#include "../select_tokens/cpu.h"
 #include "args.h"
 
 #define HK_DECLARE(isa)              \
@@ -56,6 +57,12 @@ int32_t hk_compact(const CompactArgs* args, int32_t) {
     std::memcpy(args->v + args->dst[i] * args->v_row_bytes, args->v + args->src[i] * args->v_row_bytes,
                 size_t(args->v_row_bytes));
   }
+  return 1;
+}
+
+// A selection compares integers, and is limited by memory: one kernel serves every instruction set.
+int32_t hk_select(const SelectArgs* args, int32_t) {
+  selection::select(*args);
   return 1;
 }
 }

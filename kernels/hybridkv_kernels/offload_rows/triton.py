@@ -1,6 +1,10 @@
 """Triton twin of `offload_rows`: programs encode tiles of records and write them to pinned memory (zero copy).
 
 The records of a page lie side by side, so a warp stores 512 contiguous bytes in pieces of 16 bytes.
+
+The copy runs beside the forward (`offload_heads`), and the host link is its limit, at 50 GB/s. A program that waits a
+microsecond for its tile of 8 kB, or half of that rounded, has 4 GB/s or more: so a few programs fill the link, and
+leave the processors to the forward.
 """
 
 import torch
@@ -11,11 +15,13 @@ from hybridkv_kernels.gpu.records import round_record, tile_rows
 from hybridkv_kernels.head_pages import HeadPageViews
 from hybridkv_kernels.host_pages import HostPages
 
+_MOST_PROGRAMS = 64
+
 
 @triton.jit
-def _tile_of_rows(src_rows, host_page_ids, num_rows, P: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of the pool and of the host store [ROWS], int64, of the program's tile, and which of them there are."""
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def _tile_of_rows(tile, src_rows, host_page_ids, num_rows, P: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of the pool and of the host store [ROWS], int64, of a tile, and which of them there are."""
+    i = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     page = tl.load(host_page_ids + i // P, mask=i < num_rows, other=-1)
     is_row = page >= 0
     return tl.load(src_rows + i, mask=is_row, other=0), page * P + i % P, is_row
@@ -36,14 +42,15 @@ def _copy_kernel(
     ROWS: tl.constexpr,
 ):
     """Copy rows as words of 4 bytes, HALF of a key and HALF of a value in a record of WORDS."""
-    src, dst, is_row = _tile_of_rows(src_rows, host_page_ids, num_rows, P, ROWS)
     w = tl.arange(0, BW)
     from_key, from_value = w < HALF, (w >= HALF) & (w < 2 * HALF)
-    at = src[:, None] * HALF + w[None, :]
-    key = tl.load(k_words + at, mask=is_row[:, None] & from_key[None, :], other=0)
-    value = tl.load(v_words + at - HALF, mask=is_row[:, None] & from_value[None, :], other=0)
-    inside = is_row[:, None] & (w < WORDS)[None, :]
-    tl.store(host_words + dst[:, None] * WORDS + w[None, :], tl.where(from_key[None, :], key, value), mask=inside)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        src, dst, is_row = _tile_of_rows(tile, src_rows, host_page_ids, num_rows, P, ROWS)
+        at = src[:, None] * HALF + w[None, :]
+        key = tl.load(k_words + at, mask=is_row[:, None] & from_key[None, :], other=0)
+        value = tl.load(v_words + at - HALF, mask=is_row[:, None] & from_value[None, :], other=0)
+        inside = is_row[:, None] & (w < WORDS)[None, :]
+        tl.store(host_words + dst[:, None] * WORDS + w[None, :], tl.where(from_key[None, :], key, value), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -61,14 +68,15 @@ def _round_kernel(
     ROWS: tl.constexpr,
 ):
     """Round rows of D elements to records of WORDS words of 4 bytes."""
-    src, dst, is_row = _tile_of_rows(src_rows, host_page_ids, num_rows, P, ROWS)
     e, w = tl.arange(0, 4 * BW), tl.arange(0, BW)
     from_key, from_value = e < D, (e >= D) & (e < 2 * D)
-    at = src[:, None] * D + e[None, :]
-    key = tl.load(k_flat + at, mask=is_row[:, None] & from_key[None, :], other=0.0)
-    value = tl.load(v_flat + at - D, mask=is_row[:, None] & from_value[None, :], other=0.0)
-    words = round_record(key.to(tl.float32), value.to(tl.float32), D, BW, ROWS)
-    tl.store(host_words + dst[:, None] * WORDS + w[None, :], words, mask=is_row[:, None] & (w < WORDS)[None, :])
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        src, dst, is_row = _tile_of_rows(tile, src_rows, host_page_ids, num_rows, P, ROWS)
+        at = src[:, None] * D + e[None, :]
+        key = tl.load(k_flat + at, mask=is_row[:, None] & from_key[None, :], other=0.0)
+        value = tl.load(v_flat + at - D, mask=is_row[:, None] & from_value[None, :], other=0.0)
+        words = round_record(key.to(tl.float32), value.to(tl.float32), D, BW, ROWS)
+        tl.store(host_words + dst[:, None] * WORDS + w[None, :], words, mask=is_row[:, None] & (w < WORDS)[None, :])
 
 
 def offload_rows(
@@ -84,9 +92,10 @@ def offload_rows(
     arguments = (host_pages.words, src_rows.contiguous(), host_page_ids.contiguous(), num_rows)
     if host_pages.host_dtype == "same":
         pool, rows = (views.k_flat.view(torch.int32), views.v_flat.view(torch.int32)), tile_rows(block)
-        _copy_kernel[(triton.cdiv(num_rows, rows),)](*pool, *arguments, **shape, HALF=pool[0].shape[1], ROWS=rows)
+        grid = (min(triton.cdiv(num_rows, rows), _MOST_PROGRAMS),)
+        _copy_kernel[grid](*pool, *arguments, **shape, HALF=pool[0].shape[1], ROWS=rows)
     else:
         # Four numbers of key and value are behind each word, and all are in registers until the scale is known.
         rows = max(1, tile_rows(block) // 2)
-        grid = (triton.cdiv(num_rows, rows),)
+        grid = (min(triton.cdiv(num_rows, rows), _MOST_PROGRAMS),)
         _round_kernel[grid](views.k_flat, views.v_flat, *arguments, **shape, D=host_pages.head_dim, ROWS=rows)

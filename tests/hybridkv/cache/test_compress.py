@@ -368,7 +368,7 @@ class Careless:
         return HeadPlan(is_dynamic, pages)
 
     def rank_tokens(self, observation, plan):
-        order = super().rank_tokens(observation, plan)
+        order = super().rank_tokens(observation, plan).sorted()
         if self.fault == "repeated token":
             order[..., 1] = order[..., 0]
         return order

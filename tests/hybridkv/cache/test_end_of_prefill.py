@@ -3,19 +3,20 @@
 Kernels are launches here, unseen inside. So is the offload to the host store, which on a GPU is one.
 """
 
+import dataclasses
 import pkgutil
 
 import pytest
 import torch
 
-from hybridkv_kernels import compact_kv, retrieve_chunks, score_heads
+from hybridkv_kernels import compact_kv, retrieve_chunks, score_heads, select_tokens
 from hybridkv_kernels.chunks import rotation, top_chunks
 from sglang_hybridkv.cache import offload
 from sglang_hybridkv.cache.memory import full_layers
 from sglang_hybridkv.compressors import BUILT_IN, random_tokens
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import TinyPool, fresh_generator, make_compressor, use_kernels
+from tests.builders import LateSideStream, TinyPool, fresh_generator, make_compressor, use_kernels
 from tests.no_sync import HostSync, NoSync
 
 P, PROMPT_LEN = 8, 22 * 8 + 5
@@ -53,7 +54,7 @@ class Guard(NoSync):
 
 def launches(guard, monkeypatch):
     """References as launches of kernels; Triton's are launches already, in its interpreter."""
-    for module in (compact_kv, score_heads, retrieve_chunks):
+    for module in (compact_kv, score_heads, select_tokens, retrieve_chunks):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setitem(module._IMPLEMENTATIONS, "naive", guard.launch(getattr(module.naive, name), name))
     monkeypatch.setattr(offload, "offload_rows", guard.launch(OFFLOAD_ROWS, "offload_rows"))
@@ -128,7 +129,9 @@ def test_with_the_kernels_of_a_gpu_it_waits_for_nothing_either(config, monkeypat
         pool, traces = make_pool("hybridkv", config), []
         for _ in range(2):
             traces.append(guarded(pool, launched, *prepared(pool, 5 * P + 3, num_observed=3)))
-        assert sum(name == "launch" for name, _ in traces[0]) >= 7, "two or three a layer score, one copies rows"
+        assert sum(name == "launch" for name, _ in traces[0]) >= 7, (
+            "two or three a layer score, two select, one copies rows"
+        )
         assert traces[0] == traces[1]
 
 
@@ -160,7 +163,7 @@ def test_events_wait_for_nothing_either(launched):
 
 WAITS = {
     "plan": ("compressors.hybridkv.HybridKV.plan", lambda plan: plan.is_dynamic.any().item()),
-    "rank": ("compressors.hybridkv.HybridKV.rank_tokens", lambda order: order.max().tolist()),
+    "rank": ("compressors.hybridkv.HybridKV.rank_tokens", lambda order: order.score.max().tolist()),
     "digest": ("cache.compress.digest_plan", int),
     "summaries": ("cache.offload.summarize_heads", lambda vectors: vectors.isnan().nonzero()),
     "score": ("compressors.hybridkv.HybridKV.score_layer", lambda scores: scores[0].cpu()),
@@ -208,6 +211,19 @@ def test_only_launches_touch_the_host_store(launched):
             pool.cache.release(prompt.row)
         assert ("launch offload_rows", ()) in guard.trace
         pool.cache.check_integrity()
+
+
+def test_the_first_token_does_not_wait_for_the_host_link():
+    """Host rows are written when the next forward begins, at the latest; the steps of `tests/srt` rely on it."""
+    pool = make_pool("hybridkv", {"max_dynamic_heads": 1.0})
+    pool.cache.memory = dataclasses.replace(pool.cache.memory, side=LateSideStream())
+    before = pool.store.pages.data.clone()
+    prompt, queries = prepared(pool)
+    observe(pool, prompt, queries)
+    assert pool.cache.bound[prompt.row].refusal() is None
+    assert torch.equal(pool.store.pages.data, before)
+    pool.cache.join()
+    assert not torch.equal(pool.store.pages.data, before)
 
 
 @pytest.mark.parametrize("touch", [lambda pages: pages[0].clone(), lambda pages: pages.zero_()])

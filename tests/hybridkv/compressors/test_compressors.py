@@ -65,7 +65,7 @@ def made_for(name, observation, **config):
 
 def kept_rows(compressor, observation, plan):
     """[L, H, N], bool, by the definition of `rank_tokens`."""
-    order = compressor.rank_tokens(observation, plan)
+    order = compressor.rank_tokens(observation, plan).sorted()
     everything = torch.arange(observation.salience.shape[-1]).expand_as(observation.salience)
     assert torch.equal(order.sort(dim=-1).values, everything), "each head ranks every token once"
     taken = everything < (plan.num_head_pages * P).unsqueeze(-1)
