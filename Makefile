@@ -83,8 +83,10 @@ KITS_REPORT = build/sglang-kits.xml
 test-sglang-kits: $(ENVIRONMENT) ## SGLang's own test kits on a stock server and at budgets 1.0 and 0.1; ARGS="-k 0.1"
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest --junitxml=$(KITS_REPORT) tests/e2e/sglang_kits.py $(ARGS)
 
-kernels-compile: $(ENVIRONMENT) ## compile the Triton kernels for sm_80, sm_90, sm_100 without a GPU; registers and spills
-	PYTHONPATH=kernels:$$PYTHONPATH $(PYTHON) -m benchmarks.compile_kernels $(ARGS)
+kernels-compile: kernels-compile-80 kernels-compile-90 kernels-compile-100 ## compile the Triton kernels for sm_80, sm_90, sm_100 without a GPU; registers and spills
+
+kernels-compile-%: $(ENVIRONMENT)
+	PYTHONPATH=kernels:$$PYTHONPATH $(PYTHON) -m benchmarks.compile_kernels --arch $* $(ARGS)
 
 lint: $(ENVIRONMENT) ## ruff, mypy and the import rules
 	$(PYTHON) -m ruff check .

@@ -42,9 +42,10 @@ class TokenOrder:
 
     def first(self, num_kept: torch.Tensor) -> torch.Tensor:
         """[L, H, N], bool: the first num_kept [L, H], int64, tokens of each head."""
-        tier = None if self.tier is None else self.tier.to(torch.uint8)
-        if tier is not None and tier.ndim > 1:
-            tier = tier.expand_as(self.score).flatten(0, 1)
+        tier = self.tier
+        if tier is not None:
+            tier = tier if tier.dtype == torch.bool else tier.to(torch.uint8)
+            tier = tier.expand_as(self.score).flatten(0, 1) if tier.ndim > 1 else tier
         return select_tokens(
             self.score.flatten(0, 1),
             num_kept.flatten(),

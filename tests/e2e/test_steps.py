@@ -80,7 +80,7 @@ def preempts(steps: Steps, length: int) -> Iterator[None]:
 def test_a_request_that_is_preempted_is_answered(with_priorities: SteppedScheduler) -> None:
     """Also when the one for which it was preempted does not fit after all."""
     preempted = 0
-    for length in range(120, 620, 50):
+    for length in range(120, 620, 125):
         generated, retractions = with_priorities.run(preempts, length)
         assert generated == {"low": 150, "high": 150, "late": 2}, length
         preempted += retractions["low"]

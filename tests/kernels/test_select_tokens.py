@@ -55,7 +55,7 @@ def test_long_entries_equal_the_reference(num_values, threads):
     """Over many tiles, with few values, so that most are ties, and with many."""
     generator = fresh_generator()
     score = torch.randint(0, num_values, (3, 2500), generator=generator) * 1e-6
-    tier = (torch.rand(2500, generator=generator) < 0.1).to(torch.uint8)
+    tier = torch.rand(2500, generator=generator) < 0.1
     counts = torch.tensor([1, 700, 2499])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

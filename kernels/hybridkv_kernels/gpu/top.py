@@ -31,14 +31,18 @@ def _count_from(images, num_columns, least, step, BLOCK: tl.constexpr, BITS: tl.
 
 
 @triton.jit
-def top_threshold(images, num_columns, num_chosen, BLOCK: tl.constexpr, BITS: tl.constexpr):
+def top_threshold(
+    images, num_columns, num_chosen, BLOCK: tl.constexpr, BITS: tl.constexpr, USED_BITS: tl.constexpr = 0
+):
     """A threshold, and how many of the images equal to it are among the num_chosen largest of images[:num_columns].
+
+    USED_BITS, an even number, is how many of the BITS of an image are not always 0; 0 stands for all.
 
     All images above the threshold are among them. Each pass finds two bits of it, until as many images as wanted are at
     least as large. Such a pass takes a fifth of the instructions of one that makes a histogram of 256 bins.
     """
     threshold = tl.full([], 0, tl.uint32 if BITS == 32 else tl.uint64)
-    count, bit = num_columns, tl.full([], BITS, tl.int32)
+    count, bit = num_columns, tl.full([], USED_BITS if USED_BITS > 0 else BITS, tl.int32)
     while (bit > 0) & (count != num_chosen):
         bit -= 2
         step = tl.full([], 1, threshold.dtype) << bit.to(threshold.dtype)
@@ -62,10 +66,12 @@ def top_threshold(images, num_columns, num_chosen, BLOCK: tl.constexpr, BITS: tl
 
 
 @triton.jit(do_not_specialize=["num_columns"])
-def _top_kernel(image_rows, all_num_chosen, out, num_columns, BLOCK: tl.constexpr, BITS: tl.constexpr):
+def _top_kernel(
+    image_rows, all_num_chosen, out, num_columns, BLOCK: tl.constexpr, BITS: tl.constexpr, USED_BITS: tl.constexpr
+):
     entry = tl.program_id(0).to(tl.int64)
     images = image_rows + entry * num_columns
-    threshold, wanted = top_threshold(images, num_columns, tl.load(all_num_chosen + entry), BLOCK, BITS)
+    threshold, wanted = top_threshold(images, num_columns, tl.load(all_num_chosen + entry), BLOCK, BITS, USED_BITS)
     num_ties = tl.full([], 0, tl.int32)
     for start in range(0, num_columns, BLOCK):
         image, column, inside = load_images(images, start, num_columns, BLOCK, BITS)
@@ -76,10 +82,11 @@ def _top_kernel(image_rows, all_num_chosen, out, num_columns, BLOCK: tl.constexp
         tl.store(out + entry * num_columns + column, chosen.to(tl.uint8), mask=inside)
 
 
-def top_images(images: torch.Tensor, num_chosen: torch.Tensor) -> torch.Tensor:
+def top_images(images: torch.Tensor, num_chosen: torch.Tensor, used_bits: int = 0) -> torch.Tensor:
     """[E, C], bool: the num_chosen[e] largest of images [E, C]; num_chosen is int32, ties go to the earlier column.
 
-    Images are int32 or int64 whose bits are ordered as unsigned integers. No sync.
+    Images are int32 or int64 whose bits are ordered as unsigned integers. Where only the lowest `used_bits`, an even
+    number, are not always 0, fewer passes are needed; 0 stands for all bits. No sync.
     """
     num_entries, num_columns = images.shape
     out = torch.empty(images.shape, dtype=torch.bool, device=images.device)
@@ -91,6 +98,7 @@ def top_images(images: torch.Tensor, num_chosen: torch.Tensor) -> torch.Tensor:
             num_columns,
             BLOCK=top_block(num_columns) if images.itemsize == 4 else min(1024, top_block(num_columns)),
             BITS=8 * images.itemsize,
+            USED_BITS=used_bits,
             num_warps=16,
         )
     return out

@@ -22,7 +22,7 @@ def select_tokens(
     ----------
     score : [E, N], fp32. NaN counts as the largest number.
     num_selected : [E], int64, same device. All tokens are selected where it is N or more, none where it is 0 or less.
-    tier : [N] or [E, N], uint8, same device; a higher tier comes first. None is one tier.
+    tier : [N] or [E, N], bool or uint8, same device; a higher tier comes first. None is one tier.
     num_first, num_last : tokens at either end that come before everything else.
 
     Returns
@@ -37,7 +37,8 @@ def select_tokens(
     Notes
     -----
     No host sync. Cost: the C++ kernel reads an entry about three times, in cache; the Triton kernels write an image of
-    8 bytes for each number and read it at most 34 times.
+    8 bytes for each number, or of 4 where nothing is forced and there is one tier, and read it at most 23 times, or 19
+    with tiers of bool.
     """
     checks.check_shape("score", score, (None, None))
     checks.check_dtype("score", score, (torch.float32,))
@@ -46,7 +47,7 @@ def select_tokens(
     others = [("num_selected", num_selected)]
     if tier is not None:
         checks.check_shape("tier", tier, (score.shape[1],) if tier.ndim == 1 else tuple(score.shape))
-        checks.check_dtype("tier", tier, (torch.uint8,))
+        checks.check_dtype("tier", tier, (torch.bool, torch.uint8))
         others.append(("tier", tier))
     for name, tensor in others:
         if tensor.device != score.device:
