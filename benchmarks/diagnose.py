@@ -43,13 +43,14 @@ class Comparison:
 
     def attend(self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
         """[1, H * G, T, D]: full attention of T new queries, all of them in one call a layer."""
+        seen = self.ours.seen(layer_idx, q)[0]  # [H, T, N]; before `attend`, which leaves other chunks resident
         full, ours = (one.attend(layer_idx, q, k, v, scaling) for one in (self.full, self.ours))
         grouped, num_prompt = q.unflatten(1, (k.shape[1], -1))[0], len(self.prompt.ids)  # [H, G, T, D]
         keys = torch.cat((self.prompt.k[layer_idx].transpose(0, 1), k[0]), dim=1)
         place = torch.arange(keys.shape[1])
         logits = grouped @ keys.transpose(1, 2).unsqueeze(1) * scaling
         weights = logits.masked_fill(place > place[num_prompt:, None], float("-inf")).softmax(-1).mean(dim=1)
-        on_prompt, seen = weights[..., :num_prompt], self.ours.seen(layer_idx, q)[0]  # [H, T, N]
+        on_prompt = weights[..., :num_prompt]  # [H, T, N]
         by_head = (x[0].unflatten(0, (k.shape[1], -1)).transpose(1, 2).flatten(2) for x in (ours - full, full))
         lost, whole = (x.norm(dim=-1) for x in by_head)
         needle = on_prompt.argmax(dim=-1, keepdim=True)

@@ -12,7 +12,7 @@ import torch
 from benchmarks import diagnose
 from benchmarks.diagnose import MEASURES, Comparison, measure_prompt, result_rows
 from benchmarks.quality.models import TINY_MODEL
-from benchmarks.replay import Prompt, ReplayedModel, compress, everything
+from benchmarks.replay import Prompt, Replay, ReplayedModel, compress, everything
 from benchmarks.scenes import ask, draw_scene, user_message
 from hybridkv_kernels.score_heads import STATISTICS
 from tests.builders import fresh_generator, full_attention, make_compressor
@@ -74,8 +74,8 @@ def test_error_mass_and_needle_are_those_of_plain_attention(heads: dict[str, flo
     comparison = Comparison(prompt, compress(prompt, compressor), everything(prompt, compressor))
     own = [x[:, :, 203:] for x in (q, k, v)]
     full = full_attention(q[0, :, 203], k[0], v[0], 0.2)
-    torch.testing.assert_close(comparison.attend(0, *own, 0.2)[0, :, 0].double(), full, rtol=1e-4, atol=1e-5)
     seen = torch.cat((comparison.ours.seen(0, own[0])[0, :, 0], torch.ones(2, 1, dtype=torch.bool)), dim=1)
+    torch.testing.assert_close(comparison.attend(0, *own, 0.2)[0, :, 0].double(), full, rtol=1e-4, atol=1e-5)
     lost = full_attention(q[0, :, 203], k[0], v[0], 0.2, seen) - full
     error = lost.view(2, -1).norm(dim=1) / full.view(2, -1).norm(dim=1)
     probs = (q[0, :, 203].view(2, 3, 32) @ k[0].transpose(1, 2) * 0.2).softmax(-1).mean(1)
@@ -83,6 +83,24 @@ def test_error_mass_and_needle_are_those_of_plain_attention(heads: dict[str, flo
     expected = torch.stack((error.float(), (probs * seen).sum(1), needle.float()))
     torch.testing.assert_close(comparison.found[:, 0], expected, rtol=1e-3, atol=1e-4)
     assert 0.2 < seen.float().mean() < 0.4
+
+
+def test_each_query_finds_the_chunks_that_the_one_before_has_left() -> None:
+    """With hysteresis they stay, so that the measures of a query depend on its place."""
+    generator = fresh_generator()
+    q, k, v = (torch.randn(1, heads, 208, 32, generator=generator) for heads in (6, 2, 2))
+    prompt = Prompt(torch.arange(200), *(x[:, :, :200].transpose(1, 2) for x in (q, k, v)), torch.zeros(9), (), 0.2)
+    compressor = make_compressor("hybridkv", 1, 2, budget=0.3, **SHORT, **ALL_DYNAMIC, hysteresis=2.0)
+    comparison = Comparison(prompt, compress(prompt, compressor), everything(prompt, compressor))
+    own = [x[:, :, 200:] for x in (q, k, v)]
+    seen = Replay(None, prompt, [compress(prompt, compressor)]).seen(0, own[0])[0]  # [H, T, N]
+    comparison.attend(0, *own, 0.2)
+    captured = torch.zeros(2)
+    for i in range(8):
+        logits = q[0, :, 200 + i].view(2, 3, 32) @ k[0, :, : 201 + i].transpose(1, 2) * 0.2
+        probs = logits.softmax(-1).mean(1)
+        captured += (probs[:, :200] * seen[:, i]).sum(1) + probs[:, 200:].sum(1)
+    torch.testing.assert_close(comparison.found[1, 0], captured, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_are_means_over_prompts_and_the_last_one_over_heads() -> None:
