@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridkv_kernels.score_heads import STATISTICS, naive, score_heads
+from hybridkv_kernels.score_heads import STATISTICS, naive, score_heads, score_heads_batch
 from tests.builders import LAWS, NAN, fresh_generator, poisoned_memory, seeded
 from tests.kernels.shapes import DTYPES, each_model_shape
 
@@ -345,6 +345,7 @@ def test_captured_keys_are_rounded_up_from_what_the_user_wrote(num_tokens, fract
         ("slots", torch.zeros(10, 1, dtype=torch.int64)),
         ("statistic", "entropy"),
         ("statistic", "capture+"),
+        ("chunk_size", 0),
         ("capture_fraction", 0.0),
         ("capture_fraction", 1.0),
         ("capture_fraction", -0.1),
@@ -464,18 +465,74 @@ def shared_work(request, twin, monkeypatch):
     torch.set_num_threads(before)
 
 
-def test_keys_that_other_rows_want_are_ranked_in_double():
-    """A key that only its own row wants is worth nothing to it, to the last bit."""
-    pytest.importorskip("triton")
-    from hybridkv_kernels.score_heads.triton import _kept_keys
+WANTED = {
+    # A key that only its own row wants is worth nothing to it, to the last bit.
+    "own": lambda: torch.full((3, 40), 1e-9).index_put_((torch.tensor(0), torch.tensor(7)), torch.tensor(1.0)),
+    # Equal in fp32, another order in double for the first two rows, and none for the third.
+    "close": lambda: torch.stack((torch.zeros(40), torch.randperm(40) * 1e-9, torch.full((40,), 0.5))),
+    "ties": lambda: torch.randint(3, (3, 40)) / 4,
+    "subnormal": lambda: torch.randint(9, (3, 40)) * 2.0**-149,
+}
 
-    probs = torch.full((1, 2, 40), 1e-9)
-    probs[0, 0, 7] = 1.0
-    kept = _kept_keys(probs, 39, 0, 0)
-    assert kept.sum(-1).tolist() == [[39, 39]]
-    others = probs.double().sum(1, keepdim=True) - probs.double()
-    order = others.argsort(dim=-1, descending=True, stable=True)[..., :39]
-    assert torch.equal(kept, torch.zeros_like(kept).scatter_(-1, order, True))
+
+@pytest.mark.parametrize("probs", WANTED.values(), ids=WANTED)
+@pytest.mark.parametrize(("num_kept", "forced"), [(39, (0, 0)), (7, (2, 3)), (2, (4, 1))])
+def test_keys_that_other_rows_want_are_ranked_in_double(probs, num_kept, forced):
+    pytest.importorskip("triton")
+    from hybridkv_kernels.score_heads.triton_statistics import keep_kernel
+
+    probs = probs()
+    record = torch.tensor([3, 40, 1, 0, 0, 0, 0, 0, 0, num_kept])
+    kept = torch.full((3, 40), -1, dtype=torch.int32)
+    keep_kernel[(3, 1, 1)](record, probs.view(torch.int32), probs.double().sum(0), kept, *forced, H=1, BLOCK=32)
+    order = naive.wanted_keys(probs[None], *forced)[0].argsort(dim=-1, descending=True, stable=True)
+    assert torch.equal(kept, torch.zeros_like(kept).scatter_(-1, order[:, :num_kept], 1))
+
+
+def ragged(generator, lens, num_kv_heads=2):
+    """Keys of a layer, and (q, slots) of a prompt for each (rows, tokens) in `lens`."""
+    pool = torch.randn(100, num_kv_heads, 32, generator=generator)
+    return pool, [
+        (
+            torch.randn(rows, 2 * num_kv_heads, 32, generator=generator),
+            torch.randperm(100, generator=generator)[:tokens],
+        )
+        for rows, tokens in lens
+    ]
+
+
+def check_each_is_what_it_is_alone(pool, prompts, **settings):
+    with poisoned_memory():
+        together = score_heads_batch(prompts, pool, scaling=0.3, **settings)
+    assert len(together) == len(prompts)
+    for (q, slots), scores in zip(prompts, together, strict=True):
+        for got, alone in zip(scores, score_heads(q, pool, slots, scaling=0.3, **settings), strict=True):
+            assert torch.equal(got, alone)
+
+
+lens = st.integers(1, 100).flatmap(lambda tokens: st.tuples(st.integers(1, min(tokens, 40)), st.just(tokens)))
+
+
+@pytest.mark.usefixtures("fast_kernels")
+@LAWS
+@given(st.lists(lens, min_size=1, max_size=5), st.lists(st.sampled_from(STATISTICS), min_size=1, unique=True))
+def test_a_prompt_s_scores_are_the_same_to_the_bit_whatever_others_there_are(lens, names):
+    generator = seeded(len(lens))
+    check_each_is_what_it_is_alone(*ragged(generator, lens), statistic="+".join(names), num_sinks=1, num_recent=2)
+
+
+@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@pytest.mark.parametrize("scratch", [2**28, 400])
+def test_so_they_are_in_triton_s_launches(kernels, scratch, monkeypatch):
+    """Also where the prompts take more scratch than there is for all of them."""
+    from hybridkv_kernels.score_heads import triton
+
+    monkeypatch.setattr(triton, "_MOST_SCRATCH_BYTES", scratch)
+    pool, prompts = ragged(fresh_generator(), [(3, 70), (1, 5), (2, 100)], num_kv_heads=1)
+    check_each_is_what_it_is_alone(pool, prompts, statistic="worst_capture+hit_cv", num_sinks=1, num_recent=2)
+    joined = torch.cat([slots for _, slots in prompts]).split([len(slots) for _, slots in prompts])
+    adjacent = [(q, slots) for (q, _), slots in zip(prompts, joined, strict=True)]
+    check_each_is_what_it_is_alone(pool, adjacent, statistic="sparsity")
 
 
 @pytest.mark.usefixtures("twin")
