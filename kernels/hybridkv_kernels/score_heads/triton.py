@@ -61,7 +61,7 @@ def score_heads_batch(
             for column, name in enumerate(names):
                 if name not in _OF_KERNELS:
                     probs = passes.probs_of(i)
-                    causal = naive.causal_mask(*probs.shape[1:], k.device)
+                    causal = naive.causal_mask(probs.shape[1], probs.shape[2], k.device)
                     arguments = (sparsity_fraction, mass_fraction, chunk_size)
                     values[i, :, column] = naive.row_statistic(name, probs, causal, *arguments)
             results.append((values[i] if len(names) > 1 else values[i, :, 0], own))
@@ -70,7 +70,8 @@ def score_heads_batch(
 
 def _groups(prompts: list[Prompt], k: torch.Tensor, names: list[str]) -> Iterator[list[Prompt]]:
     """The prompts in order, as many at once as scratch has room for, and always one."""
-    group, taken = [], 0
+    group: list[Prompt] = []
+    taken = 0
     for prompt in prompts:
         wanted = _weight_bytes(names) * k.shape[1] * len(prompt[0]) * _num_tokens(prompt, k)
         if group and taken + wanted > _MOST_SCRATCH_BYTES:
