@@ -3,6 +3,8 @@
 The third axis of each grid is the prompt. A prompt's tiles and splits follow from its own sizes, so that its numbers do
 not depend on the others. Each pass computes the logits anew, so that scratch is [H, W, N] and not [H * G, W, N].
 
+Slots of a batch may begin anywhere in memory; a kernel that knows them aligned would be compiled once more.
+
 A record of `prompts` has the FIELDS of `triton.py`, int64: rows W, tokens N, splits of the keys, and how many rows,
 tokens, pairs of a row and a token, and chunks the prompts before it have.
 """
@@ -62,7 +64,7 @@ def logits(q, k, w, token, num_rows, num_tokens, scaling, INTERPRETED: tl.conste
     return tl.where(is_seen, x, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["num_all_rows"])
+@triton.jit(do_not_specialize=["num_all_rows"], do_not_specialize_on_alignment=["slots"])
 def row_kernel(
     queries,
     k_rows,
@@ -128,7 +130,7 @@ def lse_kernel(
     tl.store(all_lse + place, top + tl.log(tl.where(total == 0.0, 1.0, total)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def probability_kernel(
     queries,
     k_rows,
@@ -185,7 +187,7 @@ def probability_kernel(
         tl.store(all_counts + count, 0, mask=(token < num_tokens) & (token % CHUNK == 0))
 
 
-@triton.jit(do_not_specialize=["num_all_rows"])
+@triton.jit(do_not_specialize=["num_all_rows"], do_not_specialize_on_alignment=["slots"])
 def captured_kernel(
     queries,
     k_rows,
