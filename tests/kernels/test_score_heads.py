@@ -361,9 +361,9 @@ def test_bad_arguments_are_named(name, bad):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("statistic", STATISTICS)
-def test_keys_by_token_slot_equal_the_gathered_keys(statistic):
+def test_keys_by_token_slot_equal_the_gathered_keys():
     """Slots in any order, some of them shared by two tokens; the rest of the layer is NaN."""
+    statistic = "+".join(STATISTICS)
     generator = fresh_generator()
     q, pool = torch.randn(6, 4, 32, generator=generator), torch.full((200, 2, 32), NAN)
     slots = torch.randperm(200, generator=generator)[:77]
@@ -410,8 +410,10 @@ def check_equals_naive(q, pool, slots, statistic, forced=(0, 0)):
     torch.testing.assert_close(salience, expected, rtol=1e-4, atol=1e-7)
     # A probability may sit on a threshold: two (row, key) pairs, keys of a row, or rows of a chunk.
     num_tokens = len(pool if slots is None else slots)
-    slack = {"hit_cv": 0.02, "capture": 0.02, "worst_capture": 0.05, "stability": 1e-5}.get(statistic, 2 / num_tokens)
-    assert (value - expected_value).abs().max() <= slack
+    slack = {"hit_cv": 0.02, "capture": 0.02, "worst_capture": 0.05, "stability": 1e-5}
+    allowed = torch.tensor([slack.get(name, 2 / num_tokens) for name in statistic.split("+")])
+    assert value.shape == expected_value.shape
+    assert ((value - expected_value).view(-1, len(allowed)).abs() <= allowed).all()
 
 
 def poisoned_pool(generator, num_tokens, num_kv_heads, head_dim, dtype=torch.float32):
@@ -422,7 +424,7 @@ def poisoned_pool(generator, num_tokens, num_kv_heads, head_dim, dtype=torch.flo
     return pool, slots
 
 
-@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("statistic", ["sparsity+top_mass+stability", "hit_cv", "capture+worst_capture"])
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 63, 64, 65, 200])
 def test_equals_naive_over_lengths(twin, num_tokens, statistic):
     generator = fresh_generator()
@@ -438,15 +440,14 @@ def test_equals_naive_for_model_shapes(twin, shape):
     generator = fresh_generator()
     q = torch.randn(5, 3 * group, head_dim, generator=generator).to(dtype)
     pool, slots = poisoned_pool(generator, 70, 3, head_dim, dtype)
-    for statistic in ("capture", "sparsity"):
-        check_equals_naive(q, pool, slots, statistic, (2, 3))
+    check_equals_naive(q, pool, slots, "capture+sparsity", (2, 3))
 
 
 @pytest.mark.usefixtures("shared_work")
-@pytest.mark.parametrize("num_rows", [31, 33])
-def test_equals_naive_however_the_keys_are_shared(num_rows):
-    """More rows than a tile has, keys by slot and in order."""
-    generator = fresh_generator()
+@pytest.mark.parametrize("more", [-1, 1])
+def test_equals_naive_however_the_keys_are_shared(twin, more):
+    """More rows than a tile has, which has 8 in Triton, keys by slot and in order."""
+    generator, num_rows = fresh_generator(), (8 if twin == "triton" else 32) + more
     q, k = torch.randn(num_rows, 3, 32, generator=generator), torch.randn(130, 1, 32, generator=generator)
     check_equals_naive(q, k, None, "worst_capture")
     check_equals_naive(q, k, torch.randperm(130, generator=generator), "capture", (4, 16))
@@ -537,17 +538,16 @@ def test_so_they_are_in_triton_s_launches(kernels, scratch, monkeypatch):
 
 @pytest.mark.usefixtures("twin")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("broken", [NAN, float("inf"), -float("inf")])
-def test_broken_keys_break_no_other_head(broken, statistic):
-    generator, arguments = fresh_generator(), arguments_of(statistic)
+def test_broken_keys_break_no_other_head(broken):
+    generator, arguments = fresh_generator(), arguments_of("+".join(STATISTICS))
     q, k = torch.randn(4, 4, 32, generator=generator), torch.randn(70, 2, 32, generator=generator)
     expected_value, expected = score_heads(q, k, **arguments)
     k[30::20, 1, 3] = broken
     value, salience = score_heads(q, k, **arguments)
     assert torch.equal(salience[0], expected[0])
-    assert value[0] == expected_value[0]
-    assert 0.0 <= value[1] <= 1.0
+    assert torch.equal(value[0], expected_value[0])
+    assert ((value[1] >= 0.0) & (value[1] <= 1.0)).all()
 
 
 @pytest.mark.usefixtures("twin")
