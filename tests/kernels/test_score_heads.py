@@ -466,6 +466,10 @@ def shared_work(request, twin, monkeypatch):
     torch.set_num_threads(before)
 
 
+# Kernels of Triton by themselves, interpreted and on a GPU.
+by_triton = pytest.mark.parametrize(
+    "kernels", ["triton", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True, scope="class"
+)
 WANTED = {
     # A key that only its own row wants is worth nothing to it, to the last bit.
     "own": lambda: torch.full((3, 40), 1e-9).index_put_((torch.tensor(0), torch.tensor(7)), torch.tensor(1.0)),
@@ -476,10 +480,10 @@ WANTED = {
 }
 
 
+@by_triton
 @pytest.mark.parametrize("probs", WANTED.values(), ids=WANTED)
-@pytest.mark.parametrize(("num_kept", "forced"), [(39, (0, 0)), (7, (2, 3)), (2, (4, 1))])
-def test_keys_that_other_rows_want_are_ranked_in_double(probs, num_kept, forced):
-    pytest.importorskip("triton")
+@pytest.mark.parametrize(("num_kept", "forced"), [(39, (0, 0)), (7, (4, 3))])
+def test_keys_that_other_rows_want_are_ranked_in_double(kernels, probs, num_kept, forced):
     from hybridkv_kernels.score_heads.triton_statistics import keep_kernel
 
     probs = probs()
@@ -488,6 +492,23 @@ def test_keys_that_other_rows_want_are_ranked_in_double(probs, num_kept, forced)
     keep_kernel[(3, 1, 1)](record, probs.view(torch.int32), probs.double().sum(0), kept, *forced, H=1, BLOCK=32)
     order = naive.wanted_keys(probs[None], *forced)[0].argsort(dim=-1, descending=True, stable=True)
     assert torch.equal(kept, torch.zeros_like(kept).scatter_(-1, order[:, :num_kept], 1))
+
+
+@by_triton
+@pytest.mark.parametrize("make", [torch.rand, lambda *sizes: torch.randint(4, sizes) / 7], ids=["many", "few"])
+@pytest.mark.parametrize(("ranks", "chunk_size"), [((0, 39), 3), ((5, 30), 1), ((7, 7), 64)])
+def test_a_row_hits_what_lies_above_the_level_between_two_ranks(kernels, make, ranks, chunk_size):
+    from hybridkv_kernels.score_heads.triton_statistics import hit_kernel
+
+    probs = make(2, 40)
+    record, num_chunks = torch.tensor([2, 40, 1, 0, 0, 0, 0, *ranks, 0]), -(-40 // chunk_size)
+    counts = torch.zeros(num_chunks, dtype=torch.int32)
+    sizes = {"CHUNK": chunk_size, "BC": 4, "BT": 2 ** (chunk_size - 1).bit_length(), "BLOCK": 32}
+    hit_kernel[(2, 1, 1)](record, probs.view(torch.int32), counts, H=1, **sizes)
+    low, high = (probs.sort(dim=-1).values[:, rank : rank + 1] for rank in ranks)
+    hits = (probs >= low + naive.HIT_LEVEL * (high - low)) & (probs > 0)
+    padded = torch.nn.functional.pad(hits, (0, num_chunks * chunk_size - 40)).view(2, num_chunks, chunk_size)
+    assert torch.equal(counts, padded.any(-1).sum(0).int())
 
 
 def ragged(generator, lens, num_kv_heads=2):
@@ -522,7 +543,7 @@ def test_a_prompt_s_scores_are_the_same_to_the_bit_whatever_others_there_are(len
     check_each_is_what_it_is_alone(*ragged(generator, lens), statistic="+".join(names), num_sinks=1, num_recent=2)
 
 
-@pytest.mark.parametrize("kernels", ["triton"], indirect=True)
+@by_triton
 @pytest.mark.parametrize("scratch", [2**28, 400])
 def test_so_they_are_in_triton_s_launches(kernels, scratch, monkeypatch):
     """Also where the prompts take more scratch than there is for all of them."""
