@@ -145,10 +145,16 @@ def retrieve_chunks(
     return call
 
 
-def score_heads(shape: Shape) -> Any:
-    """Observation of a prompt of LONG tokens by 32 rows, with the statistic that takes all three passes."""
-    q, k = queries(shape, 32), zeros(shape, LONG, shape.num_kv_heads)
-    return gpu.load_twin("score_heads")(q, k, torch.arange(LONG), 1.0, "capture", 0.01, 0.9, 16, 0.1, 4, 16)
+def score_heads(statistic: str) -> Callable[[Shape], Any]:
+    """Observation of two prompts, one of LONG tokens by 32 rows, and one of fewer."""
+
+    def call(shape: Shape) -> Any:
+        k = zeros(shape, LONG, shape.num_kv_heads)
+        prompts = [(queries(shape, rows), torch.arange(tokens)) for rows, tokens in ((32, LONG), (7, 100))]
+        score = gpu.load_twin("score_heads", "score_heads_batch")
+        return score(prompts, k, 1.0, statistic, 0.01, 0.9, shape.page_size, 0.1, 4, 16)
+
+    return call
 
 
 def compact_kv(shape: Shape) -> Any:
@@ -213,9 +219,18 @@ def cases() -> Iterator[Case]:
     yield Case("retrieve_chunks key_codes", shape_of(group_size=16, page_size=32), codes[1])
     yield Case("retrieve_chunks key_codes", shape_of(torch.float32), codes[1])
     yield Case("retrieve_chunks arkvale", shape_of(torch.float32), retrieve_chunks("arkvale"))
+    # These run once for each layer of a batch of prompts.
+    for shape in (
+        shape_of(page_size=8),
+        shape_of(torch.float32),
+        shape_of(torch.float16, head_dim=80, group_size=1),
+        shape_of(head_dim=64, group_size=8, page_size=64),
+        shape_of(group_size=16, page_size=32),
+        shape_of(head_dim=256, group_size=4),
+    ):
+        yield Case("score_heads", shape, score_heads("worst_capture+hit_cv"), is_gated=True)
+    yield Case("score_heads capture", shape_of(), score_heads("capture"), is_gated=True)
     # These kernels run once a prompt, and are not held to the limits.
-    for shape in (shape_of(), shape_of(torch.float32), shape_of(torch.float16, head_dim=80, group_size=1)):
-        yield Case("score_heads", shape, score_heads)
     yield Case("select_tokens", shape_of(), select_tokens)
     yield Case("compact_kv", shape_of(), compact_kv)
     for host_dtype in HOST_DTYPES:

@@ -25,7 +25,7 @@ from hybridkv_kernels.chunks import Retrieval, top_chunks
 from hybridkv_kernels.host_pages import round_rows, widen_rows
 from hybridkv_kernels.retrieve_chunks.naive import join_group, score_chunks_by_query, score_tokens_by_query
 from sglang_hybridkv.cache.compress import ObservedPrompt, plan_prompt
-from sglang_hybridkv.cache.observation import PromptObserver
+from sglang_hybridkv.cache.observation import PromptObserver, QueryPart
 from sglang_hybridkv.cache.offload import summarize_heads
 from sglang_hybridkv.compressors import Compressor
 from sglang_hybridkv.config import RetrievalConfig
@@ -119,8 +119,9 @@ def observe(prompt: Prompt, compressor: Compressor) -> ObservedPrompt:
     )
     observer.begin(0, prompt.spans)
     for layer_idx, (q, k, v) in enumerate(zip(prompt.q, prompt.k, prompt.v, strict=True)):
-        observer.score(0, observer.gather(0, layer_idx, q, 0), k, v, slots, prompt.scaling)
-    return observer.finish(0)
+        part = QueryPart(0, observer.gather(0, layer_idx, q, 0), 0, slots)
+        observer.score([part], k, v, prompt.scaling)
+    return observer.finish(0)[1]
 
 
 @torch.inference_mode()

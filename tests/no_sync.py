@@ -35,8 +35,8 @@ METHODS = ("tolist", "cpu", "numpy", "item", "__bool__", "__int__", "__float__",
 FACTORIES = ("arange", "empty", "full", "linspace", "ones", "zeros")
 
 
-class HostSync(AssertionError):
-    """The host waited for the device."""
+class HostSync(BaseException):
+    """The host waited for the device. No `Exception`: the engine contains those of a prompt's compression."""
 
 
 class NoSync(TorchDispatchMode):

@@ -33,7 +33,8 @@ class ObservedPrompt:
     ----------
     spans : its images and videos.
     statistic : [L, H] or [L, H, S]. salience : [L, H, >= covered]. fp32, from `Compressor.score_layer`.
-    query_rms : [L, H, D], fp32. Root mean square of each element over the observed queries of a KV head.
+    query_rms : [L, H, D], fp32. Root mean square of each element over the observed queries of a KV head; [L, H, 0]
+        where no head may be dynamic.
     """
 
     spans: tuple[VisualSpan, ...]

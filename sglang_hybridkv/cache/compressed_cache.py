@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +13,7 @@ from hybridkv_kernels.decode_attn import decode_attn, plan_decode
 from hybridkv_kernels.retrieve_chunks import retrieve_chunks
 from sglang_hybridkv.cache.compress import ObservedPrompt, compress_prompt
 from sglang_hybridkv.cache.memory import CacheMemory, make_memory
-from sglang_hybridkv.cache.observation import PromptObserver
+from sglang_hybridkv.cache.observation import PromptObserver, QueryPart
 from sglang_hybridkv.cache.prefetch import QueryPrefetch
 from sglang_hybridkv.cache.stopwatch import Stopwatch
 from sglang_hybridkv.compressors.base import Compressor
@@ -19,6 +22,8 @@ from sglang_hybridkv.requests.ledger import Reservation
 
 if TYPE_CHECKING:
     from hybridkv_kernels.decode_attn.triton_plan import DecodePlan
+
+logger = logging.getLogger(__name__)
 
 
 class CompressedCache:
@@ -101,28 +106,66 @@ class CompressedCache:
         if self.prefetch is not None:
             self.prefetch.forget(row)
 
-    def observe(
-        self, row: int, layer_idx: int, q: torch.Tensor, start: int, token_slots: torch.Tensor, scaling: float
-    ) -> None:
-        """Look at one layer of a part of a watched prompt, right after its attention; after the last one, compress.
+    def observe(self, layer_idx: int, parts: Sequence[QueryPart], scaling: float) -> None:
+        """Look at one layer of parts of watched prompts, right after its attention; after the last one, compress.
 
-        Layers with a window are not looked at.
+        Layers with a window are not looked at. A prompt of which this fails is given up alone. All that is written is
+        the row's own, and its prompt is only read: nobody else notices. When the device itself is broken, giving up
+        fails, too, and ends the scheduler.
 
         Parameters
         ----------
-        q : [T, H * G, D]. Queries of the part, whose first token is the prompt's `start`-th.
-        token_slots : [>= prompt], integer. Token slots of the request.
+        parts : of one batch; those of rows that are not watched, or no longer, are passed over.
         """
-        layout = self.memory.layout
+        layout, final = self.memory.layout, []
         is_compressed = not layout.window(layer_idx)
-        observed = self.observer.gather(row, layer_idx, q, start) if is_compressed else q[:0]
-        if not self.observer.is_final(row):
-            return
-        slots = token_slots[: self.observer.prompt_len(row)].long()
+        for part in parts:
+            if not self.observer.is_interested(part.row):
+                continue
+            with self._contained(part.row, self.observer.prompt_len(part.row)):
+                if is_compressed:
+                    part = part._replace(q=self.observer.gather(part.row, layer_idx, part.q, part.start))
+                if self.observer.is_final(part.row):
+                    final.append(part)
         if is_compressed:
-            self.observer.score(row, observed, *self.memory.views.layer_rows(layer_idx), slots, scaling)
+            self._score(layer_idx, final, scaling)
         if layer_idx == layout.num_layers - 1:
-            self.compress(row, slots, self.observer.finish(row))
+            self._finish([part.row for part in final if self.observer.is_final(part.row)])
+
+    def _score(self, layer_idx: int, parts: Sequence[QueryPart], scaling: float) -> None:
+        """All prompts together; one by one where that fails."""
+        rows = self.memory.views.layer_rows(layer_idx)
+        if len(parts) > 1:
+            try:
+                self.observer.score(parts, *rows, scaling)
+                return
+            except Exception:
+                logger.warning("KV compressor: %d prompts are scored one by one", len(parts), exc_info=True)
+        for part in parts:
+            with self._contained(part.row, self.observer.prompt_len(part.row)):
+                self.observer.score([part], *rows, scaling)
+
+    def _finish(self, rows: Sequence[int]) -> None:
+        items = []
+        for row in rows:
+            with self._contained(row, self.observer.prompt_len(row)):
+                items.append((row, *self.observer.finish(row)))
+        self.compress_all(items)
+
+    def compress_all(self, items: Sequence[tuple[int, torch.Tensor, ObservedPrompt]]) -> None:
+        """`compress` each prompt whose layers have all run: row, slots of all its tokens, and what was seen of it."""
+        for row, slots, observed in items:
+            with self._contained(row, len(slots)):
+                self.compress(row, slots, observed)
+
+    @contextlib.contextmanager
+    def _contained(self, row: int, prompt_len: int) -> Iterator[None]:
+        """After an error the prompt of `row` stays dense, and the others have their turn."""
+        try:
+            yield
+        except Exception:
+            logger.exception("KV compressor: a prompt of %d tokens could not be compressed", prompt_len)
+            self.give_up(row)
 
     def compress(self, row: int, slots: torch.Tensor, observed: ObservedPrompt) -> None:
         """Fill the pages of a bound row from its prompt's own `slots` [>= covered], int64; see `compress_prompt`."""

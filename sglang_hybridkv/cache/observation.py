@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,16 +13,34 @@ from sglang_hybridkv.compressors.base import Compressor, PromptLayer
 from sglang_hybridkv.requests.spans import VisualSpan, text_mask
 
 
+class QueryPart(NamedTuple):
+    """One layer of a part of a prompt, right after its attention.
+
+    Attributes
+    ----------
+    row : the request's.
+    q : [T, H * G, D]. Queries of the part.
+    start : position of its first token.
+    token_slots : [>= prompt], integer. Token slots of the request.
+    """
+
+    row: int
+    q: torch.Tensor
+    start: int
+    token_slots: torch.Tensor
+
+
 @dataclasses.dataclass
 class _Prompt:
-    """Scores of the layers that have run on the final part of a prompt."""
+    """What the layers have left that have run on the final part of a prompt."""
 
     spans: tuple[VisualSpan, ...]
     compressor: Compressor
     is_text: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
     statistic: list[torch.Tensor] = dataclasses.field(default_factory=list)
     salience: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    query_rms: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    queries: list[torch.Tensor] = dataclasses.field(default_factory=list)
 
 
 class PromptObserver:
@@ -94,39 +114,78 @@ class PromptObserver:
             self._kept[row, layer_idx] = rows.clone()
         return rows
 
-    def score(
-        self,
-        row: int,
-        q: torch.Tensor,
-        k_rows: torch.Tensor,
-        v_rows: torch.Tensor,
-        slots: torch.Tensor,
-        scaling: float,
-    ) -> None:
-        """Score the next layer of a prompt, of those that are compressed.
+    def score(self, parts: Sequence[QueryPart], k_rows: torch.Tensor, v_rows: torch.Tensor, scaling: float) -> None:
+        """Score the next layer of prompts, of those that are compressed; after an error none of them has been scored.
+
+        Prompts whose compressors score alike share a call.
 
         Parameters
         ----------
-        q : [W, H * G, D]. From `gather`.
+        parts : final ones, with the queries that `gather` has given.
         k_rows, v_rows : [slots, H, D]. The layer's keys and values in the pool.
-        slots : [N], int64. Token slots of the whole prompt.
         """
-        prompt, window = self._prompts[row], self._windows[row]
-        assert (len(q), len(slots)) == (len(window), window.stop), f"{len(q)} queries of {window}, {len(slots)} keys"
-        if prompt.is_text is None:
-            prompt.is_text = text_mask(prompt.spans, window.stop, q.device)
-        layer = PromptLayer(
-            q.contiguous(), k_rows, v_rows, slots, scaling, prompt.is_text, layer_idx=len(prompt.statistic)
-        )
-        statistic, salience = prompt.compressor.score_layer(layer)
-        prompt.statistic.append(statistic)
-        prompt.salience.append(salience)
-        by_head = q.float().unflatten(1, (k_rows.shape[1], -1))  # [W, H, G, D]
-        prompt.query_rms.append(by_head.square().mean(dim=(0, 2)).sqrt())
+        layers = self._layers(parts, k_rows, v_rows, scaling)
+        scores: list[tuple[int, tuple[torch.Tensor, torch.Tensor]]] = []
+        for group in self._groups(layers):
+            rows = list(group)
+            scored = self._prompts[rows[0]].compressor.score_layers([group[row] for row in rows])
+            scores += zip(rows, scored, strict=True)
+        for row, (statistic, salience) in scores:
+            prompt = self._prompts[row]
+            prompt.statistic.append(statistic)
+            prompt.salience.append(salience)
+            if prompt.compressor.config.retrieval is not None:
+                prompt.queries.append(layers[row].q)
 
-    def finish(self, row: int) -> ObservedPrompt:
-        """What was seen of a prompt whose layers have all run; the row is forgotten."""
+    def _layers(
+        self, parts: Sequence[QueryPart], k_rows: torch.Tensor, v_rows: torch.Tensor, scaling: float
+    ) -> dict[int, PromptLayer]:
+        """By row. Queries are copied, as the next layer overwrites them; all prompts' lie one behind the other."""
+        for part in parts:
+            window, prompt = self._windows[part.row], self._prompts[part.row]
+            assert len(part.q) == len(window), f"{len(part.q)} queries of {window}"
+            assert len(part.token_slots) >= window.stop, f"{len(part.token_slots)} slots of {window.stop} tokens"
+            if prompt.is_text is None:
+                prompt.is_text = text_mask(prompt.spans, window.stop, part.q.device)
+        self._take_slots([part for part in parts if self._prompts[part.row].slots is None])
+        queries = torch.cat([part.q for part in parts]).split([len(part.q) for part in parts])
+        layers = {}
+        for part, q in zip(parts, queries, strict=True):
+            prompt = self._prompts[part.row]
+            assert prompt.slots is not None
+            assert prompt.is_text is not None
+            layer_idx = len(prompt.statistic)
+            layers[part.row] = PromptLayer(q, k_rows, v_rows, prompt.slots, scaling, prompt.is_text, layer_idx)
+        return layers
+
+    def _take_slots(self, parts: Sequence[QueryPart]) -> None:
+        """Token slots of prompts, int64, for all layers; one behind the other, too."""
+        if parts:
+            own = [part.token_slots[: self.prompt_len(part.row)] for part in parts]
+            all_slots = torch.cat(own).long().split([len(slots) for slots in own])
+            for part, slots in zip(parts, all_slots, strict=True):
+                self._prompts[part.row].slots = slots
+
+    def _groups(self, layers: dict[int, PromptLayer]) -> list[dict[int, PromptLayer]]:
+        groups: list[dict[int, PromptLayer]] = []
+        for row, layer in layers.items():
+            own = self._prompts[row].compressor
+            alike = (group for group in groups if self._prompts[next(iter(group))].compressor.scores_like(own))
+            group = next(alike, None)
+            if group is None:
+                groups.append({row: layer})
+            else:
+                group[row] = layer
+        return groups
+
+    def finish(self, row: int) -> tuple[torch.Tensor, ObservedPrompt]:
+        """Token slots [N] of a prompt whose layers have all run, and what was seen of it; the row is forgotten."""
         prompt = self._prompts.pop(row)
         del self._windows[row]
-        scores = (torch.stack(layers) for layers in (prompt.statistic, prompt.salience, prompt.query_rms))
-        return ObservedPrompt(prompt.spans, *scores)
+        assert prompt.slots is not None
+        statistic, salience = torch.stack(prompt.statistic), torch.stack(prompt.salience)
+        num_kv_heads = salience.shape[1]
+        if not prompt.queries:
+            return prompt.slots, ObservedPrompt(prompt.spans, statistic, salience, salience[..., :0])
+        by_head = torch.stack(prompt.queries).float().unflatten(2, (num_kv_heads, -1))  # [L, W, H, G, D]
+        return prompt.slots, ObservedPrompt(prompt.spans, statistic, salience, by_head.square().mean(dim=(1, 3)).sqrt())

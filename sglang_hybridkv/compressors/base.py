@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from hybridkv_kernels.score_heads import score_heads
+from hybridkv_kernels.score_heads import score_heads, score_heads_batch
 from sglang_hybridkv.compressors.budget import apportion, lift_weights
 from sglang_hybridkv.compressors.token_order import TokenOrder
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
@@ -99,8 +99,8 @@ class Compressor:
     """One method. What a subclass leaves alone is SnapKV: observe, equal budgets, forced tokens, then top salience.
 
     The engine makes one object per server and calls, in this order: `bind` at start-up; for each prompt and layer
-    `score_layer`; then `plan` and `rank_tokens` once, and `merge` layer by layer where `merges`. None of the latter
-    may wait for the device: no number, condition or shape is taken from a tensor.
+    `score_layer`, through `score_layers`; then `plan` and `rank_tokens` once, and `merge` layer by layer where
+    `merges`. None of the latter may wait for the device: no number, condition or shape is taken from a tensor.
 
     Attributes
     ----------
@@ -152,7 +152,31 @@ class Compressor:
         statistic [H], or [H, S] of a method that wants several, and salience [H, N], fp32, on q's device; salience is
         not negative.
         """
-        return score_heads(layer.q, layer.k_rows, layer.slots, scaling=layer.scaling, chunk_size=self.config.page_size)
+        return score_heads(layer.q, layer.k_rows, layer.slots, scaling=layer.scaling, **self.score_settings())
+
+    def score_layers(self, layers: Sequence[PromptLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`score_layer` of several prompts whose prefill ends together, all of one layer; in shared launches if it can.
+
+        A prompt's scores must not depend on the others.
+        """
+        if not self._scores_by_settings():
+            return [self.score_layer(layer) for layer in layers]
+        prompts = [(layer.q, layer.slots) for layer in layers]
+        return score_heads_batch(prompts, layers[0].k_rows, scaling=layers[0].scaling, **self.score_settings())
+
+    def score_settings(self) -> dict[str, Any]:
+        """Settings of `score_heads`, for methods that leave `score_layer` alone."""
+        return {"chunk_size": self.config.page_size}
+
+    def scores_like(self, other: Compressor) -> bool:
+        """Whether `score_layers` of either may look at a prompt of the other; requests bring settings of their own."""
+        if self is other:
+            return True
+        is_settled = self._scores_by_settings() and type(self).score_layers is Compressor.score_layers
+        return is_settled and type(self) is type(other) and self.score_settings() == other.score_settings()
+
+    def _scores_by_settings(self) -> bool:
+        return type(self).score_layer is Compressor.score_layer
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Type and pages of every head; no head is dynamic unless `may_retrieve`."""

@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptLayer, PromptObservation
+from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
 from sglang_hybridkv.compressors.budget import head_weights, share_by_ratio
 from sglang_hybridkv.compressors.token_order import TokenOrder, text_first_order
 from sglang_hybridkv.config import ChunkScore, PageSize, PoolKernel, RecentWindow, RetrievalConfig
@@ -155,22 +154,18 @@ class HybridKV(Compressor):
     observed_rows = "text"
     config: HybridKVConfig
 
-    def score_layer(self, layer: PromptLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """The configured statistic [H], or two [H, 2], and mean probability as salience."""
+    def score_settings(self) -> dict[str, Any]:
+        """The configured statistic [H], or two [H, 2]; salience is the mean probability."""
         config = self.config
-        return score_heads(
-            layer.q,
-            layer.k_rows,
-            layer.slots,
-            scaling=layer.scaling,
-            statistic=config.statistic,
-            sparsity_fraction=config.sparsity_fraction,
-            mass_fraction=config.mass_fraction,
-            capture_fraction=config.capture_fraction,
-            num_sinks=config.num_sink_tokens,
-            num_recent=config.recent_window,
-            chunk_size=config.page_size,
-        )
+        return {
+            "statistic": config.statistic,
+            "sparsity_fraction": config.sparsity_fraction,
+            "mass_fraction": config.mass_fraction,
+            "capture_fraction": config.capture_fraction,
+            "num_sinks": config.num_sink_tokens,
+            "num_recent": config.recent_window,
+            "chunk_size": config.page_size,
+        }
 
     def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
         """Types by threshold, budgets by type and weight; no host sync."""

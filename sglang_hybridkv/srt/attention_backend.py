@@ -7,15 +7,12 @@ is ours, whatever the backend, except that FlashInfer decodes its own way (`flas
 
 from __future__ import annotations
 
-import logging
-
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 
-from sglang_hybridkv.srt.cpu_engine import CpuPrefillMixin, PrefillPart, prefill_parts
+from sglang_hybridkv.cache.observation import QueryPart
+from sglang_hybridkv.srt.cpu_engine import CpuPrefillMixin, prefill_parts
 from sglang_hybridkv.srt.model_requirements import check_inputs
 from sglang_hybridkv.srt.protocols import Batch
-
-logger = logging.getLogger(__name__)
 
 
 class HybridAttnMixin(CpuPrefillMixin):
@@ -81,26 +78,13 @@ class HybridAttnMixin(CpuPrefillMixin):
         if not self._observed:
             return out
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        for part in self._observed:
-            # A row that failed in an earlier layer is no longer watched.
-            if self.token_to_kv_pool.cache.observer.is_interested(part.row):
-                self._observe(part, queries[part.q_start : part.q_end], layer)
+        slots, pool = self.req_to_token_pool.req_to_token, self.token_to_kv_pool
+        parts = [
+            QueryPart(part.row, queries[part.q_start : part.q_end], part.start, slots[part.row])
+            for part in self._observed
+        ]
+        pool.cache.observe(layer.layer_id - pool.start_layer, parts, layer.scaling)
         return out
-
-    def _observe(self, part: PrefillPart, queries, layer):
-        """Observe, and after the last layer compress; a prompt of which that fails stays dense.
-
-        All that is written is the row's own, its prompt is only read, and the other rows of the batch have their turn:
-        nobody else notices. When the device itself is broken, giving up fails, too, and ends the scheduler.
-        """
-        pool = self.token_to_kv_pool
-        token_slots = self.req_to_token_pool.req_to_token[part.row]
-        layer_idx = layer.layer_id - pool.start_layer
-        try:
-            pool.cache.observe(part.row, layer_idx, queries, part.start, token_slots, layer.scaling)
-        except Exception:
-            logger.exception("KV compressor: a prompt of %d tokens could not be compressed", part.end)
-            pool.cache.give_up(part.row)
 
     def forward_decode(self, q, k, v, layer, forward_batch: Batch, save_kv_cache=True, **kwargs):
         check_inputs(layer, kwargs)

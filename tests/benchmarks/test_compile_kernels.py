@@ -1,4 +1,5 @@
-"""The decode kernel, compiled without a GPU: no spills, few registers; and what the table and the exit status say."""
+"""Kernels of decode and of observation, compiled without a GPU: no spills, few registers; and what the table and the
+exit status say."""
 
 import os
 import subprocess
@@ -34,6 +35,19 @@ usages = list(c.measured(wanted, [80, 90]))
 attend = [u for u in usages if u.kernel == "_attend"]
 assert len(attend) == 6 and {u.kernel for u in usages} == {"_plan", "_attend"}
 assert all(0 < u.registers and u.shared_bytes > 0 for u in attend)
+sys.exit("; ".join(u.fault for u in usages if u.fault) or 0)
+""")
+
+
+@pytest.mark.slow
+def test_an_observation_neither_spills_nor_takes_too_many_registers():
+    """sm_80 and sm_90, bf16, head size 128, group 7: seven kernels with the default statistics."""
+    check("""
+import sys
+from benchmarks import compile_kernels as c
+wanted = [c.Case("score_heads", c.shape_of(), c.score_heads("worst_capture+hit_cv"), is_gated=True)]
+usages = list(c.measured(wanted, [80, 90]))
+assert len({u.kernel for u in usages}) == 7 and len(usages) == 14
 sys.exit("; ".join(u.fault for u in usages if u.fault) or 0)
 """)
 

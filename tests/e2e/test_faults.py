@@ -29,7 +29,7 @@ PROMPTS = {"runs": (1, 200, 30), "first": (2, 270, 12), "second": (3, 90, 12)}
 COMPRESSION = [
     ("cache.observation.PromptObserver.gather", 6),  # in the part before the last
     ("cache.observation.PromptObserver.gather", 10),
-    ("compressors.hybridkv.score_heads", 2),
+    ("compressors.base.score_heads_batch", 1),
     ("compressors.hybridkv.HybridKV.plan", 1),
     ("compressors.hybridkv.HybridKV.rank_tokens", 2),
     ("cache.compress.place_heads", 1),
@@ -77,11 +77,22 @@ class Breaking:
         return result
 
 
+class BreakingForOne(Breaking):
+    """Calls a function of several prompts, and raises afterwards whenever the one of "second" is among them."""
+
+    def __call__(self, prompts, *args, **kwargs):
+        result = self.function(prompts, *args, **kwargs)
+        if any(len(slots) == PROMPTS["second"][1] for _, slots in prompts):
+            raise RuntimeError("injected")
+        return result
+
+
 def breaking(name: str, nth_call: int) -> mock._patch:
     """`sglang_hybridkv.{name}` for a `with` block, broken."""
     import pkgutil
 
-    breaking = Breaking(pkgutil.resolve_name(f"sglang_hybridkv.{name}"), nth_call)
+    kind = BreakingForOne if name.endswith("_batch") else Breaking
+    breaking = kind(pkgutil.resolve_name(f"sglang_hybridkv.{name}"), nth_call)
     # A function, so that a method of that name is bound.
     return mock.patch(f"sglang_hybridkv.{name}", lambda *args, **kwargs: breaking(*args, **kwargs))
 

@@ -1,6 +1,9 @@
 """Decode through SGLang's backends made ours, eager and as graphs are captured and replayed; see serving.py for what
 that does not prove."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_hybridkv.srt.attention_backend import HybridAttnMixin
 from sglang_hybridkv.srt.backends import decodes_by_flashinfer, make_hybrid
+from sglang_hybridkv.srt.cpu_engine import CpuPrefillMixin
 from sglang_hybridkv.srt.flashinfer_backend import HybridFlashInferMixin
 from tests.builders import forced_kernels
 from tests.flashinfer_double import BatchDecodeDouble
@@ -219,3 +223,38 @@ def test_fa3_and_others_keep_their_prefill_and_decode_with_our_kernels():
     assert isinstance(hybrid, HybridAttnMixin)
     assert not isinstance(hybrid, HybridFlashInferMixin)
     assert type(hybrid).forward_decode is HybridAttnMixin.forward_decode
+
+
+def test_parts_of_a_prefill_batch_are_observed_in_one_call(monkeypatch):
+    """Of rows that are watched, after stock's attention."""
+    seen = mock.Mock()
+    seen.observer.is_interested = lambda row: row != 4
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND,
+        req_pool_indices_cpu=torch.tensor([7, 4, 2]),
+        extend_prefix_lens_cpu=[10, 0, 3],
+        extend_seq_lens_cpu=[5, 6, 7],
+        **dict.fromkeys(("req_pool_indices", "extend_prefix_lens", "extend_seq_lens")),
+    )
+    hybrid = make_hybrid(SimpleBackend())
+    hybrid.token_to_kv_pool = SimpleNamespace(cache=seen, start_layer=3)
+    hybrid.req_to_token_pool = SimpleNamespace(req_to_token=torch.arange(80).view(8, 10))
+    monkeypatch.setattr(CpuPrefillMixin, "forward_extend", lambda *_, **__: seen.attend() and "out")
+    hybrid.init_forward_metadata(batch)
+    layer = SimpleNamespace(tp_q_head_num=2, qk_head_dim=4, layer_id=5, scaling=0.5)
+    q = torch.randn(18, 8)
+    assert hybrid.forward_extend(q, None, None, layer, batch) == "out"
+    assert [call[0] for call in seen.method_calls] == ["join", "attend", "observe"]
+    layer_idx, parts, scaling = seen.observe.call_args.args
+    assert (layer_idx, scaling) == (2, 0.5)
+    assert [(part.row, part.start) for part in parts] == [(7, 10), (2, 3)]
+    for part, rows in zip(parts, (range(5), range(11, 18)), strict=True):
+        assert torch.equal(part.q, q.view(18, 2, 4)[list(rows)])
+        assert torch.equal(part.token_slots, torch.arange(10 * part.row, 10 * part.row + 10))
+
+
+class SimpleBackend(AttentionBackend):
+    """Has nothing to prepare."""
+
+    def init_forward_metadata(self, forward_batch):
+        pass

@@ -16,6 +16,7 @@ from hybridkv_kernels.chunks import CODED_SCORES, encode_keys
 from hybridkv_kernels.head_pages import HeadPageLayout
 from sglang_hybridkv.cache import offload
 from sglang_hybridkv.cache.compress import ObservedPrompt, digest_plan, rows_by_place, salience_kept
+from sglang_hybridkv.cache.observation import QueryPart
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
@@ -128,9 +129,8 @@ def test_a_prompt_is_compressed_once_after_its_last_layer_though_that_has_a_wind
     monkeypatch.setattr(pool.cache, "compress", lambda row, slots, observed: seen.append((after[-1], observed)))
     for layer in range(3):
         after.append(layer)
-        pool.cache.observe(
-            prompt.row, layer, pool.queries(prompt.seq_len), 0, pool.req_to_token[prompt.row], pool.scaling
-        )
+        part = QueryPart(prompt.row, pool.queries(prompt.seq_len), 0, pool.req_to_token[prompt.row])
+        pool.cache.observe(layer, [part], pool.scaling)
     [(last, observed)] = seen
     assert last == 2
     assert len(observed.statistic) == len(observed.salience) == len(observed.query_rms) == 3 - sum(map(bool, windows))

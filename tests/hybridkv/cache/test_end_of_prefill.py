@@ -9,14 +9,15 @@ import pkgutil
 import pytest
 import torch
 
-from hybridkv_kernels import compact_kv, retrieve_chunks, score_heads, select_tokens
-from hybridkv_kernels.chunks import rotation, top_chunks
+from hybridkv_kernels import compact_kv, gpu, retrieve_chunks, score_heads, select_tokens
+from hybridkv_kernels.chunks import rotation
 from sglang_hybridkv.cache import offload
 from sglang_hybridkv.cache.memory import full_layers
+from sglang_hybridkv.cache.observation import QueryPart
 from sglang_hybridkv.compressors import BUILT_IN, random_tokens
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import LateSideStream, TinyPool, fresh_generator, make_compressor, use_kernels
+from tests.builders import LateSideStream, TinyPool, fresh_generator, make_compressor, seeded, use_kernels
 from tests.no_sync import HostSync, NoSync
 
 P, PROMPT_LEN = 8, 22 * 8 + 5
@@ -59,6 +60,8 @@ def launches(guard, monkeypatch):
         monkeypatch.setitem(module._IMPLEMENTATIONS, "naive", guard.launch(getattr(module.naive, name), name))
     monkeypatch.setattr(offload, "offload_rows", guard.launch(OFFLOAD_ROWS, "offload_rows"))
     monkeypatch.setattr(random_tokens, "to_device", guard.to_device)
+    if gpu.is_installed():
+        monkeypatch.setattr("hybridkv_kernels.score_heads.triton.to_device", guard.to_device)
 
 
 @pytest.fixture
@@ -68,10 +71,11 @@ def launched(monkeypatch):
         yield lambda guard: launches(guard, monkeypatch)
 
 
-def make_pool(name, config, windows=(), compressor=None):
+def make_pool(name, config, windows=(), compressor=None, generator=None):
     eager = {"page_size": P, "min_prompt_tokens": 1, "min_head_pages": 1} | ({} if name == "full" else {"budget": 0.3})
     compressor = compressor or make_compressor(name, 3, 2, **eager | config)
-    pool = TinyPool(fresh_generator(), compressor=compressor, num_layers=3, windows=windows, pages=300, host_pages=120)
+    generator = generator or fresh_generator()
+    pool = TinyPool(generator, compressor=compressor, num_layers=3, windows=windows, pages=300, host_pages=120)
     compressor.take_layers(pool.layout.full_layers)
     return pool
 
@@ -87,8 +91,15 @@ def prepared(pool, prompt_len=PROMPT_LEN, num_observed=20):
 
 def observe(pool, prompt, queries):
     """All layers, as the attention backend shows them; the last one compresses."""
-    for layer_idx, q in enumerate(queries):
-        pool.cache.observe(prompt.row, layer_idx, q, 0, pool.req_to_token[prompt.row], pool.scaling)
+    for layer_idx in range(len(queries)):
+        observe_layer(pool, layer_idx, [(prompt, queries)])
+    assert not pool.cache.bound[prompt.row].failed
+
+
+def observe_layer(pool, layer_idx, prompts):
+    """One layer of prompts that are prefilled in one batch, each with its queries."""
+    parts = [QueryPart(prompt.row, q[layer_idx], 0, pool.req_to_token[prompt.row]) for prompt, q in prompts]
+    pool.cache.observe(layer_idx, parts, pool.scaling)
 
 
 def guarded(pool, launched, prompt, queries):
@@ -115,24 +126,67 @@ def test_it_waits_for_nothing_and_does_the_same_for_every_prompt(name, config, w
     assert len(set(digests)) == (1 if name in ("full", "random") else 3), "the plans differ"
 
 
-@pytest.mark.parametrize("config", [{}, {"preset": "paper", "page_size": P}])
-def test_with_the_kernels_of_a_gpu_it_waits_for_nothing_either(config, monkeypatch):
-    """Beside their launches they use torch, here in the statistics of heads."""
+class Unrun:
+    """A kernel that is launched and does nothing."""
 
-    def launched(guard):
+    def __init__(self, guard):
+        self.guard = guard
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.guard.trace.append(("launch", ()))
+
+
+@pytest.fixture
+def launched_by_triton(monkeypatch):
+    """The kernels of a GPU; those that look for order statistics, which take long in the interpreter, are not run."""
+
+    def launched(guard, unrun=("hit_kernel", "keep_kernel")):
         launches(guard, monkeypatch)
-        # The selection of the best keys takes a minute in the interpreter.
-        best = guard.launch(lambda images, counts: top_chunks(images ^ -(2**63), counts), "top_images")
-        monkeypatch.setattr("hybridkv_kernels.score_heads.triton.top_images", best)
+        for name in unrun:
+            monkeypatch.setattr(f"hybridkv_kernels.score_heads.triton.{name}", Unrun(guard))
 
+    pytest.importorskip("triton")
     with use_kernels("triton"):
-        pool, traces = make_pool("hybridkv", config), []
-        for _ in range(2):
-            traces.append(guarded(pool, launched, *prepared(pool, 5 * P + 3, num_observed=3)))
-        assert sum(name == "launch" for name, _ in traces[0]) >= 7, (
-            "two or three a layer score, two select, one copies rows"
-        )
-        assert traces[0] == traces[1]
+        yield launched
+
+
+@pytest.mark.parametrize("config", [{}, {"preset": "paper", "page_size": P}])
+def test_with_the_kernels_of_a_gpu_it_waits_for_nothing_either(config, launched_by_triton):
+    """Beside their launches they use torch, here in the statistics of heads."""
+    pool, traces = make_pool("hybridkv", config), []
+    for _ in range(2):
+        traces.append(guarded(pool, launched_by_triton, *prepared(pool, 5 * P + 3, num_observed=3)))
+    assert sum(name == "launch" for name, _ in traces[0]) >= 10, "three to seven a layer score, one copies rows"
+    assert traces[0] == traces[1]
+
+
+KERNELS = ("row", "lse", "probability", "hit", "keep", "captured", "statistic")  # of a layer, with today's defaults
+OTHERS_A_LAYER = ["cat"]
+"""The copy of the queries. The sizes of the prompts, from the host, are one more that the guard does not see."""
+NO_LAUNCHES = {"slice.Tensor", "select.int", "split_with_sizes", "split.Tensor", "view", "view.dtype", "as_strided"}
+NO_LAUNCHES |= {"empty.memory_format", "empty_like", "new_empty", "lift_fresh", "detach"}
+
+
+def test_a_layer_takes_as_many_launches_for_five_prompts_as_for_one(launched_by_triton):
+    """Of several lengths and numbers of observed rows, and two of them with settings of their own."""
+    traces = []
+    for num_prompts in (1, 5):
+        pool = make_pool("hybridkv", {})
+        prompts = [prepared(pool, 4 * P + i, num_observed=1 + i % 2) for i in range(num_prompts)]
+        for prompt, _ in prompts[3:]:
+            own = pool.compressor.with_config(pool.compressor.config.model_copy(update={"budget": 0.6, "theta": 0.9}))
+            pool.cache.observer.begin(prompt.row, SPANS, own)
+        with use_kernels("naive"):
+            observe_layer(pool, 0, prompts)  # the first layer takes the slots of all
+        slots = [prompt.slots for prompt in pool.cache.observer._prompts.values()]
+        guard = Guard(pool, *slots, *(q for _, queries in prompts for q in queries))
+        launched_by_triton(guard, [f"{name}_kernel" for name in KERNELS])
+        with guard:
+            observe_layer(pool, 1, prompts)
+        traces.append([name for name, _ in guard.trace])
+    for trace in traces:
+        assert trace.count("launch") == len(KERNELS)
+        assert [name for name in trace if name != "launch" and name not in NO_LAUNCHES] == OTHERS_A_LAYER
 
 
 def test_a_plan_that_is_refused_takes_the_same_launches(launched):
@@ -231,3 +285,48 @@ def test_a_touch_of_the_host_store_is_found(touch):
     pool = make_pool("hybridkv", {})
     with pytest.raises(HostSync, match="touches the host store"), Guard(pool):
         touch(pool.store.pages.data)
+
+
+# What breaks of the prompt of `row`, which has `length` tokens, when it has done its work.
+BREAKS = {
+    "queries": ("cache.observation.PromptObserver.gather", lambda row, length, args: args[1:3] == (row, 1)),
+    "scores": (
+        "compressors.base.score_heads_batch",
+        lambda row, length, args: any(len(slots) == length for _, slots in args[0]),
+    ),
+    "what was seen": ("cache.observation.PromptObserver.finish", lambda row, length, args: args[1] == row),
+    "rows": ("cache.compressed_cache.compress_prompt", lambda row, length, args: args[3] == row),
+}
+
+
+@pytest.mark.parametrize("place", BREAKS)
+def test_a_prompt_of_a_batch_that_fails_harms_no_other(place, monkeypatch, caplog):
+    """Of three the second fails; the others get the plans that they get without a fault."""
+    path, breaks = BREAKS[place]
+    plans, generator = [], fresh_generator()
+    for is_broken in (False, True):
+        pool = make_pool("hybridkv", {}, generator=seeded(generator.initial_seed()))
+        prompts = [prepared(pool, 9 * P + 5 * i) for i in range(3)]
+        broken = prompts[1][0]
+        if is_broken:
+            original = pkgutil.resolve_name(f"sglang_hybridkv.{path}")
+
+            def breaking(*args, original=original, row=broken.row, length=broken.seq_len, **kwargs):
+                result = original(*args, **kwargs)
+                if breaks(row, length, args):
+                    raise RuntimeError("injected")
+                return result
+
+            monkeypatch.setattr(f"sglang_hybridkv.{path}", breaking)
+        for layer_idx in range(3):
+            observe_layer(pool, layer_idx, prompts)
+        pool.cache.check_integrity()
+        assert not any(pool.cache.observer.is_interested(prompt.row) for prompt, _ in prompts)
+        reservations = [pool.cache.readable(prompt.row) for prompt, _ in prompts]
+        assert [reservation is None for reservation in reservations] == [False, is_broken, False]
+        plans.append([int(reservations[i].digest) for i in (0, 2)])
+    assert plans[0] == plans[1]
+    assert pool.cache.bound[broken.row].failed
+    assert caplog.text.count(f"a prompt of {broken.seq_len} tokens could not be compressed") == 1
+    assert caplog.text.count("could not be compressed") == 1
+    assert ("3 prompts are scored one by one" in caplog.text) == (place == "scores")

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridkv_kernels.score_heads import score_heads
-from sglang_hybridkv.cache.observation import PromptObserver
+from sglang_hybridkv.cache.observation import PromptObserver, QueryPart
+from sglang_hybridkv.compressors import base
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.requests.spans import VisualSpan, observed_window
 from tests.builders import LAWS, fresh_generator, make_compressor
@@ -92,7 +93,7 @@ def test_a_window_with_a_gap_is_an_error():
     q, keys = torch.randn(LAYERS, 64, 4, 16, generator=fresh_generator()), torch.zeros(64, 2, 16)
     rows = run_chunk(observer, 1, q, 60, length=4, final=True, window=range(56, 64))
     with pytest.raises(AssertionError, match="4 queries of range"):
-        observer.score(1, rows[0], keys, keys, torch.arange(64), 0.25)
+        observer.score([QueryPart(1, rows[0], 0, torch.arange(64))], keys, keys, 0.25)
 
 
 def begin(observer, spans):
@@ -120,8 +121,9 @@ def test_scores_are_those_of_the_text_after_the_last_image(spans, rows):
     for layer in range(LAYERS):
         observed, k_rows = observer.gather(4, layer, q[layer], 0), torch.full((100, 2, 16), float("nan"))
         k_rows[slots] = keys[layer]
-        observer.score(4, observed, k_rows, k_rows, slots, 0.25)
-    observed = observer.finish(4)
+        observer.score([QueryPart(4, observed, 0, slots)], k_rows, k_rows, 0.25)
+    seen_slots, observed = observer.finish(4)
+    assert torch.equal(seen_slots, slots)
     statistic, salience = observed.statistic, observed.salience
     assert observed.spans == spans
     assert statistic.shape == (LAYERS, 2)
@@ -129,6 +131,8 @@ def test_scores_are_those_of_the_text_after_the_last_image(spans, rows):
     for layer in range(LAYERS):
         expected = score_heads(q[layer, -rows:], keys[layer], scaling=0.25)
         torch.testing.assert_close((statistic[layer], salience[layer]), expected)
+        by_head = q[layer, -rows:].unflatten(1, (2, 2))  # [W, H, G, D]
+        assert torch.equal(observed.query_rms[layer], by_head.square().mean(dim=(0, 2)).sqrt())
     assert not observer.is_final(4)
     assert not observer.is_interested(4)
 
@@ -139,8 +143,8 @@ def test_methods_of_the_last_window_observe_it_whatever_it_shows():
     q, keys = torch.randn(64, 4, 16, generator=generator), torch.randn(64, 2, 16, generator=generator)
     begin(observer, (VisualSpan(10, 60, "image"),))
     for _ in range(LAYERS):
-        observer.score(4, observer.gather(4, 0, q, 0), keys, keys, torch.arange(64), 0.25)
-    torch.testing.assert_close(observer.finish(4).salience[0], score_heads(q[-W:], keys, scaling=0.25)[1])
+        observer.score([QueryPart(4, observer.gather(4, 0, q, 0), 0, torch.arange(64))], keys, keys, 0.25)
+    torch.testing.assert_close(observer.finish(4)[1].salience[0], score_heads(q[-W:], keys, scaling=0.25)[1])
 
 
 def test_methods_are_told_which_tokens_are_text_and_which_layer_it_is():
@@ -154,6 +158,100 @@ def test_methods_are_told_which_tokens_are_text_and_which_layer_it_is():
     observer, q = PromptObserver(Spy(HybridKVConfig()), LAYERS), torch.randn(64, 4, 16, generator=fresh_generator())
     begin(observer, (VisualSpan(10, 59, "image"),))
     for layer in range(LAYERS):
-        observer.score(4, observer.gather(4, layer, q, 0), q[:, :2], q[:, :2], torch.arange(64), 0.25)
+        part = QueryPart(4, observer.gather(4, layer, q, 0), 0, torch.arange(64))
+        observer.score([part], q[:, :2], q[:, :2], 0.25)
     mask = [not 10 <= token < 59 for token in range(64)]
     assert seen == [(mask, 0), (mask, 1)]
+
+
+class Own(HybridKV):
+    """Scores prompts by itself, and each by its own settings."""
+
+    def score_layer(self, layer):
+        statistic, salience = super().score_layer(layer)
+        return statistic * self.config.budget, salience
+
+
+def config(**fields):
+    return HybridKVConfig(observation_rows=W, **fields)
+
+
+def make_prompts(compressors):
+    """Keys of each layer, and of a prompt for each compressor: row, compressor, queries of each layer, slots."""
+    generator, prompts = fresh_generator(), []
+    for row, compressor in enumerate(compressors, 1):
+        q = torch.randn(LAYERS, 20 + 7 * row, 4, 16, generator=generator)
+        prompts.append((row, compressor, q, torch.randperm(100, generator=generator)[: q.shape[1]].int()))
+    return torch.randn(LAYERS, 100, 2, 16, generator=generator), prompts
+
+
+def score_together(keys, prompts):
+    """What was seen of each of `prompts`, the part of a batch."""
+    observer = make_observer()
+    for row, compressor, q, _ in prompts:
+        observer.watch(row, range(q.shape[1] - row, q.shape[1]))
+        observer.begin(row, (VisualSpan(0, row, "image"),), compressor)
+    for layer in range(LAYERS):
+        parts = [QueryPart(row, observer.gather(row, layer, q[layer], 0), 0, slots) for row, _, q, slots in prompts]
+        observer.score(parts, keys[layer], keys[layer], 0.25)
+    return [observer.finish(row) for row, *_ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("compressors", "calls"),
+    [
+        ([HybridKV(config())] * 4, [4]),
+        ([HybridKV(config(budget=0.1)), HybridKV(config(budget=0.7, theta=0.5))], [2]),
+        ([HybridKV(config()), HybridKV(config(statistic="hit_cv")), HybridKV(config())], [2, 1]),
+        ([HybridKV(config()), Own(config()), HybridKV(config())], [2]),
+        ([Own(config(budget=0.1)), Own(config(budget=0.2))], []),
+        ([make_compressor("tgv-kv", LAYERS, 2), make_compressor("snapkv", LAYERS, 2)], [1]),
+    ],
+    ids=["server", "requests", "settings", "methods", "own", "other"],
+)
+def test_prompts_that_score_alike_share_a_call_and_are_what_they_are_alone(compressors, calls, monkeypatch):
+    keys, prompts = make_prompts(compressors)
+    alone = [score_together(keys, [prompt])[0] for prompt in prompts]
+    seen, score = [], base.score_heads_batch
+    monkeypatch.setattr(
+        base, "score_heads_batch", lambda prompts, *k, **kw: seen.append(len(prompts)) or score(prompts, *k, **kw)
+    )
+    together = score_together(keys, prompts)
+    assert seen == calls * LAYERS
+    for (slots, got), (own_slots, expected), prompt in zip(together, alone, prompts, strict=True):
+        assert torch.equal(slots, own_slots)
+        assert torch.equal(slots, prompt[3].long())
+        for field in ("statistic", "salience", "query_rms"):
+            assert torch.equal(getattr(got, field), getattr(expected, field)), field
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "alike"),
+    [
+        (HybridKV(config(budget=0.1)), HybridKV(config(budget=0.7, theta=0.5)), True),
+        (HybridKV(config()), HybridKV(config(capture_fraction=0.2)), False),
+        (Own(config()), HybridKV(config()), False),
+        (Own(config()), Own(config()), False),
+    ],
+)
+def test_settings_of_scores_tell_who_scores_alike(mine, other, alike):
+    assert mine.scores_like(mine)
+    assert mine.scores_like(other) == other.scores_like(mine) == alike
+
+
+def test_after_an_error_no_prompt_has_been_scored():
+    """So that each can be scored alone."""
+
+    class Faulty(HybridKV):
+        def score_layer(self, layer):
+            raise RuntimeError("injected")
+
+    observer, q = make_observer(), torch.randn(9, 4, 16, generator=fresh_generator())
+    for row, compressor in ((1, None), (2, Faulty(config()))):
+        observer.watch(row, range(3, 9))
+        observer.begin(row, (), compressor)
+    parts = [QueryPart(row, observer.gather(row, 0, q, 0), 0, torch.arange(9)) for row in (1, 2)]
+    with pytest.raises(RuntimeError, match="injected"):
+        observer.score(parts, q[:, :2], q[:, :2], 0.25)
+    observer.score(parts[:1], q[:, :2], q[:, :2], 0.25)
+    assert len(observer.finish(1)[1].salience) == 1
