@@ -21,6 +21,7 @@ from benchmarks.gpu_check.pool import Pool, Request, Shape, make_geometry
 from benchmarks.gpu_check.reference import full_attention
 from hybridkv_kernels import cpu, dispatch, gpu
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
+from hybridkv_kernels.host_pages import HostPages
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.requests.geometry import PromptGeometry
@@ -169,6 +170,17 @@ def head_page(pool_LSHD: torch.Tensor, page: int, layer_idx: int, kv_head: int, 
     return rows.reshape(rows.shape[1], page_size, rows.shape[2])[kv_head]
 
 
+def fill_host(host: HostPages, byte: int) -> None:
+    """Make all bytes of a host store's pages this one."""
+    for segment in host.segments:
+        segment.fill_(byte)
+
+
+def host_bytes(host: HostPages) -> torch.Tensor:
+    """[M_host, P, record_bytes], uint8: a copy of all pages."""
+    return torch.cat(host.segments) if host.segments else torch.empty(host.segment_shape(0), dtype=torch.uint8)
+
+
 class TinyPool(Pool):
     """A small pool in which all that is nobody's is NaN: foreign, free and given-back pages, here and on the host.
 
@@ -184,7 +196,7 @@ class TinyPool(Pool):
         super().__init__(shape, compressor, **sizes, generator=generator)
         for tensor in (self.keys, self.values):
             tensor.fill_(NAN)
-        self.store.pages.data.fill_(NAN_BYTE)
+        fill_host(self.store.pages, NAN_BYTE)
         self.views.held_chunks.fill_(-1)
         self.store.free_pages = torch.randperm(host_pages, generator=generator).cpu()
 
@@ -222,8 +234,10 @@ class TinyPool(Pool):
     def poison_free_pages(self):
         for pool in (self.keys, self.values):
             pool.unflatten(1, (-1, self.shape.page_size))[:, self.free] = NAN
-        host = self.store.pages.data.unflatten(0, (-1, self.layout.head_pages_per_page))
-        host[self.store.free_pages] = NAN_BYTE
+        per_segment = self.store.pages.segment_pages // self.layout.head_pages_per_page
+        for i, segment in enumerate(self.store.pages.segments):
+            places = self.store.free_pages[self.store.free_pages // per_segment == i] % per_segment
+            segment.unflatten(0, (-1, self.layout.head_pages_per_page))[places] = NAN_BYTE
 
     def decode(self, prompts, layer_idx, q):
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""

@@ -100,6 +100,7 @@ class Pool:
             self.cache = CompressedCache.create(self.keys, self.values, compressor, **sizes_of_cache)
         memory = self.cache.memory
         self.layout, self.views, self.table, self.store = memory.layout, memory.views, memory.table, memory.store
+        self.store.make_all()
         self.counters = self.cache.counters
         order = torch.randperm(num_pages - 1, generator=generator, device=self.device)
         self.free = (order + 1).tolist()  # page 0 is padding

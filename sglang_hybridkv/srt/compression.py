@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from hybridkv_kernels.host_pages import record_bytes
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
+from sglang_hybridkv.cache.host_segments import available_host_bytes
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
@@ -45,12 +43,6 @@ logger = logging.getLogger(__name__)
 
 _HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what it holds at a budget of 0.1, some room
 _HOST_MEMORY_SHARE = 0.5
-_CONTROL_GROUPS = Path("/sys/fs/cgroup")
-_CONTAINER_MEMORY = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-"""Files of version 2 and of version 1, which a container sees as its own."""
 _REMEMBERED_PLANS = 4096
 _RECORD = "_hybridkv_record"
 _SETTINGS = "_hybridkv_settings"
@@ -98,6 +90,8 @@ class Compression:
             windows=pool.windows,
         )
         self.store = self.cache.memory.store
+        self.store.make_first()
+        self.store.least_of_ranks = lambda own: int(self.ranks.gather(own).min())
         layout = self.cache.memory.layout
         compressor.take_layers(layout.full_layers)
         self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size, layout.head_windows)
@@ -352,7 +346,6 @@ class Compression:
         self.metrics = CompressionMetrics(
             labels,
             pool_bytes=self.shape.num_tokens // self.shape.page_size * self.page_bytes,
-            host_store_bytes=self._host_store_bytes,
             chunk_bytes=self._chunk_bytes,
         )
         self.metrics.show_settings(changeable(self.config))
@@ -361,7 +354,10 @@ class Compression:
     def update_metrics(self) -> None:
         """Show what is held now; after each commit and release, and where SGLang logs its decode batches."""
         if self.metrics is not None:
-            self.metrics.observe_held(self.held(), self.num_committed())
+            held, size = self.held(), self.ranks.size
+            self.metrics.observe_held(held, self.num_committed())
+            limit, pinned = self.store.limit_bytes() * size, self.store.made_bytes() * size
+            self.metrics.observe_host_store(limit, pinned, self.store.used_bytes() * size - held.host)
             self.metrics.observe_chunks(*self._chunk_totals.read())
 
     def num_committed(self) -> int:
@@ -372,10 +368,6 @@ class Compression:
         """Tokens' worth of pages that they would hold beyond what they hold."""
         held = self.held()
         return (held.stock - held.device) // self.page_bytes * self.shape.page_size
-
-    @property
-    def _host_store_bytes(self) -> int:
-        return self.store.num_pages * self.store.page_bytes * self.ranks.size
 
     @property
     def _chunk_bytes(self) -> int:
@@ -392,16 +384,32 @@ class Compression:
     def server_info(self) -> dict[str, Any]:
         """`kv_compressor` in the internal state of `/server_info`; on all ranks at once."""
         chosen, hit = self.ranks.gather(*self.cache.counters.tolist()).sum(0).tolist()
-        prefetch = self.cache.prefetch
+        prefetch, host_store = self.cache.prefetch, self._host_store_state()
         return {
             "name": self.settings.name,
             "budget": self.config.budget,
             "config": self.config.model_dump(mode="json"),
             "page_size": self.shape.page_size,
-            "host_store_bytes": self._host_store_bytes,
+            "host_store_bytes": host_store["limit_bytes"],
+            "host_store": host_store,
             **self.stats.as_dict(self.held(), chosen, hit, self._chunk_bytes),
             "ranks": self._of_ranks(),
             **({} if prefetch is None else {"prefetch_correction_rate": prefetch.correction_rate()}),
+        }
+
+    def _host_store_state(self) -> dict[str, int]:
+        """Bytes of the host stores of all ranks.
+
+        They may grow to the limit, and are pinned so far, on a GPU host; used by compressed prompts, and reserved by
+        those whose prefill has not been committed.
+        """
+        of_ranks = self.ranks.gather(self.store.limit_bytes(), self.store.made_bytes())
+        used = self.held().host
+        return {
+            "limit_bytes": int(of_ranks[:, 0].min()) * self.ranks.size,
+            "pinned_bytes": int(of_ranks[:, 1].sum()),
+            "used_bytes": used,
+            "reserved_bytes": self.store.used_bytes() * self.ranks.size - used,
         }
 
     def _of_ranks(self) -> list[dict[str, int]]:
@@ -473,20 +481,7 @@ def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks
         record_bytes(pool.head_dim, pool.store_dtype.itemsize, one) for one in ("same", config.stored_dtype)
     )
     for_dynamic_heads = rows_bytes * stored // plain
-    found = min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
-    if is_pinned and found >= ranks.size:
-        # torch rounds the pinned tensor of each rank up to a power of two.
-        found = ranks.size << ((found // ranks.size).bit_length() - 1)
-    return found
-
-
-def available_host_bytes() -> int:
-    """Memory that this process may still take: of the machine, or of the container that it runs in."""
-    free = psutil.virtual_memory().available
-    for limit, used in _CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # no such control group, or no limit ("max")
-            free = min(free, int((_CONTROL_GROUPS / limit).read_text()) - int((_CONTROL_GROUPS / used).read_text()))
-    return max(free, 0)
+    return min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
 
 
 def was_compressed(req: Request) -> bool:

@@ -18,6 +18,7 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalInputs,
 )
 
+from sglang_hybridkv.cache import host_segments
 from sglang_hybridkv.cache.compress import ObservedPrompt
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
@@ -130,7 +131,11 @@ class CompressionAgainstModel(RuleBasedStateMachine):
         pages += [page for r in compression.ledger.by_row.values() for page in r.unlisted_pages.tolist()]
         assert sorted(pages) == list(range(1, self.num_pages + 1))
         info = compression.server_info()
-        assert info["host_kv_bytes"] <= compression.store.used_bytes()
+        host = info["host_store"]
+        assert host["used_bytes"] + host["reserved_bytes"] == compression.store.used_bytes() <= host["pinned_bytes"]
+        assert host["pinned_bytes"] <= host["limit_bytes"] == info["host_store_bytes"]
+        assert host["used_bytes"] == info["host_kv_bytes"]
+        assert self.uncommitted() or host["reserved_bytes"] == 0
         counted = info["compressed_requests"] + sum(info["dense_requests"].values())
         assert counted == self.num_begun - len(self.uncommitted()), "a request counts once"
         records = [compression.request_info(req) for req in [*self.requests.values(), *self.finished]]
@@ -306,12 +311,12 @@ GIB = 2**30
     ],
 )
 def test_a_container_has_less_memory_than_its_machine(files, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(compression_module, "_CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(compression_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    monkeypatch.setattr(host_segments, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(host_segments.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
     (tmp_path / "memory").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert compression_module.available_host_bytes() == expected
+    assert host_segments.available_host_bytes() == expected
 
 
 @pytest.mark.parametrize(
@@ -321,7 +326,7 @@ def test_a_container_has_less_memory_than_its_machine(files, expected, tmp_path,
         ("cpu", 1, 7 * GIB, 7 * GIB // 2),
         ("cpu", 2, 64 * GIB, 16 * GIB),
         ("cuda", 1, 64 * GIB, 8 * GIB),
-        ("cuda", 1, 7 * GIB, 2 * GIB),  # what is pinned is a power of two
+        ("cuda", 1, 7 * GIB, 7 * GIB // 2),
         ("cuda", 3, 64 * GIB, 24 * GIB),
         ("cuda", 1, 0, 0),
     ],

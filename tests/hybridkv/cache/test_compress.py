@@ -20,7 +20,7 @@ from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import LAWS, NAN_BYTE, TinyPool, fresh_generator, full_attention, make_compressor
+from tests.builders import LAWS, NAN_BYTE, TinyPool, fresh_generator, full_attention, host_bytes, make_compressor
 
 P = 16
 CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale", *CODED_SCORES]
@@ -287,8 +287,9 @@ def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
         for stored, exact in zip(stored_rows(pool, mine), (prompt.keys, prompt.values), strict=True):
             assert torch.equal(stored, exact[layer, head, : geometry.covered])
     written = set(rows[: len(dynamic) * geometry.num_prompt_pages])
-    foreign = [row for row in range(len(pool.store.pages.data)) if row not in written]
-    assert (pool.store.pages.data[foreign] == NAN_BYTE).all()
+    hosted = host_bytes(pool.store.pages)
+    foreign = [row for row in range(len(hosted)) if row not in written]
+    assert (hosted[foreign] == NAN_BYTE).all()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -342,7 +343,7 @@ def test_what_is_offloaded_does_not_depend_on_how_many_heads_are_taken_at_once(w
         prompt = pool.add_prompt(6 * P)
         pool.compress(prompt, mixed_statistic(pool))
         assert 0 < prompt.reservation.outcome[1] < prompt.reservation.geometry.max_dynamic_heads
-        found.append((pool.keys, pool.values, pool.store.pages.data))
+        found.append((pool.keys, pool.values, host_bytes(pool.store.pages)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
@@ -409,7 +410,7 @@ def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, c
     neighbour, prompt = pool.add_prompt(20 * P + 3), pool.add_prompt(20 * P + 3)
     pool.compress(neighbour, mixed_statistic(pool))
     before = pool.keys.clone(), pool.values.clone(), pool.views.held_chunks.clone()
-    hosted = pool.store.pages.data.clone()
+    hosted = host_bytes(pool.store.pages)
     compressor.fault = fault
     statistic = pool.rand(2, 2)
     statistic[0, 0] = 1.0  # a static head: the others do not keep what is ranked first
@@ -427,7 +428,7 @@ def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, c
         now, then = (x.view(*per_layer, -1).nan_to_num(7.0) for x in (now, then))
         now[:, own] = then[:, own] = 0
         assert torch.equal(now, then)
-    now, then = (x.clone().view(pool.store.num_pages, -1) for x in (pool.store.pages.data, hosted))
+    now, then = (x.clone().view(pool.store.num_pages, -1) for x in (host_bytes(pool.store.pages), hosted))
     now[reservation.host_pages] = then[reservation.host_pages] = 0
     assert torch.equal(now, then)
     check_equals_full_attention(pool, [prompt])

@@ -42,11 +42,11 @@ class Guard(NoSync):
         tensors += [full_layers(pool.layout, device), rotation(16, device), rotation(32, device)]
         tensors += [scores] if (scores := getattr(pool.compressor, "scores", None)) is not None else []
         super().__init__([x for x in tensors if isinstance(x, torch.Tensor)])
-        self._host_pages = memory.store.pages.data.untyped_storage().data_ptr()
+        self._host_pages = {segment.untyped_storage().data_ptr() for segment in memory.store.pages.segments}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if not self._is_paused and any(x.untyped_storage().data_ptr() == self._host_pages for x in tensors):
+        if not self._is_paused and any(x.untyped_storage().data_ptr() in self._host_pages for x in tensors):
             raise HostSync(f"{func.name()} touches the host store")
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -214,4 +214,4 @@ def test_only_launches_touch_the_host_store(launched):
 def test_a_touch_of_the_host_store_is_found(touch):
     pool = make_pool("hybridkv", {})
     with pytest.raises(HostSync, match="touches the host store"), Guard(pool):
-        touch(pool.store.pages.data)
+        touch(pool.store.pages.segments[-1])
