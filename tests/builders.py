@@ -31,6 +31,7 @@ from tests.kernels.plain import plain_rounded
 __all__ = ["full_attention", "make_geometry"]  # from the benches, where they are used, too
 
 NAN = float("nan")
+ALL_HEADS = 10**6  # more than a model has
 NAN_BYTE = 255  # numbers of these bytes are NaN in every type, and so is the scale of a rounded row
 
 # Laws are tried on fresh examples; with CI set, on the same ones in each run.
@@ -152,7 +153,8 @@ def eager_config(**values) -> HybridKVConfig:
 def make_reservation(geometry: PromptGeometry, pages, host_pages):
     """Reservation of `pages` and `host_pages`, given as integers."""
     pages, host_pages = (torch.as_tensor(ids, dtype=torch.int64) for ids in (pages, host_pages))
-    return Reservation(geometry, pages, host_pages, geometry.covered, (), True, torch.zeros(2, dtype=torch.int64))
+    outcome, most_dynamic = torch.zeros(2, dtype=torch.int64), geometry.max_dynamic_heads
+    return Reservation(geometry, pages, host_pages, geometry.covered, (), most_dynamic, outcome)
 
 
 def make_views(layout: HeadPageLayout, head_dim: int, dtype=torch.float32):

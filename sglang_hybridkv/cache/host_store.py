@@ -105,7 +105,7 @@ class HostStore:
         except RuntimeError as error:
             raise RuntimeError(
                 f"host_store_bytes: {self.num_pages * self.page_bytes:,} bytes of host memory cannot be had, "
-                "page-locked where the pool is on a GPU; a smaller host_store_bytes, or a machine with more of it, helps"
+                "page-locked where the pool is on a GPU; a smaller host_store_bytes, or a machine with more, helps"
             ) from error
 
     def clear(self) -> None:

@@ -154,8 +154,8 @@ class Compressor:
         """
         return score_heads(layer.q, layer.k_rows, layer.slots, scaling=layer.scaling, chunk_size=self.config.page_size)
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
-        """Type and pages of every head; no head is dynamic unless `may_retrieve`."""
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, most_dynamic: int) -> HeadPlan:
+        """Type and pages of every head, of which at most `most_dynamic` are dynamic."""
         is_dynamic = torch.zeros(observation.shape, dtype=torch.bool, device=observation.salience.device)
         weights = lift_weights(self.weigh_heads(observation, total_head_pages).flatten())
         return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))

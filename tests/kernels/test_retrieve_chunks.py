@@ -429,12 +429,13 @@ def test_records_of_any_codes_and_scales_are_widened_alike(twin, dtype):
     pool = dynamic_pool(dtype, budget=0.5, theta=1.01, chunk_score="half_codes", host_dtype="int8")
     prompt, host = pool.add_prompt(20 * P), pool.store.pages
     pool.compress(prompt)
-    codes = torch.randint(0, 256, host.data.shape, generator=pool.generator).to(torch.uint8)
-    exponents = torch.randint(-106, 121, (*host.data.shape[:2], 2), generator=pool.generator)
-    scales = (1 + torch.rand(exponents.shape, generator=pool.generator)) * 2.0**exponents
-    scales[:, ::3, 0], scales[:, 1::4, 1] = NAN, 0.0
-    host.data.copy_(codes)
-    host.data[..., 2 * host.head_dim :][..., :8] = scales.view(torch.uint8).to(host.data.device)
+    for segment in host.segments:
+        codes = torch.randint(0, 256, segment.shape, generator=pool.generator).to(torch.uint8)
+        exponents = torch.randint(-106, 121, (*segment.shape[:2], 2), generator=pool.generator)
+        scales = (1 + torch.rand(exponents.shape, generator=pool.generator)) * 2.0**exponents
+        scales[:, ::3, 0], scales[:, 1::4, 1] = NAN, 0.0
+        segment.copy_(codes)
+        segment[..., 2 * host.head_dim :][..., :8] = scales.view(torch.uint8).to(segment.device)
     before, arguments = State.of(pool), arguments_of(pool, [prompt], 0, pool.queries(1))
     naive.retrieve_chunks(**arguments)
     expected = State.of(pool)

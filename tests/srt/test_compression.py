@@ -68,9 +68,11 @@ class CompressionAgainstModel(RuleBasedStateMachine):
         host_pages=st.sampled_from([0, 12, 60, 60]),
         when_full=st.sampled_from(["dense", "static"]),
         num_pages=st.sampled_from([24, 80, 80]),
+        theta=st.sampled_from([0.0, 0.5, 1.01]),
     )
-    def build(self, budget, host_pages, when_full, num_pages):
-        self.compression = make_compression(num_pages, host_pages, budget=budget, on_host_store_full=when_full)
+    def build(self, budget, host_pages, when_full, num_pages, theta):
+        config = {"budget": budget, "on_host_store_full": when_full, "theta": theta}
+        self.compression = make_compression(num_pages, host_pages, **config)
         self.num_pages, self.requests, self.finished, self.num_begun = num_pages, {}, [], 0
 
     @precondition(lambda self: len(self.requests) < 6)
@@ -87,6 +89,20 @@ class CompressionAgainstModel(RuleBasedStateMachine):
     def commit(self, data, num_dynamic):
         self.commit_row(data.draw(st.sampled_from(self.uncommitted())), num_dynamic)
 
+    @precondition(lambda self: self.uncommitted())
+    @rule(data=st.data(), excess=st.integers(1, NUM_HEADS))
+    def overflow(self, data, excess):
+        """The forward finds more dynamic heads than fit, which is a fault where the compressor knew how many do."""
+        row = data.draw(st.sampled_from(self.uncommitted()))
+        reservation, req = self.compression.ledger.get(row), self.requests[row]
+        num_dynamic = reservation.most_dynamic + excess
+        reservation.figures = torch.tensor([reservation.geometry.budget_head_pages, 1, 1, num_dynamic, 0])
+        self.compression.settle(reservation)
+        assert reservation.failed
+        self.compression.give_up(req)
+        is_full = num_dynamic <= reservation.geometry.max_dynamic_heads and not reservation.caps_plan
+        assert self.compression.request_info(req)["reason"] == ("host_store_full" if is_full else "compressor_failed")
+
     @precondition(lambda self: len(self.uncommitted()) > 1)
     @rule(num_dynamic=st.integers(0, NUM_HEADS))
     def commit_all(self, num_dynamic):
@@ -94,8 +110,8 @@ class CompressionAgainstModel(RuleBasedStateMachine):
             self.commit_row(row, num_dynamic)
 
     def commit_row(self, row, num_dynamic):
-        retrieval = self.compression.ledger.get(row).may_retrieve
-        commit(self.compression, self.requests[row], num_dynamic if retrieval else 0)
+        most = self.compression.ledger.get(row).most_dynamic
+        commit(self.compression, self.requests[row], min(num_dynamic, most))
         info = self.compression.request_info(self.requests[row])
         assert info["compressed"]
         assert info["static_heads"] + info["dynamic_heads"] == NUM_HEADS
@@ -193,7 +209,7 @@ def test_without_retrieval_a_request_holds_its_budget_and_no_host_memory():
     compression = make_compression(name="snapkv", budget=0.4)
     assert compression.store.num_pages == 0
     req = prepared(compression, prompt_len=10 * P)
-    assert not compression.ledger.get(1).may_retrieve
+    assert compression.ledger.get(1).most_dynamic == 0
     commit(compression, req, num_dynamic=0)
     info = compression.request_info(req)
     assert (info["resident_ratio"], info["host_bytes"], info["dynamic_heads"]) == (0.4, 0, 0)
@@ -351,14 +367,6 @@ def test_the_default_host_store_is_what_dynamic_heads_need_if_that_is_free(devic
             compression_module._host_store_bytes(asked, pool, together)
     else:
         assert compression_module._host_store_bytes(asked, pool, together) == 12345
-
-
-def test_a_full_host_store_can_make_all_heads_static():
-    compression = make_compression(host_pages=9, on_host_store_full="static")
-    req = prepared(compression)
-    assert not compression.ledger.get(1).may_retrieve
-    commit(compression, req, num_dynamic=0)
-    assert compression.request_info(req)["compressed"]
 
 
 def test_an_earlier_chunk_is_watched_and_reserves_nothing():

@@ -98,7 +98,7 @@ def test_compressed_and_dense_requests_share_a_batch():
     pool = pool_of(fresh_generator(), budget=1.0)
     prompts = [pool.add_prompt(length) for length in (3 * P, 2 * P + 1, 5 * P - 1, 7, 2 * P)]
     for i in (0, 2, 4):
-        pool.compress(prompts[i], mixed_statistic(pool), may_retrieve=i != 4)
+        pool.compress(prompts[i], mixed_statistic(pool), most_dynamic=None if i != 4 else 0)
     assert prompts[4].reservation.outcome.tolist() == [4, 0], "without retrieval every head is static"
     check_equals_full_attention(pool, prompts, steps=P + 2)  # far enough for the tails to open pages
 
@@ -123,7 +123,7 @@ def test_a_prompt_is_compressed_once_after_its_last_layer_though_that_has_a_wind
     pool = pool_of(fresh_generator(), budget=0.5, pool={"num_layers": 3, "windows": windows})
     prompt = pool.add_prompt(6 * P + 3)
     pool.cache.observer.watch(prompt.row, range(5 * P, prompt.seq_len))
-    pool.cache.bind(prompt.row, pool._reserve(prompt.seq_len, (), may_retrieve=True))
+    pool.cache.bind(prompt.row, pool._reserve(prompt.seq_len, ()))
     after, seen = [], []
     monkeypatch.setattr(pool.cache, "compress", lambda row, slots, observed: seen.append((after[-1], observed)))
     for layer in range(3):
@@ -353,8 +353,8 @@ class Careless:
 
     fault = ""
 
-    def plan(self, observation, total_head_pages, *, may_retrieve):
-        plan = super().plan(observation, total_head_pages, may_retrieve=may_retrieve)
+    def plan(self, observation, total_head_pages, *, most_dynamic):
+        plan = super().plan(observation, total_head_pages, most_dynamic=most_dynamic)
         pages, is_dynamic = plan.num_head_pages.clone(), plan.is_dynamic.clone()
         if self.fault == "budget":
             pages += 1
@@ -416,7 +416,7 @@ def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, c
     statistic[0, 0] = 1.0  # a static head: the others do not keep what is ranked first
     observed = ObservedPrompt((), statistic, pool.rand(2, 2, prompt.seq_len), pool.rand(2, 2, 32))
     with torch.device("cpu"):  # where a server's tensors are, unless it says otherwise
-        reservation = pool._reserve(prompt.seq_len, (), may_retrieve=fault != "dynamic" and compressor.may_retrieve)
+        reservation = pool._reserve(prompt.seq_len, (), most_dynamic=0 if fault == "dynamic" else None)
         pool.cache.observer.watch(prompt.row, range(prompt.seq_len))
         pool.cache.bind(prompt.row, reservation)
         pool.cache.compress(prompt.row, pool.req_to_token[prompt.row].long(), observed)
@@ -522,5 +522,5 @@ def test_plans_are_what_they_were(name, config, digests):
         prompt = pool.add_prompt(22 * 8 + 5)
         heads = (len(pool.layout.full_layers), 2)
         observed = pool.rand(*heads), pool.rand(*heads, prompt.seq_len)
-        pool.compress(prompt, *observed, spans=spans, may_retrieve=compressor.may_retrieve)
+        pool.compress(prompt, *observed, spans=spans)
         assert int(prompt.reservation.digest) % 2**64 == digest_before

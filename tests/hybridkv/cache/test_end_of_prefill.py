@@ -75,10 +75,11 @@ def make_pool(name, config, windows=(), compressor=None):
     return pool
 
 
-def prepared(pool, prompt_len=PROMPT_LEN, num_observed=20):
+def prepared(pool, prompt_len=PROMPT_LEN, num_observed=20, *, most_dynamic=None, caps_plan=True):
     """A dense prompt that is about to be compressed, and its queries of each layer."""
     prompt = pool.add_prompt(prompt_len)
-    reservation = pool._reserve(prompt.seq_len, SPANS, pool.compressor.may_retrieve)
+    reservation = pool._reserve(prompt.seq_len, SPANS, most_dynamic)
+    reservation.caps_plan = caps_plan
     pool.cache.observer.watch(prompt.row, range(prompt.seq_len - num_observed, prompt.seq_len))
     pool.cache.bind(prompt.row, reservation)
     return prompt, [pool.queries(prompt.seq_len) * scale for scale in torch.rand(3, generator=pool.generator) * 4]
@@ -149,6 +150,31 @@ def test_a_plan_that_is_refused_takes_the_same_launches(launched):
         assert (pool.cache.readable(prompt.row) is None) == (fault == 1)
         pool.cache.check_integrity()
     assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("name", ["hybridkv", "quest"])
+def test_a_plan_that_has_too_few_host_pages_takes_the_same_launches(name, launched):
+    """Made as if there was room for all: the host learns later that it was refused, and how many heads it wanted."""
+    pool, traces = make_pool(name, {}), []
+    for most_dynamic in (None, 1):
+        prompt, queries = prepared(pool, most_dynamic=most_dynamic, caps_plan=False)
+        traces.append(guarded(pool, launched, prompt, queries))
+    wanted, refused = pool.cache.bound.values()
+    assert wanted.overflow() is None
+    assert refused.overflow() == int(wanted.outcome[1]) > 1
+    assert refused.outcome[1] == 0
+    assert pool.cache.readable(prompt.row) is None
+    pool.cache.check_integrity()
+    assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("name", ["hybridkv", "quest"])
+def test_a_plan_that_is_told_of_its_host_pages_waits_for_nothing(name, launched):
+    pool = make_pool(name, {})
+    prompt, queries = prepared(pool, most_dynamic=1)
+    guarded(pool, launched, prompt, queries)
+    assert pool.cache.bound[prompt.row].outcome.tolist() == [5, 1]
+    assert pool.cache.readable(prompt.row) is not None
 
 
 def test_events_wait_for_nothing_either(launched):
