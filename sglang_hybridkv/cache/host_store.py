@@ -110,7 +110,7 @@ class HostStore:
 
     def clear(self) -> None:
         """Make every page free."""
-        self.free_pages = torch.arange(self._num_shown, dtype=torch.int64)
+        self.free_pages = torch.arange(self._num_shown, device="cpu")
 
     def grow(self) -> None:
         """Begin to make what is not there, in the background, unless somebody who waited for it has begun already.
@@ -166,7 +166,7 @@ class HostStore:
     def check_integrity(self, held: list[torch.Tensor]) -> None:
         """AssertionError unless free pages and those in `held` are each page of the store exactly once."""
         ids = torch.cat([self.free_pages, *held]).sort().values
-        assert torch.equal(ids, torch.arange(self._num_shown)), "host pages lost or held twice"
+        assert torch.equal(ids, torch.arange(self._num_shown, device="cpu")), "host pages lost or held twice"
         assert self._num_agreed <= self._num_shown, "ranks agreed on host pages that are not there"
 
     @property
@@ -183,7 +183,8 @@ class HostStore:
         before = self._num_shown
         for segment in self._maker.take():
             self.pages.add(segment)
-        self.free_pages = torch.cat((self.free_pages, torch.arange(before, self._num_shown)))
+        new = torch.arange(before, self._num_shown, device="cpu")
+        self.free_pages = torch.cat((self.free_pages, new))
 
     def _lower_limit(self) -> None:
         self.num_pages = self._num_agreed

@@ -198,6 +198,17 @@ def test_the_device_knows_each_segment_whose_pages_are_given():
     assert pages.sort().values.tolist() == list(range(34))
 
 
+def test_pages_are_numbered_on_the_host_whatever_the_default_device_is():
+    with torch.device("meta"):
+        store = make_store(32, grows=True)
+        pages = store.alloc(20)
+        store.check_integrity([pages])
+        store.free(pages)
+        store.clear()
+        store.check_integrity([])
+    assert pages.device.type == "cpu"
+
+
 def test_it_grows_while_nobody_waits():
     system = System()
     store = growing(system)
