@@ -118,8 +118,10 @@ def decode_attn(num_means: int = 0) -> Callable[[Shape], Any]:
 
 
 def host_pages(shape: Shape, views: HeadPageViews, host_dtype: str) -> HostPages:
-    """As many host pages as the pool has head pages."""
-    return HostPages.empty(len(views.k_pages), shape.page_size, shape.head_dim, shape.dtype, host_dtype, pin=False)
+    """As many host pages as the pool has head pages, in segments that hold no power of two of them."""
+    per_page = shape.num_layers * shape.num_kv_heads
+    sizes = (len(views.k_pages), shape.page_size, shape.head_dim, shape.dtype, host_dtype, "cpu", 2 * per_page)
+    return HostPages.empty(*sizes)
 
 
 def retrieve_chunks(

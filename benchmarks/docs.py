@@ -306,7 +306,10 @@ A request with one of these fields is answered with HTTP status 400 and "*field*
 
 The reason is in the answer, under `meta_info.kv_compressor.reason`. `/server_info` counts requests by reason, and the
 log names a reason at most once a minute. Budget 1 is the proof mode: it is never served dense because it saves nothing.
-With `{{"on_host_store_full": "static"}}` a request that finds the host store full is compressed with static heads only.
+A request is dense for `host_store_full` when its own plan needs more host memory than it could reserve, and not because
+a worst case would. That is known before its prefill where the settings fix the number of dynamic heads, and else after
+it ([how much it reserves](architecture.md#what-a-prompt-reserves-in-the-host-store)). With
+`{{"on_host_store_full": "static"}}` the heads that do not fit are static instead, those with the highest statistic.
 
 {reasons}"""
 

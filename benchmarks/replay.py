@@ -142,7 +142,7 @@ def compress(prompt: Prompt, compressor: Compressor, max_new_tokens: int = 64) -
     if isinstance(geometry, DenseReason):
         raise ValueError(f"a prompt of {len(prompt.ids)} tokens is served dense: {EXPLANATIONS[geometry]}")
     observed = observe(prompt, compressor)
-    plan = plan_prompt(compressor, geometry, observed, may_retrieve=compressor.may_retrieve)
+    plan = plan_prompt(compressor, geometry, observed, most_dynamic=geometry.max_dynamic_heads)
     heads, merged = plan.heads, None
     if compressor.merges:
         covered = geometry.covered

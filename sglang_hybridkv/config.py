@@ -175,8 +175,8 @@ HostStoreBytes = Annotated[
 OnHostStoreFull = Annotated[
     Literal["dense", "static"],
     Field(
-        description="what becomes of a request whose rows do not fit the host store: it is served dense, or all "
-        "its heads are static"
+        description="what becomes of a request whose rows do not fit the host store: it is served dense, or the heads "
+        "that do not fit are static"
     ),
 ]
 
@@ -249,6 +249,10 @@ class CompressorConfig(BaseModel):
 
     def most_dynamic_heads(self, num_heads: int, covered: int) -> int:
         """How many of the model's `num_heads` KV heads, over all layers, `covered` tokens of a prompt make dynamic."""
+        return 0
+
+    def fewest_dynamic_heads(self, num_heads: int, covered: int) -> int:
+        """How many of them are dynamic whatever the prompt is; 0 where that is not known."""
         return 0
 
     @property

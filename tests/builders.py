@@ -21,6 +21,7 @@ from benchmarks.gpu_check.pool import Pool, Request, Shape, make_geometry
 from benchmarks.gpu_check.reference import full_attention
 from hybridkv_kernels import cpu, dispatch, gpu
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
+from hybridkv_kernels.host_pages import HostPages
 from sglang_hybridkv.cache.side_stream import SideStream
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
@@ -31,6 +32,7 @@ from tests.kernels.plain import plain_rounded
 __all__ = ["full_attention", "make_geometry"]  # from the benches, where they are used, too
 
 NAN = float("nan")
+ALL_HEADS = 10**6  # more than a model has
 NAN_BYTE = 255  # numbers of these bytes are NaN in every type, and so is the scale of a rounded row
 
 # Laws are tried on fresh examples; with CI set, on the same ones in each run.
@@ -152,7 +154,8 @@ def eager_config(**values) -> HybridKVConfig:
 def make_reservation(geometry: PromptGeometry, pages, host_pages):
     """Reservation of `pages` and `host_pages`, given as integers."""
     pages, host_pages = (torch.as_tensor(ids, dtype=torch.int64) for ids in (pages, host_pages))
-    return Reservation(geometry, pages, host_pages, geometry.covered, (), True, torch.zeros(2, dtype=torch.int64))
+    outcome, most_dynamic = torch.zeros(2, dtype=torch.int64), geometry.max_dynamic_heads
+    return Reservation(geometry, pages, host_pages, geometry.covered, (), most_dynamic, outcome)
 
 
 def make_views(layout: HeadPageLayout, head_dim: int, dtype=torch.float32):
@@ -168,6 +171,17 @@ def head_page(pool_LSHD: torch.Tensor, page: int, layer_idx: int, kv_head: int, 
     """[P, D]: one head page, found by reshaping the page's own memory and by no other arithmetic."""
     rows = pool_LSHD[layer_idx, page * page_size : (page + 1) * page_size]
     return rows.reshape(rows.shape[1], page_size, rows.shape[2])[kv_head]
+
+
+def fill_host(host: HostPages, byte: int) -> None:
+    """Make all bytes of a host store's pages this one."""
+    for segment in host.segments:
+        segment.fill_(byte)
+
+
+def host_bytes(host: HostPages) -> torch.Tensor:
+    """[M_host, P, record_bytes], uint8: a copy of all pages."""
+    return torch.cat(host.segments) if host.segments else torch.empty(host.segment_shape(0), dtype=torch.uint8)
 
 
 class LateSideStream(SideStream):
@@ -200,7 +214,7 @@ class TinyPool(Pool):
         super().__init__(shape, compressor, **sizes, generator=generator)
         for tensor in (self.keys, self.values):
             tensor.fill_(NAN)
-        self.store.pages.data.fill_(NAN_BYTE)
+        fill_host(self.store.pages, NAN_BYTE)
         self.views.held_chunks.fill_(-1)
         self.store.free_pages = torch.randperm(host_pages, generator=generator).cpu()
 
@@ -238,8 +252,10 @@ class TinyPool(Pool):
     def poison_free_pages(self):
         for pool in (self.keys, self.values):
             pool.unflatten(1, (-1, self.shape.page_size))[:, self.free] = NAN
-        host = self.store.pages.data.unflatten(0, (-1, self.layout.head_pages_per_page))
-        host[self.store.free_pages] = NAN_BYTE
+        per_segment = self.store.pages.segment_pages // self.layout.head_pages_per_page
+        for i, segment in enumerate(self.store.pages.segments):
+            places = self.store.free_pages[self.store.free_pages // per_segment == i] % per_segment
+            segment.unflatten(0, (-1, self.layout.head_pages_per_page))[places] = NAN_BYTE
 
     def decode(self, prompts, layer_idx, q):
         """[B, H * G, D]: retrieval and attention of one layer, as the backend runs them."""

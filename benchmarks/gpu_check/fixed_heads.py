@@ -43,10 +43,10 @@ class FixedHeads(HybridKV):
     config_class = FixedHeadsConfig
     config: FixedHeadsConfig
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, most_dynamic: int) -> HeadPlan:
         """Types by place, budgets by type."""
         num_layers, num_kv_heads = observation.shape
-        num_dynamic = int(self.config.dynamic_heads * num_kv_heads) if may_retrieve else 0
+        num_dynamic = min(int(self.config.dynamic_heads * num_kv_heads), most_dynamic // num_layers)
         places = torch.arange(num_kv_heads, device=observation.salience.device)
         is_dynamic = (places < num_dynamic).repeat(num_layers, 1)
         share = share_by_ratio(is_dynamic, self.config.dynamic_ratio)

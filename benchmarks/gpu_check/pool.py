@@ -100,6 +100,7 @@ class Pool:
             self.cache = CompressedCache.create(self.keys, self.values, compressor, **sizes_of_cache)
         memory = self.cache.memory
         self.layout, self.views, self.table, self.store = memory.layout, memory.views, memory.table, memory.store
+        self.store.make_all()
         self.counters = self.cache.counters
         order = torch.randperm(num_pages - 1, generator=generator, device=self.device)
         self.free = (order + 1).tolist()  # page 0 is padding
@@ -149,19 +150,19 @@ class Pool:
         query_rms: torch.Tensor | None = None,
         *,
         spans: Sequence[VisualSpan] = (),
-        may_retrieve: bool = True,
+        most_dynamic: int | None = None,
     ) -> None:
         """Compress a request, then give back its prompt's pages and what was reserved and not used.
 
         `statistic` is [L, H], `salience` [L, H, N], `query_rms` [L, H, D], of the L layers without a window; they are
-        random unless given.
+        random unless given. No more than `most_dynamic` heads are dynamic; with None, as many as the compressor wants.
         """
         heads = (len(self.layout.full_layers), self.shape.num_kv_heads)
         statistic = self.rand(*heads) if statistic is None else statistic
         salience = self.rand(*heads, request.seq_len) / request.seq_len if salience is None else salience
         request.query_rms = self.rand(*heads, self.shape.head_dim) if query_rms is None else query_rms
         with torch.device("cpu"):
-            reservation = self._reserve(request.seq_len, tuple(spans), may_retrieve)
+            reservation = self._reserve(request.seq_len, tuple(spans), most_dynamic)
             slots = self.req_to_token[request.row, : reservation.geometry.covered].long()
             self.cache.observer.watch(request.row, range(request.seq_len))
             self.cache.bind(request.row, reservation)
@@ -172,13 +173,14 @@ class Pool:
             torch.cuda.synchronize()
         self._commit(request, reservation)
 
-    def _reserve(self, length: int, spans: tuple[VisualSpan, ...], may_retrieve: bool) -> Reservation:
+    def _reserve(self, length: int, spans: tuple[VisualSpan, ...], most_dynamic: int | None = None) -> Reservation:
         geometry = make_geometry(length, self.config, self.layout)
-        host_pages = self.store.alloc(geometry.num_host_pages if may_retrieve else 0)
+        most_dynamic = geometry.max_dynamic_heads if most_dynamic is None else most_dynamic
+        host_pages = self.store.alloc(geometry.host_pages_used(most_dynamic, self.layout.head_pages_per_page))
         assert host_pages is not None, "the host store is too small"
         pages = torch.tensor([self.free.pop() for _ in range(geometry.num_pages)], dtype=torch.int64)
         outcome = torch.zeros(2, dtype=torch.int64)
-        return Reservation(geometry, pages, host_pages, length, spans, may_retrieve, outcome)
+        return Reservation(geometry, pages, host_pages, length, spans, most_dynamic, outcome)
 
     def _commit(self, request: Request, reservation: Reservation) -> None:
         geometry, num_dynamic = reservation.geometry, int(reservation.outcome[1])

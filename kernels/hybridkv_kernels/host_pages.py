@@ -8,11 +8,12 @@ mantissa are too few for keys; on a tiny Qwen2.5-VL by 0.7 % and 3.2 %. bfloat16
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Iterator
 
 import torch
 
 from hybridkv_kernels import checks
+from hybridkv_kernels.transfer import pinned
 
 HOST_DTYPES = ("same", "int8")
 LARGEST_CODE = 127
@@ -54,50 +55,84 @@ def widen_rows(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 
 @dataclasses.dataclass(frozen=True)
 class HostPages:
-    """The host store's memory as the kernels see it; the store owns it.
+    """The host store's memory as the kernels see it; the store owns it, and adds segments while it is served from.
+
+    Head page p lies in segment p // segment_pages. The table of addresses has room for all segments that there may ever
+    be, and never moves, so that a captured CUDA graph finds what was added after its capture.
 
     Attributes
     ----------
-    data : [M_host, P, record_bytes], uint8. Beside a CUDA pool it is pinned, and kernels read and write its address.
-    head_dim : D.
+    segments : [segment_pages, P, record_bytes], uint8, each; the last one may be shorter. Beside a CUDA pool they are
+        pinned, and kernels read and write their addresses.
+    addresses : [most segments, at least 1], int64, on the pool's device. Of the segments, 0 where there is none yet.
+    segment_pages : head pages of a segment.
+    page_size, head_dim : P and D.
     dtype : of the pool's rows.
     host_dtype : one of HOST_DTYPES: "same" keeps rows as they are, "int8" rounds them (`round_rows`).
     """
 
-    data: torch.Tensor
+    segments: list[torch.Tensor]
+    addresses: torch.Tensor
+    segment_pages: int
+    page_size: int
     head_dim: int
     dtype: torch.dtype
     host_dtype: str = "same"
 
     @classmethod
     def empty(
-        cls, num_pages: int, page_size: int, head_dim: int, dtype: torch.dtype, host_dtype: str, pin: bool
+        cls,
+        most_pages: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        host_dtype: str,
+        device: torch.device | str,
+        segment_pages: int | None = None,
     ) -> HostPages:
-        """`num_pages` head pages that nobody has written; ValueError when `host_dtype` is unknown."""
+        """Room for `most_pages` head pages beside a pool on `device`, without a segment yet; None: one has them all.
+
+        ValueError when `host_dtype` is unknown.
+        """
         if host_dtype not in HOST_DTYPES:
             raise ValueError(f"host_dtype: expected one of {', '.join(HOST_DTYPES)}, got {host_dtype!r}")
-        shape = (num_pages, page_size, record_bytes(head_dim, dtype.itemsize, host_dtype))
-        data = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pin)
-        return cls(data, head_dim, dtype, host_dtype)
+        segment_pages = segment_pages or max(1, most_pages)
+        addresses = torch.zeros(max(1, -(-most_pages // segment_pages)), dtype=torch.int64, device=device)
+        return cls([], addresses, segment_pages, page_size, head_dim, dtype, host_dtype)
 
     @property
-    def page_size(self) -> int:
-        """P."""
-        return self.data.shape[1]
+    def num_pages(self) -> int:
+        """M_host: head pages that there are."""
+        return sum(map(len, self.segments[-1:])) + self.segment_pages * max(0, len(self.segments) - 1)
 
     @property
     def record_bytes(self) -> int:
         """Bytes of one token."""
-        return self.data.shape[2]
+        return record_bytes(self.head_dim, self.dtype.itemsize, self.host_dtype)
 
-    @functools.cached_property
-    def words(self) -> torch.Tensor:
-        """The same memory as int32: [M_host, P, record_bytes / 4]."""
-        return self.data.view(torch.int32)
+    def segment_shape(self, num_pages: int) -> tuple[int, int, int]:
+        """Shape of a segment of `num_pages` head pages."""
+        return num_pages, self.page_size, self.record_bytes
+
+    def add(self, segment: torch.Tensor) -> None:
+        """Take one more segment, after which there is none where it is shorter than others.
+
+        Its address is copied in the order of the current stream, and the host does not wait.
+        """
+        checks.check_shape("segment", segment, self.segment_shape(len(segment)))
+        checks.check_dtype("segment", segment, (torch.uint8,))
+        checks.check_contiguous("segment", segment)
+        assert self.num_pages == len(self.segments) * self.segment_pages, "a shorter segment is the last one"
+        assert 0 < len(segment) <= self.segment_pages, "a segment is longer than others"
+        address = torch.tensor([segment.data_ptr()], dtype=torch.int64, device="cpu")
+        self.addresses[len(self.segments) :][:1].copy_(pinned(address, self.addresses.device), non_blocking=True)
+        self.segments.append(segment)
 
     def read(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [..., D], in the pool's type, of record rows [...] (head page * P + token), int64."""
-        records = self.data.view(-1, self.record_bytes)[rows]
+        records = torch.empty(*rows.shape, self.record_bytes, dtype=torch.uint8, device="cpu")
+        for segment, is_here, inside in self._by_segment(rows):
+            records[is_here] = segment[inside]
         size = self.head_dim
         if self.host_dtype == "same":
             plain = records.view(self.dtype)
@@ -117,19 +152,24 @@ class HostPages:
             parts = [codes.flatten(1).view(torch.uint8), scales.view(torch.uint8)]
         padding = self.record_bytes - sum(part.shape[1] for part in parts)
         records = torch.cat([*parts, parts[0].new_zeros(len(rows), padding)], dim=1)
-        self.data.view(-1, self.record_bytes)[rows] = records
+        for segment, is_here, inside in self._by_segment(rows):
+            segment[inside] = records[is_here]
+
+    def _by_segment(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """For each segment that has some of record `rows`: its records, which rows these are, and where they lie."""
+        per_segment = self.segment_pages * self.page_size
+        for i in (rows // per_segment).unique().tolist():
+            is_here = rows // per_segment == i
+            yield self.segments[i].flatten(0, 1), is_here, rows[is_here] % per_segment
 
     def check(self, page_size: int, head_dim: int, dtype: torch.dtype) -> None:
         """ValueError unless these are pages of `page_size` records of rows of `head_dim` elements of `dtype`."""
-        for name, expected, got in (("head_dim", head_dim, self.head_dim), ("dtype", dtype, self.dtype)):
-            if got != expected:
-                raise ValueError(f"host_pages.{name}: expected {expected}, got {got}")
+        wanted = {"page_size": page_size, "head_dim": head_dim, "dtype": dtype}
+        for name, expected in wanted.items():
+            if getattr(self, name) != expected:
+                raise ValueError(f"host_pages.{name}: expected {expected}, got {getattr(self, name)}")
         if head_dim % 2:
             raise ValueError(f"host_pages.head_dim: expected an even number, got {head_dim}")
         if self.host_dtype not in HOST_DTYPES:
             expected = f"one of {', '.join(HOST_DTYPES)}"
             raise ValueError(f"host_pages.host_dtype: expected {expected}, got {self.host_dtype!r}")
-        size = record_bytes(head_dim, dtype.itemsize, self.host_dtype)
-        checks.check_shape("host_pages.data", self.data, (None, page_size, size))
-        checks.check_dtype("host_pages.data", self.data, (torch.uint8,))
-        checks.check_contiguous("host_pages.data", self.data)

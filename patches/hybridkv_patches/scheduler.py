@@ -30,6 +30,8 @@ def check_start(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None
     if reporter.current_scheduler_metrics_enabled:
         scheduler.tree_cache.compression.publish_metrics(reporter.metrics_collector.labels)
     logger.info(verify.summary(scheduler, settings))
+    # Not before: while CUDA graphs are captured, no other thread may pin memory.
+    scheduler.tree_cache.compression.store.grow()
 
 
 def report_ready(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | None:

@@ -60,7 +60,7 @@ class PromptPlan:
 
 
 def plan_prompt(
-    compressor: Compressor, geometry: PromptGeometry, observed: ObservedPrompt, *, may_retrieve: bool
+    compressor: Compressor, geometry: PromptGeometry, observed: ObservedPrompt, *, most_dynamic: int
 ) -> PromptPlan:
     """The compressor's decisions; a function of the prompt and its settings alone."""
     is_text = text_mask(observed.spans, geometry.covered, observed.salience.device)
@@ -69,7 +69,7 @@ def plan_prompt(
     observation = PromptObservation(
         observed.statistic, pooled, is_text, geometry.num_prompt_pages, tuple(observed.spans)
     )
-    heads = compressor.plan(observation, geometry.budget_head_pages, may_retrieve=may_retrieve)
+    heads = compressor.plan(observation, geometry.budget_head_pages, most_dynamic=most_dynamic)
     return PromptPlan(heads, kept_tokens(compressor, observation, heads), is_text)
 
 
@@ -98,7 +98,7 @@ def compress_prompt(
     """
     geometry = reservation.geometry
     slots = slots[: geometry.covered]
-    plan = plan_prompt(compressor, geometry, observed, may_retrieve=reservation.may_retrieve)
+    plan = plan_prompt(compressor, geometry, observed, most_dynamic=reservation.planned_dynamic)
     figures = _figures(plan, geometry)
     is_legal = figures.is_legal(geometry, reservation.most_dynamic)
     plan = _emptied_unless(is_legal, with_windows(plan, memory.layout))

@@ -65,7 +65,7 @@ def make_memory(
     config : of the compressor; says page size, chunk size and summaries.
     num_rows : request rows, row 0, which is padding, included.
     max_prompt_tokens : of the longest prompt that is compressed.
-    num_host_pages : size of the host store; it is page-locked beside a CUDA pool.
+    num_host_pages : limit of the host store, of which nothing is made yet.
     windows : as in `HeadPageLayout`.
 
     Raises
@@ -88,7 +88,7 @@ def make_memory(
             page_size=page_size,
             head_dim=keys.shape[-1],
             dtype=keys.dtype,
-            pin=device.type == "cuda",
+            device=device,
             host_dtype=config.stored_dtype,
         ),
         side=SideStream(device),

@@ -1,6 +1,6 @@
 """What dynamic heads leave at the end of prefill: all rows in the host store, summaries of their keys on the device.
 
-How many heads are dynamic is known on the device only. So there are as many *entries* as were reserved for: the dynamic
+How many heads are dynamic is known on the device only. So there are as many *entries* as heads may be so: the dynamic
 heads first, in linear order, and then others, of which no row goes to the host, and whose summary pages nobody reads
 and which go back at the commit. Entry i is the dynamic head whose `host_rank` is i.
 """

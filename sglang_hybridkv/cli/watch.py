@@ -70,18 +70,15 @@ def rows(now: Snapshot, before: Snapshot | None = None) -> Iterator[tuple[str, s
         device, stock, host = (state[f"{prefix}{kind}_kv_bytes"] for kind in ("device", "stock", "host"))
         share = f" ({100 * device / stock:.1f} %)" if stock else ""
         yield name, f"{_mib(device)} on the device{share}, stock {_mib(stock)}, host {_mib(host)}"
-    yield "host store", f"{_mib(state['host_store_bytes'])}, {100 * _host_share(state):.1f} % reserved"
+    limit, *parts = (state["host_store"][f"{name}_bytes"] for name in ("limit", "pinned", "used", "reserved"))
+    pinned, used, reserved = map(_mib, parts)
+    yield "host store", f"at most {_mib(limit)}, {pinned} pinned, {used} used, {reserved} reserved"
     hits = state["chunk_fetch_hit_rate"]
     fetched = _mib(state["chunk_fetch_bytes"])
     yield "retrieval", "nothing yet" if hits is None else f"{100 * hits:.1f} % were on the device, {fetched} fetched"
     if len(state["ranks"]) > 1:
         free = ", ".join(f"{rank['free_tokens']:,}" for rank in state["ranks"])
         yield "free tokens", f"{free} on the ranks"
-
-
-def _host_share(state: dict[str, Any]) -> float:
-    """Of the host store, what requests that run have reserved."""
-    return state["host_kv_bytes"] / state["host_store_bytes"] if state["host_store_bytes"] else 0.0
 
 
 def _mib(num_bytes: float) -> str:

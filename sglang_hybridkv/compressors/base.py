@@ -178,8 +178,8 @@ class Compressor:
     def _scores_by_settings(self) -> bool:
         return type(self).score_layer is Compressor.score_layer
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
-        """Type and pages of every head; no head is dynamic unless `may_retrieve`."""
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, most_dynamic: int) -> HeadPlan:
+        """Type and pages of every head, of which at most `most_dynamic` are dynamic."""
         is_dynamic = torch.zeros(observation.shape, dtype=torch.bool, device=observation.salience.device)
         weights = lift_weights(self.weigh_heads(observation, total_head_pages).flatten())
         return HeadPlan(is_dynamic, self.share_pages(observation, weights, total_head_pages))

@@ -122,6 +122,10 @@ class HybridKVConfig(RetrievalConfig):
         falling = most * self.long_prompt_tokens / max(covered, self.long_prompt_tokens)
         return math.floor(min(most, max(least, falling)) * num_heads + Fraction(1, 2))
 
+    def fewest_dynamic_heads(self, num_heads: int, covered: int) -> int:
+        """As many as may be, where the threshold excludes none."""
+        return self.most_dynamic_heads(num_heads, covered) if self.theta > 1 else 0
+
 
 def best_places(statistics: torch.Tensor) -> torch.Tensor:
     """[L, H], int64: how many heads are below a head in that of its statistics [L, H, S] where the fewest are.
@@ -167,13 +171,13 @@ class HybridKV(Compressor):
             "chunk_size": config.page_size,
         }
 
-    def plan(self, observation: PromptObservation, total_head_pages: int, *, may_retrieve: bool) -> HeadPlan:
+    def plan(self, observation: PromptObservation, total_head_pages: int, *, most_dynamic: int) -> HeadPlan:
         """Types by threshold, budgets by type and weight; no host sync."""
         config = self.config
         statistics = observation.statistic.view(*observation.statistic.shape[:2], -1)
         statistic = statistics[..., 0]
         covered = len(observation.is_text)
-        most = config.most_dynamic_heads(statistic.numel(), covered) if may_retrieve else 0
+        most = min(most_dynamic, config.most_dynamic_heads(statistic.numel(), covered))
         is_dynamic = lowest(best_places(statistics), most) & (
             statistics.nan_to_num(nan=float("inf")).amin(dim=-1) < config.theta
         )

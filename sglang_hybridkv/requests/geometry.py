@@ -23,7 +23,7 @@ class PromptGeometry:
     summary_pages_per_head : head pages that hold the chunk summaries of one dynamic head.
     max_dynamic_heads : heads that may be dynamic.
     num_pages : device pages to reserve; enough for the budget plus the summaries of these heads.
-    num_host_pages : host pages to reserve; enough if every head that may be dynamic turns out so.
+    num_host_pages : host pages in the worst case, where every head that may be dynamic turns out so.
     window_head_pages : those of total_head_pages whose heads attend to their last tokens only.
     """
 

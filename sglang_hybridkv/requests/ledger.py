@@ -22,7 +22,8 @@ class Agreed:
     Attributes
     ----------
     num_static, num_dynamic : heads of all ranks.
-    most_dynamic : dynamic heads of the rank that has the most; pages are kept for as many on all.
+    most_dynamic : dynamic heads of the rank that has the most, or would have had them; pages are kept for as many on
+        all.
     digests : int64, of each rank.
     """
 
@@ -48,7 +49,7 @@ class Reservation:
     host_pages : [num_host_pages], int64. Owned by the ledger throughout.
     prefilled : tokens whose KV is exact, after a retraction more than the prompt; later ones are computed over
         compressed context.
-    may_retrieve : whether heads may be dynamic.
+    most_dynamic : heads that may be dynamic: host pages are reserved for as many.
     outcome : [2], int64, on the CPU. Static and dynamic heads; written by the forward, read at the commit.
     head_counts : [L, H], int32, on the CPU. Kept or buffer pages of each head, from the forward; see
         `head_counts_on_host`.
@@ -59,8 +60,11 @@ class Reservation:
     seconds : set by the forward; what its plan and its copies took, None while that is not known.
     written : set by the forward where it writes `outcome`, `head_counts`, `digest`, `figures` and `plan` without
         waiting.
+    caps_plan : whether the plan is made with no more dynamic heads than these. Otherwise it is made as if there was
+        room for all of the geometry's, and a plan that has more is refused.
     failed : set by the forward when it could not compress, and by `settle` where it refused the plan. Nothing reads the
         pages then; they go back in place of the commit, and the prompt stays exact in the request's row.
+    overflowed : set with `failed` where nothing is wrong but that too few host pages were reserved.
     agreed : set before the commit, from `outcome` and `digest` of all ranks.
     """
 
@@ -69,8 +73,9 @@ class Reservation:
     host_pages: torch.Tensor
     prefilled: int
     spans: tuple[VisualSpan, ...]
-    may_retrieve: bool
+    most_dynamic: int
     outcome: torch.Tensor
+    caps_plan: bool = True
     committed: bool = False
     head_counts: torch.Tensor | None = None
     digest: torch.Tensor | None = None
@@ -79,6 +84,7 @@ class Reservation:
     seconds: Callable[[], float | None] = lambda: None
     written: torch.cuda.Event | None = None
     failed: bool = False
+    overflowed: bool = False
     agreed: Agreed | None = None
 
     def head_counts_on_host(self) -> torch.Tensor:
@@ -94,8 +100,22 @@ class Reservation:
         """
         if self.figures is None or self.committed:
             return None
+        return self._figures_on_host().complaint(self.geometry, self.most_dynamic)
+
+    def overflow(self) -> int | None:
+        """How many dynamic heads the plan has, where it was refused because it has too many of them, and only so.
+
+        None otherwise, and where the compressor was told how many there may be.
+        """
+        if self.caps_plan or self.refusal() is None:
+            return None
+        figures = self._figures_on_host()
+        return figures.num_dynamic if figures.complaint(self.geometry, self.planned_dynamic) is None else None
+
+    def _figures_on_host(self) -> PlanFigures:
+        assert self.figures is not None, "asked before it was compressed"
         self._wait()
-        return PlanFigures(*self.figures.tolist()).complaint(self.geometry, self.most_dynamic)
+        return PlanFigures(*self.figures.tolist())
 
     def _wait(self) -> None:
         if self.written is not None:
@@ -103,9 +123,9 @@ class Reservation:
             self.written = None
 
     @property
-    def most_dynamic(self) -> int:
-        """Heads that may be dynamic; host pages and pages for summaries are reserved for as many."""
-        return self.geometry.max_dynamic_heads if self.may_retrieve else 0
+    def planned_dynamic(self) -> int:
+        """Dynamic heads that the plan may be made with."""
+        return self.most_dynamic if self.caps_plan else self.geometry.max_dynamic_heads
 
     @property
     def num_in_row(self) -> int:

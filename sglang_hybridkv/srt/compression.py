@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from hybridkv_kernels.host_pages import record_bytes
 from sglang_hybridkv.cache.compressed_cache import CompressedCache
+from sglang_hybridkv.cache.host_segments import available_host_bytes
 from sglang_hybridkv.compressors import get_compressor
 from sglang_hybridkv.config import CompressorConfig, RetrievalConfig
 from sglang_hybridkv.requests.admission import DenseReason, PoolShape, decide
 from sglang_hybridkv.requests.geometry import PromptGeometry
+from sglang_hybridkv.requests.host_room import RecentPlans, heads_to_reserve
 from sglang_hybridkv.requests.ledger import Agreed, Ledger, Reservation
 from sglang_hybridkv.requests.plan_events import PlanPublisher
 from sglang_hybridkv.requests.settings import (
@@ -45,13 +44,8 @@ logger = logging.getLogger(__name__)
 
 _HOST_STORE_FACTOR = 8  # times the device pool's share of dynamic heads: what it holds at a budget of 0.1, some room
 _HOST_MEMORY_SHARE = 0.5
-_CONTROL_GROUPS = Path("/sys/fs/cgroup")
-_CONTAINER_MEMORY = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-"""Files of version 2 and of version 1, which a container sees as its own."""
 _REMEMBERED_PLANS = 4096
+_OVERFLOWED = 2  # what a rank says of a prompt in place of 1, failed, or 0
 _RECORD = "_hybridkv_record"
 _SETTINGS = "_hybridkv_settings"
 _HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
@@ -98,11 +92,14 @@ class Compression:
             windows=pool.windows,
         )
         self.store = self.cache.memory.store
+        self.store.make_first()
+        self.store.least_of_ranks = lambda own: int(self.ranks.gather(own).min())
         layout = self.cache.memory.layout
         compressor.take_layers(layout.full_layers)
         self.shape = PoolShape(layout.page_size, layout.head_pages_per_page, allocator.size, layout.head_windows)
         self.ledger = Ledger(layout.page_size)
         self.stats = CompressionStats()
+        self._recent_plans = RecentPlans()
         self.server_settings = RequestSettings(self.config)
         self._decide = functools.lru_cache(maxsize=_REMEMBERED_PLANS)(self._decide_by_lengths)
         self._kv_by_row: dict[int, Any] = {}
@@ -215,26 +212,47 @@ class Compression:
         geometry = self.plan(req)
         if isinstance(geometry, DenseReason):
             return geometry
-        host_pages = None
-        if isinstance(self.config, RetrievalConfig):
-            host_pages = self.store.alloc(geometry.num_host_pages)
-            if host_pages is None and self.config.on_host_store_full == "dense":
-                return DenseReason.HOST_STORE_FULL
+        caps_plan = not (isinstance(self.config, RetrievalConfig) and self.config.on_host_store_full == "dense")
+        most_dynamic, host_pages = self._reserve_host_pages(self.settings_of(req).config, geometry, caps_plan)
+        if host_pages is None:
+            return DenseReason.HOST_STORE_FULL
         evict_from_tree_cache(tree_cache, geometry.num_pages * self.shape.page_size)
         pages = self.allocator.alloc_pages(geometry.num_pages)
         if pages is None:
-            if host_pages is not None:
-                self.store.free(host_pages)
+            self.store.free(host_pages)
             return DenseReason.NO_FREE_PAGES
         return Reservation(
             geometry=geometry,
             pages=pages,
-            host_pages=torch.empty(0, dtype=torch.int64) if host_pages is None else host_pages,
+            host_pages=host_pages,
             prefilled=len(req.full_untruncated_fill_ids),
             spans=visual_spans(req.multimodal_inputs),
-            may_retrieve=host_pages is not None,
+            most_dynamic=most_dynamic,
             outcome=torch.zeros(2, dtype=torch.int64, pin_memory=self.cache.counters.is_cuda),
+            caps_plan=caps_plan,
         )
+
+    def _reserve_host_pages(
+        self, config: CompressorConfig, geometry: PromptGeometry, caps_plan: bool
+    ) -> tuple[int, torch.Tensor | None]:
+        """Host pages, and for how many dynamic heads they are; None where all plans of these settings need more."""
+        per_page = self.shape.head_pages_per_page
+        fewest = config.fewest_dynamic_heads(self.shape.num_compressed_heads, geometry.covered)
+        estimate = max(fewest, self._recent_plans.estimate(config, geometry.max_dynamic_heads))
+        while True:
+            most = heads_to_reserve(
+                geometry,
+                estimate,
+                free_pages=self.store.available(),
+                num_pages=self.store.num_pages,
+                head_pages_per_page=per_page,
+            )
+            if most < fewest and not caps_plan:
+                return most, None
+            host_pages = self.store.alloc(geometry.host_pages_used(most, per_page))
+            if host_pages is not None:
+                return most, host_pages
+            # What was available has just become less, because the system gives no more memory.
 
     def settle(self, reservation: Reservation) -> None:
         """Before what the forward has done with a prompt is looked at: the ranks agree on it.
@@ -245,20 +263,24 @@ class Compression:
         self.heed_refusal(reservation)
         digest = 0 if reservation.digest is None else int(reservation.digest)
         num_static, num_dynamic = reservation.outcome.tolist()
-        of_ranks = self.ranks.gather(int(reservation.failed), num_static, num_dynamic, digest)
-        failed, static, dynamic, digests = of_ranks.unbind(1)
-        reservation.failed = bool(failed.any())
+        fault = _OVERFLOWED if reservation.overflowed else int(reservation.failed)
+        num_dynamic = reservation.overflow() or num_dynamic
+        faults, static, dynamic, digests = self.ranks.gather(fault, num_static, num_dynamic, digest).unbind(1)
+        reservation.failed = bool(faults.any())
+        reservation.overflowed = reservation.failed and bool(((faults == 0) | (faults == _OVERFLOWED)).all())
         reservation.agreed = Agreed(int(static.sum()), int(dynamic.sum()), int(dynamic.max()), digests.tolist())
 
     def heed_refusal(self, reservation: Reservation) -> None:
-        """A plan that the forward has refused is a prompt that it could not compress."""
+        """A plan that the forward has refused is a prompt that it could not compress, or has too few host pages."""
         refusal = None if reservation.failed else reservation.refusal()
-        if refusal is not None:
+        if refusal is None:
+            return
+        reservation.failed, reservation.overflowed = True, reservation.overflow() is not None
+        if not reservation.overflowed:
             sentence = f"KV compressor {self.settings.name!r}: {refusal}"
             logger.error(
                 "KV compressor: a prompt of %d tokens could not be compressed: %s", reservation.prefilled, sentence
             )
-            reservation.failed = True
 
     def commit(self, req: Request) -> None:
         """The prompt is compressed and its exact form is in the tree; give back what turned out unused."""
@@ -272,6 +294,7 @@ class Compression:
         num_heads = agreed.num_static + agreed.num_dynamic
         assert num_heads == self.shape.num_compressed_heads * self.ranks.size, "committed before it was compressed"
         most = agreed.most_dynamic
+        self._recent_plans.note(self.settings_of(req).config, reservation, most)
         unused, unused_host = self.ledger.commit(
             row, geometry.pages_used(most, per_page), geometry.host_pages_used(most, per_page)
         )
@@ -304,9 +327,12 @@ class Compression:
         """In place of a commit, when the forward could not compress: the request goes on as a dense one."""
         row = req.kv.req_pool_idx
         assert row is not None, "given up without a row"
-        self._give_back(row)
+        reservation = self._give_back(row)
+        assert reservation is not None, "given up without a reservation"
+        if reservation.overflowed and reservation.agreed is not None:
+            self._recent_plans.note(self.settings_of(req).config, reservation, reservation.agreed.most_dynamic)
         self.ledger.freed_memory = True
-        self._record_dense(req, DenseReason.COMPRESSOR_FAILED)
+        self._record_dense(req, _reason_of_failure(reservation))
 
     def release(self, req: Request) -> None:
         """The request gives its row back: finished, aborted or retracted."""
@@ -322,7 +348,7 @@ class Compression:
         if reservation is None:
             self.record_unprefilled(req)
         elif reservation.failed:
-            self._record_dense(req, DenseReason.COMPRESSOR_FAILED)
+            self._record_dense(req, _reason_of_failure(reservation))
         else:
             aborted = isinstance(req.finished_reason, FINISH_ABORT)
             self._record_dense(req, DenseReason.ABORTED if aborted else DenseReason.NO_DECODE)
@@ -352,7 +378,6 @@ class Compression:
         self.metrics = CompressionMetrics(
             labels,
             pool_bytes=self.shape.num_tokens // self.shape.page_size * self.page_bytes,
-            host_store_bytes=self._host_store_bytes,
             chunk_bytes=self._chunk_bytes,
         )
         self.metrics.show_settings(changeable(self.config))
@@ -361,7 +386,10 @@ class Compression:
     def update_metrics(self) -> None:
         """Show what is held now; after each commit and release, and where SGLang logs its decode batches."""
         if self.metrics is not None:
-            self.metrics.observe_held(self.held(), self.num_committed())
+            held, size = self.held(), self.ranks.size
+            self.metrics.observe_held(held, self.num_committed())
+            limit, pinned = self.store.limit_bytes() * size, self.store.made_bytes() * size
+            self.metrics.observe_host_store(limit, pinned, self.store.used_bytes() * size - held.host)
             self.metrics.observe_chunks(*self._chunk_totals.read())
 
     def num_committed(self) -> int:
@@ -372,10 +400,6 @@ class Compression:
         """Tokens' worth of pages that they would hold beyond what they hold."""
         held = self.held()
         return (held.stock - held.device) // self.page_bytes * self.shape.page_size
-
-    @property
-    def _host_store_bytes(self) -> int:
-        return self.store.num_pages * self.store.page_bytes * self.ranks.size
 
     @property
     def _chunk_bytes(self) -> int:
@@ -392,16 +416,32 @@ class Compression:
     def server_info(self) -> dict[str, Any]:
         """`kv_compressor` in the internal state of `/server_info`; on all ranks at once."""
         chosen, hit = self.ranks.gather(*self.cache.counters.tolist()).sum(0).tolist()
-        prefetch = self.cache.prefetch
+        prefetch, host_store = self.cache.prefetch, self._host_store_state()
         return {
             "name": self.settings.name,
             "budget": self.config.budget,
             "config": self.config.model_dump(mode="json"),
             "page_size": self.shape.page_size,
-            "host_store_bytes": self._host_store_bytes,
+            "host_store_bytes": host_store["limit_bytes"],
+            "host_store": host_store,
             **self.stats.as_dict(self.held(), chosen, hit, self._chunk_bytes),
             "ranks": self._of_ranks(),
             **({} if prefetch is None else {"prefetch_correction_rate": prefetch.correction_rate()}),
+        }
+
+    def _host_store_state(self) -> dict[str, int]:
+        """Bytes of the host stores of all ranks.
+
+        They may grow to the limit, and are pinned so far, on a GPU host; used by compressed prompts, and reserved by
+        those whose prefill has not been committed.
+        """
+        of_ranks = self.ranks.gather(self.store.limit_bytes(), self.store.made_bytes())
+        used = self.held().host
+        return {
+            "limit_bytes": int(of_ranks[:, 0].min()) * self.ranks.size,
+            "pinned_bytes": int(of_ranks[:, 1].sum()),
+            "used_bytes": used,
+            "reserved_bytes": self.store.used_bytes() * self.ranks.size - used,
         }
 
     def _of_ranks(self) -> list[dict[str, int]]:
@@ -443,6 +483,10 @@ class Compression:
         return RequestRecord(False, reason, len(req.origin_input_ids), budget, request_settings=given)
 
 
+def _reason_of_failure(reservation: Reservation) -> DenseReason:
+    return DenseReason.HOST_STORE_FULL if reservation.overflowed else DenseReason.COMPRESSOR_FAILED
+
+
 def _num_host_pages(config: CompressorConfig, pool: HybridTokenToKVPool, ranks: Ranks) -> int:
     """Host pages of each rank, for as many tokens as a device page."""
     token_bytes = record_bytes(pool.head_dim, pool.store_dtype.itemsize, config.stored_dtype) * ranks.size
@@ -473,20 +517,7 @@ def _host_store_bytes(config: CompressorConfig, pool: HybridTokenToKVPool, ranks
         record_bytes(pool.head_dim, pool.store_dtype.itemsize, one) for one in ("same", config.stored_dtype)
     )
     for_dynamic_heads = rows_bytes * stored // plain
-    found = min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
-    if is_pinned and found >= ranks.size:
-        # torch rounds the pinned tensor of each rank up to a power of two.
-        found = ranks.size << ((found // ranks.size).bit_length() - 1)
-    return found
-
-
-def available_host_bytes() -> int:
-    """Memory that this process may still take: of the machine, or of the container that it runs in."""
-    free = psutil.virtual_memory().available
-    for limit, used in _CONTAINER_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # no such control group, or no limit ("max")
-            free = min(free, int((_CONTROL_GROUPS / limit).read_text()) - int((_CONTROL_GROUPS / used).read_text()))
-    return max(free, 0)
+    return min(for_dynamic_heads, int(_HOST_MEMORY_SHARE * free))
 
 
 def was_compressed(req: Request) -> bool:

@@ -22,11 +22,11 @@ class CompressionMetrics:
     Parameters
     ----------
     labels : those that SGLang gives its own metrics of this scheduler.
-    pool_bytes, host_store_bytes : limits of what requests may hold.
+    pool_bytes : limit of what requests may hold on the device.
     chunk_bytes : K and V of one chunk of one head.
     """
 
-    def __init__(self, labels: dict[str, Any], *, pool_bytes: int, host_store_bytes: int, chunk_bytes: int):
+    def __init__(self, labels: dict[str, Any], *, pool_bytes: int, chunk_bytes: int):
         # Not before SGLang has chosen the folder through which its processes share metrics.
         from prometheus_client import Counter, Gauge, Histogram
 
@@ -55,7 +55,11 @@ class CompressionMetrics:
         make(Gauge, "device_limit_bytes", "Bytes of the KV pool, which dense requests and the radix tree share.").set(
             pool_bytes
         )
-        make(Gauge, "host_limit_bytes", "Bytes of the host store.").set(host_store_bytes)
+        self._host_store = (
+            make(Gauge, "host_limit_bytes", "Bytes that the host store may grow to."),
+            make(Gauge, "host_pinned_bytes", "Bytes that it has grown to, page-locked on a GPU host."),
+            make(Gauge, "host_reserved_bytes", "Bytes of it that prompts in prefill have reserved."),
+        )
         self._running = make(Gauge, "running_requests", "Compressed requests that run now.")
         self._beyond = make(
             Gauge, "requests_beyond_stock", "Those of them that would not fit the pool without compression."
@@ -112,6 +116,11 @@ class CompressionMetrics:
             gauge.set(getattr(held, name))
         self._running.set(num_running)
         self._beyond.set(held.beyond_stock(num_running, self._pool_bytes))
+
+    def observe_host_store(self, limit: int, pinned: int, reserved: int) -> None:
+        """Bytes of the host store: what it may grow to, has grown to, and what prompts in prefill have reserved."""
+        for gauge, num_bytes in zip(self._host_store, (limit, pinned, reserved), strict=True):
+            gauge.set(num_bytes)
 
     def observe_chunks(self, chosen: int, hit: int) -> None:
         """The totals so far of chunks that were chosen, and of those that were on the device."""

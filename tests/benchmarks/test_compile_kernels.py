@@ -52,6 +52,28 @@ sys.exit("; ".join(u.fault for u in usages if u.fault) or 0)
 """)
 
 
+@pytest.mark.slow
+def test_records_of_the_host_store_are_read_and_written_by_16_bytes():
+    """Their addresses come from a table, so that the compiler knows only from us how they are aligned."""
+    check("""
+import re, triton
+from benchmarks.compile_kernels import *
+target, shape = GPUTarget("cuda", 90, 32), shape_of(page_size=8)
+for call, name, wide in (
+    (retrieve_chunks("half_codes", chunk_size=1), "_fetch_kernel", {"ld": 4, "st": 8}),
+    (offload_rows("same"), "_copy_kernel", {"ld": 8, "st": 4}),
+    (offload_rows("int8"), "_round_kernel", {"st": 2}),
+):
+    with caught_launches() as launches:
+        call(shape)
+    [launch] = [launch for launch in launches if launch[0].__name__ == name]
+    source, options = specialize(*launch, target)
+    ptx = triton.compile(source, target=target, options=options).asm["ptx"]
+    for kind, count in wide.items():
+        assert len(re.findall(kind + r"\\.global\\S*\\.v4\\.b32", ptx)) == count, (name, kind)
+""")
+
+
 def test_limits_are_those_of_gated_kernels_on_gated_architectures():
     check("""
 from benchmarks.compile_kernels import *

@@ -23,7 +23,7 @@ from benchmarks.gpu_check.fixed_heads import FixedHeads, FixedHeadsConfig
 from benchmarks.models import dummy_7b
 from benchmarks.models.make_models import make_model
 from sglang_hybridkv.compressors import PromptObservation
-from tests.builders import fresh_generator
+from tests.builders import ALL_HEADS, fresh_generator
 
 LOAD = Load(2, 100, 8)
 KV_OF_7B = 28 * 4 * 2 * 128 * 2
@@ -129,11 +129,11 @@ class TestFixedHeads:
         compressor = FixedHeads(FixedHeadsConfig(dynamic_heads=share))
         salience = torch.rand(3, 4, 160, generator=fresh_generator())
         observation = PromptObservation(torch.zeros(3, 4, 2), salience, torch.ones(160, dtype=torch.bool), 20)
-        plan = compressor.plan(observation, 60, may_retrieve=True)
+        plan = compressor.plan(observation, 60, most_dynamic=ALL_HEADS)
         assert plan.is_dynamic.tolist() == [[head < 4 * share for head in range(4)]] * 3
         assert plan.num_head_pages.sum() == 60
         assert int(plan.is_dynamic.sum()) == compressor.config.most_dynamic_heads(12, 160)
-        assert not compressor.plan(observation, 60, may_retrieve=False).is_dynamic.any()
+        assert not compressor.plan(observation, 60, most_dynamic=0).is_dynamic.any()
 
     def test_a_server_finds_it_by_its_name_and_nobody_else_does(self, tmp_path):
         code = "from sglang_hybridkv.compressors import get_compressor as get\n"

@@ -62,9 +62,9 @@ class Engine:
     def decode(self) -> torch.Tensor:
         """[L, ANSWER, H * G * D]: attention of the answer's tokens, one step each."""
         pool, request = self.pool, self.request
-        seen, may_retrieve = observe(self.prompt, pool.compressor), pool.compressor.may_retrieve
+        seen = observe(self.prompt, pool.compressor)
         observed = (seen.statistic, seen.salience, seen.query_rms)
-        pool.compress(request, *observed, spans=self.prompt.spans, may_retrieve=may_retrieve)
+        pool.compress(request, *observed, spans=self.prompt.spans)
         outs = []
         for i in range(ANSWER):
             pool.append_token(request)

@@ -28,8 +28,11 @@ OPTIMISTIC = ("--schedule-conservativeness", "0.1")
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[Server]]:
-    """Both with a small pool and overlap on; host stores for two prompts of 400 tokens, and for none."""
-    dense = {"host_store_bytes": 64 * PAGE_BYTES}
+    """Both with a small pool and overlap on; host stores for two prompts of 400 tokens, and for none.
+
+    On the first, 14 of 16 heads are dynamic whatever the prompt is.
+    """
+    dense = {"host_store_bytes": 64 * PAGE_BYTES, "theta": 1.01, "max_dynamic_heads": 0.9}
     static = {"host_store_bytes": PAGE_BYTES, "on_host_store_full": "static"}
     sizes = {"max_total_tokens": SMALL_POOL, "chunked_prefill_size": 256}
     yield from run_servers(

@@ -28,6 +28,8 @@ SERVER_FIELDS = {
     "device_kv_bytes",
     "stock_kv_bytes",
     "host_kv_bytes",
+    "host_store_bytes",
+    "host_store",
     "chunk_fetch_hit_rate",
     "chunk_fetch_bytes",
 }
@@ -68,6 +70,10 @@ def test_bytes_are_reported_while_a_request_runs(tenth: Server) -> None:
     with tenth.stream("/generate", request_body(text(7001, 4096), 1000)) as answers:
         next(answers)
         state = tenth.compressor_state()
+    host = state["host_store"]
+    assert 0 < host["used_bytes"] == state["host_kv_bytes"] <= host["pinned_bytes"]
+    assert host["reserved_bytes"] == 0, "nothing is in prefill"
+    assert host["pinned_bytes"] <= host["limit_bytes"] == state["host_store_bytes"]
     prompt_bytes = 4096 * 2 * 16 * 32 * 4  # keys and values of 16 heads of 32 numbers in fp32
     generated_bytes = state["stock_kv_bytes"] - prompt_bytes  # more on a busy machine, and not compressed
     assert 0 < state["device_kv_bytes"] - generated_bytes <= 0.14 * prompt_bytes

@@ -9,6 +9,7 @@ from sglang_hybridkv import config as config_module
 from sglang_hybridkv.compressors import BUILT_IN, get_compressor
 from sglang_hybridkv.compressors.hybridkv import PRESETS, HybridKVConfig
 from sglang_hybridkv.config import BUDGET_FLAG, CONFIG_FLAG, CompressorConfig, legal_values
+from tests.builders import LAWS
 
 
 def parse_config(text, *, budget=None):
@@ -31,6 +32,7 @@ def test_config_is_frozen():
         HybridKVConfig().budget = 0.5
 
 
+@LAWS
 @given(st.floats(allow_nan=True, allow_infinity=True))
 def test_budget_is_legal_exactly_in_its_range(budget):
     if not math.isnan(budget) and 0 < budget <= 1:

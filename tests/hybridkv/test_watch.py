@@ -22,7 +22,7 @@ STATE = {
     "peak_device_kv_bytes": 0,
     "peak_stock_kv_bytes": 0,
     "peak_host_kv_bytes": 0,
-    "host_store_bytes": 2**20,
+    "host_store": {"limit_bytes": 2**22, "pinned_bytes": 2**20, "used_bytes": 2**19, "reserved_bytes": 2**18},
     "chunk_fetch_hit_rate": 0.875,
     "chunk_fetch_bytes": 3 * 2**20,
     "ranks": [{"requests": 2, "free_tokens": 4096, "used_host_tokens": 8}],
@@ -63,7 +63,7 @@ def test_what_is_shown():
     assert found["running"] == "2 compressed requests"
     assert found["now"] == "1.0 MiB on the device (12.5 %), stock 8.0 MiB, host 0.5 MiB"
     assert found["at the peak"] == "0.0 MiB on the device, stock 0.0 MiB, host 0.0 MiB"
-    assert found["host store"] == "1.0 MiB, 50.0 % reserved"
+    assert found["host store"] == "at most 4.0 MiB, 1.0 MiB pinned, 0.5 MiB used, 0.2 MiB reserved"
     assert found["retrieval"] == "87.5 % were on the device, 3.0 MiB fetched"
     assert "free tokens" not in found
 
@@ -77,10 +77,11 @@ def test_rates_and_ranks():
 
 
 def test_nothing_decoded_and_no_host_store():
-    state = STATE | {"chunk_fetch_hit_rate": None, "host_store_bytes": 0, "dense_requests": {}}
+    nothing = dict.fromkeys(STATE["host_store"], 0)
+    state = STATE | {"chunk_fetch_hit_rate": None, "host_store": nothing, "dense_requests": {}}
     found = dict(rows(Snapshot(0.0, state)))
     assert (found["retrieval"], found["dense"]) == ("nothing yet", "none")
-    assert found["host store"] == "0.0 MiB, 0.0 % reserved"
+    assert found["host store"] == "at most 0.0 MiB, 0.0 MiB pinned, 0.0 MiB used, 0.0 MiB reserved"
 
 
 def test_once_prints_a_running_server(serve, capsys):

@@ -165,7 +165,7 @@ def test_top_images_over_tiles_equals_a_stable_sort(kernels, monkeypatch, values
 
 def test_a_selection_of_another_size_than_its_buffer_is_an_error():
     rows, places = torch.zeros(3, 4, 8), torch.tensor([[0, 1]])
-    host = HostPages.empty(3, 4, 8, torch.float32, "same", pin=False)
+    host = HostPages.empty(3, 4, 8, torch.float32, "same", "cpu")
     held, selected = torch.tensor([0, 1, 2], dtype=torch.int32), torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(AssertionError, match="as many places as its head selects"):
         fetch_chunks(selected, places, torch.tensor([2]), held, rows, rows, torch.tensor([[0, 1, 2]]), host)

@@ -215,7 +215,7 @@ def tiny_call(op, dtype=torch.float32, head_dim=32, group_size=1):
         return decode_attn(q, views, table, 0, rows, slots, torch.tensor([1]), scaling=1.0)
     if op is extend_attn:
         return extend_attn(q, keys[0], values[0], slots, rows, [0], [1], scaling=1.0)
-    host, counters = HostPages.empty(2, 1, head_dim, dtype, "same", pin=False), torch.zeros(2, dtype=torch.int64)
+    host, counters = HostPages.empty(2, 1, head_dim, dtype, "same", "cpu"), torch.zeros(2, dtype=torch.int64)
     retrieve_chunks(q, views, table, host, counters, 0, rows, Retrieval(0, 0, "key_codes", 1))
     return values[0, :1]
 

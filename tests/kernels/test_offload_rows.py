@@ -7,7 +7,8 @@ from hybridkv_kernels import gpu
 from hybridkv_kernels.head_pages import HeadPageLayout
 from hybridkv_kernels.host_pages import HOST_DTYPES, HostPages
 from hybridkv_kernels.offload_rows import naive, offload_rows
-from tests.builders import NAN, NAN_BYTE, fresh_generator, make_views
+from sglang_hybridkv.cache.host_segments import allocate_segment
+from tests.builders import NAN, NAN_BYTE, fill_host, fresh_generator, host_bytes, make_views
 from tests.kernels.plain import plain_rounded
 from tests.kernels.shapes import DTYPES, HEAD_DIMS
 from tests.kernels.test_decode_attn import changed
@@ -36,9 +37,10 @@ class Offload:
         self.src_rows = rows[: NUM_HEADS * NUM_PAGES * page_size].view(NUM_HEADS, -1)
         ids = torch.randperm(20, generator=generator)
         self.host_page_ids = ids[: NUM_HEADS * NUM_PAGES].view(NUM_HEADS, NUM_PAGES)
-        pin = torch.get_default_device().type == "cuda"
-        self.host = HostPages.empty(20, page_size, head_dim, dtype, host_dtype, pin)
-        self.host.data.fill_(NAN_BYTE)
+        self.host = HostPages.empty(20, page_size, head_dim, dtype, host_dtype, torch.get_default_device(), 6)
+        for num_pages in (6, 6, 6, 2):
+            shape = self.host.segment_shape(num_pages)
+            self.host.add(allocate_segment(shape, torch.get_default_device()))
 
     def arguments(self):
         return {
@@ -50,11 +52,11 @@ class Offload:
 
     def run(self, function=offload_rows):
         """The bytes that a function leaves in the host store."""
-        self.host.data.fill_(NAN_BYTE)
+        fill_host(self.host, NAN_BYTE)
         function(**self.arguments())
         if self.src_rows.is_cuda:
             torch.cuda.synchronize()
-        return self.host.data.clone()
+        return host_bytes(self.host)
 
     def stored(self):
         """Keys and values [E, N, D] read from where they should be."""
@@ -135,6 +137,24 @@ def test_nothing_to_store(sizes):
     assert (offload.run() == NAN_BYTE).all()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t[:, :4], lambda t: t[..., :16], torch.Tensor.int, lambda t: torch.stack((t, t), -1)[..., 0]],
+)
+def test_a_segment_of_another_shape_is_refused(change):
+    host = Offload(fresh_generator(), "same").host
+    with pytest.raises(ValueError, match=r"^segment: expected .*, got "):
+        host.add(change(torch.zeros(host.segment_shape(6), dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("num_pages", [6, 0, 7])
+def test_no_segment_follows_a_shorter_one_or_is_longer(num_pages):
+    host = HostPages.empty(20, 8, 32, torch.float32, "same", "cpu", 6)
+    host.add(torch.zeros(host.segment_shape(6 if num_pages != 6 else 2), dtype=torch.uint8))
+    with pytest.raises(AssertionError, match="segment is"):
+        host.add(torch.zeros(host.segment_shape(num_pages), dtype=torch.uint8))
+
+
 def test_rows_of_an_odd_size_are_refused():
     with pytest.raises(ValueError, match=r"^host_pages.head_dim: expected an even number, got 5"):
         offload_rows(**Offload(fresh_generator(), "same", head_dim=5).arguments())
@@ -143,7 +163,7 @@ def test_rows_of_an_odd_size_are_refused():
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("host_pages.data", lambda t: t[:, :4]),
+        ("host_pages.page_size", lambda page_size: 4),
         ("host_pages.dtype", lambda dtype: torch.float16),
         ("host_pages.head_dim", lambda head_dim: 64),
         ("src_rows", lambda t: t[0]),

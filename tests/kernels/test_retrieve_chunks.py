@@ -19,6 +19,7 @@ from tests.builders import (
     NAN_BYTE,
     TinyPool,
     eager_config,
+    fill_host,
     fresh_generator,
     full_attention,
     poisoned_memory,
@@ -200,7 +201,7 @@ def test_resident_chunks_are_not_read_from_the_host():
     pool.compress(prompt)
     q = pool.queries(1)
     before = pool.decode([prompt], 0, q)
-    pool.store.pages.data.fill_(NAN_BYTE)
+    fill_host(pool.store.pages, NAN_BYTE)
     state = State.of(pool)
     chosen = int(pool.counters[0])
     assert torch.equal(pool.decode([prompt], 0, q), before)
@@ -234,10 +235,7 @@ def arguments_of(pool, prompts, layer, q):
         ("views.v_flat", lambda t: t[1:]),
         ("views.k_pages", lambda t: t[:, :4]),
         ("views.held_chunks", lambda t: t.long()),
-        ("host_pages.data", lambda t: t[:, :4]),
-        ("host_pages.data", lambda t: t[..., :16]),
-        ("host_pages.data", torch.Tensor.int),
-        ("host_pages.data", lambda t: torch.stack((t, t), -1)[..., 0]),
+        ("host_pages.page_size", lambda page_size: 4),
         ("host_pages.head_dim", lambda head_dim: 16),
         ("host_pages.dtype", lambda dtype: torch.float16),
         ("host_pages.host_dtype", lambda host_dtype: "fp8"),
@@ -431,12 +429,13 @@ def test_records_of_any_codes_and_scales_are_widened_alike(twin, dtype):
     pool = dynamic_pool(dtype, budget=0.5, theta=1.01, chunk_score="half_codes", host_dtype="int8")
     prompt, host = pool.add_prompt(20 * P), pool.store.pages
     pool.compress(prompt)
-    codes = torch.randint(0, 256, host.data.shape, generator=pool.generator).to(torch.uint8)
-    exponents = torch.randint(-106, 121, (*host.data.shape[:2], 2), generator=pool.generator)
-    scales = (1 + torch.rand(exponents.shape, generator=pool.generator)) * 2.0**exponents
-    scales[:, ::3, 0], scales[:, 1::4, 1] = NAN, 0.0
-    host.data.copy_(codes)
-    host.data[..., 2 * host.head_dim :][..., :8] = scales.view(torch.uint8).to(host.data.device)
+    for segment in host.segments:
+        codes = torch.randint(0, 256, segment.shape, generator=pool.generator).to(torch.uint8)
+        exponents = torch.randint(-106, 121, (*segment.shape[:2], 2), generator=pool.generator)
+        scales = (1 + torch.rand(exponents.shape, generator=pool.generator)) * 2.0**exponents
+        scales[:, ::3, 0], scales[:, 1::4, 1] = NAN, 0.0
+        segment.copy_(codes)
+        segment[..., 2 * host.head_dim :][..., :8] = scales.view(torch.uint8).to(segment.device)
     before, arguments = State.of(pool), arguments_of(pool, [prompt], 0, pool.queries(1))
     naive.retrieve_chunks(**arguments)
     expected = State.of(pool)
@@ -516,7 +515,7 @@ def test_the_tests_above_can_fail():
     pool = dynamic_pool(budget=0.1)
     prompt = pool.add_prompt(20 * P)
     pool.compress(prompt)
-    pool.store.pages.data.fill_(3)
+    fill_host(pool.store.pages, 3)
     retrieve_chunks(**arguments_of(pool, [prompt], 0, torch.ones(1, 4, 32)))
     assert int(pool.counters[0] - pool.counters[1]) > 0, "something was fetched"
     with pytest.raises(AssertionError, match="holds rows that are not the prompt's"):

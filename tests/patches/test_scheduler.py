@@ -28,12 +28,18 @@ def test_a_scheduler_starts_only_if_every_check_passes(active, monkeypatch, lost
     for name, (module, function) in CHECKS.items():
         monkeypatch.setattr(module, function, lambda *args, name=name: f"{name} is gone" if name == lost else None)
     monkeypatch.setattr(verify, "summary", lambda *args: "fine")
-    started = SimpleNamespace(metrics_reporter=SimpleNamespace(current_scheduler_metrics_enabled=False))
+    grown = []
+    compression = SimpleNamespace(store=SimpleNamespace(grow=lambda: grown.append(True)))
+    started = SimpleNamespace(
+        metrics_reporter=SimpleNamespace(current_scheduler_metrics_enabled=False),
+        tree_cache=SimpleNamespace(compression=compression),
+    )
     if lost is None:
         scheduler.check_start(None, started)
     else:
         with pytest.raises(RuntimeError, match=f"^{lost} is gone$"):
             scheduler.check_start(None, started)
+    assert bool(grown) == (lost is None), "the host store grows once nothing captures graphs any more"
 
 
 def test_without_compression_nothing_is_touched(inactive):

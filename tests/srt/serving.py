@@ -27,7 +27,7 @@ from sglang_hybridkv.srt.compression import Compression
 from sglang_hybridkv.srt.memory_pool import HybridTokenToKVPool
 from sglang_hybridkv.srt.settings import Settings
 from tests import flashinfer_double
-from tests.builders import NAN, NAN_BYTE, LateSideStream, fresh_generator
+from tests.builders import NAN, NAN_BYTE, LateSideStream, fill_host, fresh_generator
 
 # Where both are, the kernels of a decode step run interpreted.
 HAS_TRITON_TWINS = gpu.is_installed() and all(
@@ -97,7 +97,8 @@ class Serving:
             buffer[:page_size] = 0
         self.cache = self.pool.cache = self.compression.cache
         self.cache.memory = dataclasses.replace(self.cache.memory, side=LateSideStream())
-        self.compression.store.pages.data.fill_(NAN_BYTE)
+        self.compression.store.make_all()
+        fill_host(self.compression.store.pages, NAN_BYTE)
         self.req_to_token = torch.zeros(ROWS, MAX_CONTEXT, dtype=torch.int32)
         self.lens: dict[int, int] = {}
         shape = (HEADS * group, self.head_dim, self.head_dim**-0.5, HEADS)

@@ -51,7 +51,7 @@ def test_every_outcome_is_there_before_it_happens():
     code = """
 from prometheus_client import REGISTRY
 from sglang_hybridkv.srt.metrics import CompressionMetrics
-made = CompressionMetrics({"model_name": "m"}, pool_bytes=1, host_store_bytes=1, chunk_bytes=1)
+made = CompressionMetrics({"model_name": "m"}, pool_bytes=1, chunk_bytes=1)
 made.show_settings({"budget": 0.2, "request_override": True, "request_budget_min": None, "word": "text"})
 for family in REGISTRY.collect():
     for sample in family.samples:

@@ -24,10 +24,10 @@ class WithPeer(Ranks):
 
 def committed(num_dynamic, *of_peer):
     compression = make_compression()
-    if of_peer:
-        compression.ranks = WithPeer(*of_peer)
     req = admit(compression, 1, 10 * P)
     compression.prepare(req, None)
+    if of_peer:
+        compression.ranks = WithPeer(*of_peer)
     commit(compression, req, num_dynamic)
     return compression, req
 
@@ -46,16 +46,30 @@ def test_a_commit_counts_the_heads_of_all_ranks_and_keeps_the_pages_that_the_nee
     assert compression.request_info(changed_peer)["plan"] != info["plan"]
 
 
-def test_a_prompt_that_another_rank_could_not_compress_is_dense_here_too():
-    compression = make_compression()
-    compression.ranks = WithPeer(1, 0, 0, 0)
+@pytest.mark.parametrize(
+    ("mine", "theirs", "reason"),
+    [
+        (None, 1, "compressor_failed"),
+        (None, 2, "host_store_full"),
+        (3, 0, "host_store_full"),
+        (3, 1, "compressor_failed"),
+        (5, 2, "compressor_failed"),
+    ],
+)
+def test_a_prompt_that_another_rank_could_not_compress_is_dense_here_too(mine, theirs, reason):
+    """With `mine` dynamic heads, where two fit of four; 1 is a fault of the other rank, and 2 an overflow."""
+    compression = make_compression(host_pages=5, theta=0.5)
     req = admit(compression, 1, 10 * P)
     compression.prepare(req, None)
+    compression.ranks = WithPeer(theirs, 0, 0, 0)
     reservation = compression.ledger.get(1)
+    assert reservation.most_dynamic == 2
+    if mine is not None:
+        reservation.figures = torch.tensor([reservation.geometry.budget_head_pages, 1, 1, mine, 0])
     compression.settle(reservation)
     assert reservation.failed
     compression.give_up(req)
-    assert compression.request_info(req)["reason"] == "compressor_failed"
+    assert compression.request_info(req)["reason"] == reason
     finish(compression, req)
     assert compression.allocator.available_size() == compression.shape.num_tokens
     assert compression.store.used_bytes() == 0

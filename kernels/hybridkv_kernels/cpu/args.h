@@ -49,7 +49,7 @@ enum HkHostDtype : int32_t { HK_SAME = 0, HK_INT8 = 1 };  // host_pages.py says 
 struct RetrieveArgs {
   const void* q;                     // [batch, num_q_heads, D]
   void *k_flat, *v_flat;             // pool, in place
-  const char* host;                  // host store, [host pages * num_layers * num_kv_heads, page_size, record_bytes]
+  const int64_t* host_segments;      // addresses of the host store's segments, [segment_pages, page_size, record_bytes]
   int32_t* held_chunks;              // [head pages, page_size / chunk_size], in place
   int64_t* counters;                 // [2], in place
   const int32_t *pages, *host_pages; // [rows, max_pages], [rows, max_host_pages]
@@ -57,7 +57,7 @@ struct RetrieveArgs {
   const int32_t *first_head_page, *num_head_pages, *first_summary_page, *host_rank; // [rows, num_layers, num_kv_heads]
   const uint8_t* is_dynamic;         // [rows, num_layers, num_kv_heads]
   const int64_t* req_rows;           // [batch]
-  int64_t max_pages, max_host_pages;
+  int64_t max_pages, max_host_pages, segment_pages;
   int32_t batch, num_q_heads, num_kv_heads, num_layers, pages_per_layer, page_size, layer_idx, head_dim;
   int32_t type, num_threads, chunk_score, chunk_size, score_vectors, stored_vectors, num_sink_chunks, num_recent_chunks;
   int32_t record_bytes, host_dtype;

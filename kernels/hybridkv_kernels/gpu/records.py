@@ -19,6 +19,17 @@ def tile_rows(block: int) -> int:
 
 
 @triton.jit
+def record_pointers(addresses, head_page, token, mask, PAGES: tl.constexpr, P: tl.constexpr, WORDS: tl.constexpr):
+    """Where records of WORDS words begin, of tokens `token` of `head_page` [ROWS], int64, of the host store.
+
+    `addresses` points to those of its segments, which have PAGES head pages each. A pinned tensor, and so each record,
+    is aligned to 16 bytes; the compiler cannot know it of an address that was loaded.
+    """
+    base = tl.load(addresses + head_page // PAGES, mask=mask, other=0).to(tl.pointer_type(tl.int32))
+    return tl.multiple_of(base, 16) + (head_page % PAGES * P + token) * WORDS
+
+
+@triton.jit
 def _row_scale(wide, ROWS: tl.constexpr):
     """[ROWS], fp32: `host_pages.round_rows`' scales of rows [ROWS, elements], fp32; what is beyond a row is 0."""
     size = tl.abs(wide)

@@ -14,5 +14,4 @@ def offload_rows(
     wanted = host_page_ids >= 0
     src = src_rows.unflatten(1, (-1, page_size))[wanted].flatten()  # [pages * P]
     dst = host_page_ids[wanted][:, None] * page_size + torch.arange(page_size, device=src.device)
-    home = host_pages.data.device
-    host_pages.write(dst.flatten().to(home), views.k_flat[src].to(home), views.v_flat[src].to(home))
+    host_pages.write(dst.flatten().cpu(), views.k_flat[src].cpu(), views.v_flat[src].cpu())

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hybridkv_kernels.gpu.records import round_record, tile_rows
+from hybridkv_kernels.gpu.records import record_pointers, round_record, tile_rows
 from hybridkv_kernels.head_pages import HeadPageViews
 from hybridkv_kernels.host_pages import HostPages
 
@@ -19,22 +19,34 @@ _MOST_PROGRAMS = 64
 
 
 @triton.jit
-def _tile_of_rows(tile, src_rows, host_page_ids, num_rows, P: tl.constexpr, ROWS: tl.constexpr):
-    """Rows of the pool and of the host store [ROWS], int64, of a tile, and which of them there are."""
+def _tile_of_rows(
+    tile,
+    addresses,
+    src_rows,
+    host_page_ids,
+    num_rows,
+    PAGES: tl.constexpr,
+    P: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rows of the pool [ROWS], int64, of a tile, where their records lie, and which of them there are."""
     i = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     page = tl.load(host_page_ids + i // P, mask=i < num_rows, other=-1)
     is_row = page >= 0
-    return tl.load(src_rows + i, mask=is_row, other=0), page * P + i % P, is_row
+    records = record_pointers(addresses, page, i % P, is_row, PAGES, P, WORDS)
+    return tl.load(src_rows + i, mask=is_row, other=0), records, is_row
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _copy_kernel(
     k_words,
     v_words,
-    host_words,
+    addresses,
     src_rows,
     host_page_ids,
     num_rows,
+    PAGES: tl.constexpr,
     P: tl.constexpr,
     HALF: tl.constexpr,
     WORDS: tl.constexpr,
@@ -45,22 +57,23 @@ def _copy_kernel(
     w = tl.arange(0, BW)
     from_key, from_value = w < HALF, (w >= HALF) & (w < 2 * HALF)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        src, dst, is_row = _tile_of_rows(tile, src_rows, host_page_ids, num_rows, P, ROWS)
+        src, records, is_row = _tile_of_rows(tile, addresses, src_rows, host_page_ids, num_rows, PAGES, P, WORDS, ROWS)
         at = src[:, None] * HALF + w[None, :]
         key = tl.load(k_words + at, mask=is_row[:, None] & from_key[None, :], other=0)
         value = tl.load(v_words + at - HALF, mask=is_row[:, None] & from_value[None, :], other=0)
         inside = is_row[:, None] & (w < WORDS)[None, :]
-        tl.store(host_words + dst[:, None] * WORDS + w[None, :], tl.where(from_key[None, :], key, value), mask=inside)
+        tl.store(records[:, None] + w[None, :], tl.where(from_key[None, :], key, value), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _round_kernel(
     k_flat,
     v_flat,
-    host_words,
+    addresses,
     src_rows,
     host_page_ids,
     num_rows,
+    PAGES: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
     WORDS: tl.constexpr,
@@ -71,12 +84,12 @@ def _round_kernel(
     e, w = tl.arange(0, 4 * BW), tl.arange(0, BW)
     from_key, from_value = e < D, (e >= D) & (e < 2 * D)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        src, dst, is_row = _tile_of_rows(tile, src_rows, host_page_ids, num_rows, P, ROWS)
+        src, records, is_row = _tile_of_rows(tile, addresses, src_rows, host_page_ids, num_rows, PAGES, P, WORDS, ROWS)
         at = src[:, None] * D + e[None, :]
         key = tl.load(k_flat + at, mask=is_row[:, None] & from_key[None, :], other=0.0)
         value = tl.load(v_flat + at - D, mask=is_row[:, None] & from_value[None, :], other=0.0)
         words = round_record(key.to(tl.float32), value.to(tl.float32), D, BW, ROWS)
-        tl.store(host_words + dst[:, None] * WORDS + w[None, :], words, mask=is_row[:, None] & (w < WORDS)[None, :])
+        tl.store(records[:, None] + w[None, :], words, mask=is_row[:, None] & (w < WORDS)[None, :])
 
 
 def offload_rows(
@@ -86,10 +99,10 @@ def offload_rows(
     num_rows = src_rows.numel()
     if num_rows == 0:
         return
-    words = host_pages.words.shape[2]
+    words = host_pages.record_bytes // 4
     block = triton.next_power_of_2(words)
-    shape = {"P": host_pages.page_size, "WORDS": words, "BW": block}
-    arguments = (host_pages.words, src_rows.contiguous(), host_page_ids.contiguous(), num_rows)
+    shape = {"PAGES": host_pages.segment_pages, "P": host_pages.page_size, "WORDS": words, "BW": block}
+    arguments = (host_pages.addresses, src_rows.contiguous(), host_page_ids.contiguous(), num_rows)
     if host_pages.host_dtype == "same":
         pool, rows = (views.k_flat.view(torch.int32), views.v_flat.view(torch.int32)), tile_rows(block)
         grid = (min(triton.cdiv(num_rows, rows), _MOST_PROGRAMS),)

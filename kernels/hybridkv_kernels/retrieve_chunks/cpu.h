@@ -252,11 +252,12 @@ struct DynamicHead {
       if (state[size_t(c)] == kResident) continue;
       const int64_t linear = int64_t(a.host_rank[head]) * (num_chunks / in_page) + c / in_page;
       const int64_t page = int64_t(a.host_pages[row * a.max_host_pages + linear / per_page]) * per_page + linear % per_page;
-      const int64_t src = page * in_page + c % in_page;
+      const char* segment = reinterpret_cast<const char*>(a.host_segments[page / a.segment_pages]);
+      const int64_t src = page % a.segment_pages * in_page + c % in_page;
       const int64_t dst = victims[next++];
       for (int64_t i = 0; i < a.chunk_size; ++i) {
         const int64_t row = (dst * a.chunk_size + i) * D;
-        read_record(a.host + (src * a.chunk_size + i) * a.record_bytes, static_cast<Storage*>(a.k_flat) + row,
+        read_record(segment + (src * a.chunk_size + i) * a.record_bytes, static_cast<Storage*>(a.k_flat) + row,
                     static_cast<Storage*>(a.v_flat) + row);
       }
       a.held_chunks[dst] = c;

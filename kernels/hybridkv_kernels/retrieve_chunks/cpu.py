@@ -13,7 +13,7 @@ from hybridkv_kernels.host_pages import HOST_DTYPES, HostPages
 from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
 
 _POINTERS = (
-    "q k_flat v_flat host held_chunks counters pages host_pages num_pages num_prompt_pages first_head_page "
+    "q k_flat v_flat host_segments held_chunks counters pages host_pages num_pages num_prompt_pages first_head_page "
     "num_head_pages first_summary_page host_rank is_dynamic req_rows"
 )
 _SIZES = (
@@ -27,7 +27,7 @@ class RetrieveArgs(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *((name, ctypes.c_int64) for name in ("max_pages", "max_host_pages")),
+        *((name, ctypes.c_int64) for name in ("max_pages", "max_host_pages", "segment_pages")),
         *((name, ctypes.c_int32) for name in _SIZES.split()),
         ("hysteresis", ctypes.c_float),
     ]
@@ -54,7 +54,7 @@ def retrieve_chunks(
                 q,
                 views.k_flat,
                 views.v_flat,
-                host_pages.data,
+                host_pages.addresses,
                 views.held_chunks,
                 counters,
                 table.pages,
@@ -71,6 +71,7 @@ def retrieve_chunks(
         ),
         table.pages.shape[1],
         table.host_pages.shape[1],
+        host_pages.segment_pages,
         q.shape[0],
         q.shape[1],
         layout.num_kv_heads,

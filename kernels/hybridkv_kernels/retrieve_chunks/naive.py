@@ -209,7 +209,7 @@ def fetch_chunks(
     assert torch.equal(missing_head, victim_head), "a buffer must have as many places as its head selects chunks"
     dst = places[victim_head, victim_place]
     chunk_size = k_chunks.shape[1]
-    src = host_places[missing_head, missing_chunk].to(host_pages.data.device)
+    src = host_places[missing_head, missing_chunk].cpu()
     keys, values = host_pages.read(src[:, None] * chunk_size + torch.arange(chunk_size, device=src.device))
     k_chunks[dst], v_chunks[dst] = keys.to(k_chunks.device), values.to(v_chunks.device)
     held_chunks[dst] = missing_chunk.to(torch.int32)

@@ -17,7 +17,7 @@ import triton.language as tl
 from hybridkv_kernels import gpu
 from hybridkv_kernels.chunks import Retrieval
 from hybridkv_kernels.gpu.head_pages import host_page_ids
-from hybridkv_kernels.gpu.records import tile_rows, widen_record
+from hybridkv_kernels.gpu.records import record_pointers, tile_rows, widen_record
 from hybridkv_kernels.head_pages import HeadPageTable, HeadPageViews
 from hybridkv_kernels.host_pages import HostPages
 from hybridkv_kernels.retrieve_chunks.naive import as_plain_score
@@ -39,7 +39,7 @@ _FETCH_PROGRAMS = 2048
 def _fetch_kernel(
     k_out,
     v_out,
-    host_words,
+    addresses,
     held_chunks,
     all_host_pages,
     host_rank,
@@ -55,6 +55,7 @@ def _fetch_kernel(
     H: tl.constexpr,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
+    PAGES: tl.constexpr,
     SIZE: tl.constexpr,
     WORDS: tl.constexpr,
     BW: tl.constexpr,
@@ -79,9 +80,10 @@ def _fetch_kernel(
         is_row, token = i < num_rows, i % CHUNK
         chunk = tl.load(missing + lists + i // CHUNK, mask=is_row, other=0)
         slot = tl.load(reused + lists + i // CHUNK, mask=is_row, other=0).to(tl.int64)
-        src = (host_page_ids(host_pages, first + chunk // C, is_row, L, H) * C + chunk % C) * CHUNK + token
+        page = host_page_ids(host_pages, first + chunk // C, is_row, L, H)
+        records = record_pointers(addresses, page, chunk % C * CHUNK + token, is_row, PAGES, C * CHUNK, WORDS)
         inside = is_row[:, None] & (w < WORDS)[None, :]
-        words = tl.load(host_words + src[:, None] * WORDS + w[None, :], mask=inside, other=0)
+        words = tl.load(records[:, None] + w[None, :], mask=inside, other=0)
         if IS_ROUNDED:
             both = widen_record(words, SIZE, BW, ROWS, k_out.dtype.element_ty, INTERPRETED)
             column = tl.arange(0, 4 * BW)
@@ -178,12 +180,12 @@ def retrieve_chunks(
     out = (views.k_flat, views.v_flat)
     if not is_rounded:
         out = (views.k_flat.view(torch.int32), views.v_flat.view(torch.int32))
-    words = host_pages.words.shape[2]
+    words = host_pages.record_bytes // 4
     rows = tile_rows(triton.next_power_of_2(words))
     tiles = triton.cdiv(max_chunks * retrieval.chunk_size, rows)
     _fetch_kernel[(num_entries, min(max(1, _FETCH_PROGRAMS // num_entries), tiles))](
         *out,
-        host_pages.words,
+        host_pages.addresses,
         views.held_chunks,
         table.host_pages,
         table.host_rank,
@@ -197,6 +199,7 @@ def retrieve_chunks(
         max_chunks,
         **shape,
         CHUNK=retrieval.chunk_size,
+        PAGES=host_pages.segment_pages,
         SIZE=out[0].shape[1],
         WORDS=words,
         BW=triton.next_power_of_2(words),

@@ -21,7 +21,7 @@ from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
 from sglang_hybridkv.compressors.snapkv import SnapKV
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import LAWS, NAN_BYTE, TinyPool, fresh_generator, full_attention, make_compressor
+from tests.builders import LAWS, NAN_BYTE, TinyPool, fresh_generator, full_attention, host_bytes, make_compressor
 
 P = 16
 CHUNK_SCORES = ["mean_max", "mean_mean", "quest", "arkvale", *CODED_SCORES]
@@ -99,7 +99,7 @@ def test_compressed_and_dense_requests_share_a_batch():
     pool = pool_of(fresh_generator(), budget=1.0)
     prompts = [pool.add_prompt(length) for length in (3 * P, 2 * P + 1, 5 * P - 1, 7, 2 * P)]
     for i in (0, 2, 4):
-        pool.compress(prompts[i], mixed_statistic(pool), may_retrieve=i != 4)
+        pool.compress(prompts[i], mixed_statistic(pool), most_dynamic=None if i != 4 else 0)
     assert prompts[4].reservation.outcome.tolist() == [4, 0], "without retrieval every head is static"
     check_equals_full_attention(pool, prompts, steps=P + 2)  # far enough for the tails to open pages
 
@@ -124,7 +124,7 @@ def test_a_prompt_is_compressed_once_after_its_last_layer_though_that_has_a_wind
     pool = pool_of(fresh_generator(), budget=0.5, pool={"num_layers": 3, "windows": windows})
     prompt = pool.add_prompt(6 * P + 3)
     pool.cache.observer.watch(prompt.row, range(5 * P, prompt.seq_len))
-    pool.cache.bind(prompt.row, pool._reserve(prompt.seq_len, (), may_retrieve=True))
+    pool.cache.bind(prompt.row, pool._reserve(prompt.seq_len, ()))
     after, seen = [], []
     monkeypatch.setattr(pool.cache, "compress", lambda row, slots, observed: seen.append((after[-1], observed)))
     for layer in range(3):
@@ -287,8 +287,9 @@ def test_the_host_store_has_every_row_of_dynamic_heads_and_no_other(case):
         for stored, exact in zip(stored_rows(pool, mine), (prompt.keys, prompt.values), strict=True):
             assert torch.equal(stored, exact[layer, head, : geometry.covered])
     written = set(rows[: len(dynamic) * geometry.num_prompt_pages])
-    foreign = [row for row in range(len(pool.store.pages.data)) if row not in written]
-    assert (pool.store.pages.data[foreign] == NAN_BYTE).all()
+    hosted = host_bytes(pool.store.pages)
+    foreign = [row for row in range(len(hosted)) if row not in written]
+    assert (hosted[foreign] == NAN_BYTE).all()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -342,7 +343,7 @@ def test_what_is_offloaded_does_not_depend_on_how_many_heads_are_taken_at_once(w
         prompt = pool.add_prompt(6 * P)
         pool.compress(prompt, mixed_statistic(pool))
         assert 0 < prompt.reservation.outcome[1] < prompt.reservation.geometry.max_dynamic_heads
-        found.append((pool.keys, pool.values, pool.store.pages.data))
+        found.append((pool.keys, pool.values, host_bytes(pool.store.pages)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
@@ -352,8 +353,8 @@ class Careless:
 
     fault = ""
 
-    def plan(self, observation, total_head_pages, *, may_retrieve):
-        plan = super().plan(observation, total_head_pages, may_retrieve=may_retrieve)
+    def plan(self, observation, total_head_pages, *, most_dynamic):
+        plan = super().plan(observation, total_head_pages, most_dynamic=most_dynamic)
         pages, is_dynamic = plan.num_head_pages.clone(), plan.is_dynamic.clone()
         if self.fault == "budget":
             pages += 1
@@ -409,13 +410,13 @@ def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, c
     neighbour, prompt = pool.add_prompt(20 * P + 3), pool.add_prompt(20 * P + 3)
     pool.compress(neighbour, mixed_statistic(pool))
     before = pool.keys.clone(), pool.values.clone(), pool.views.held_chunks.clone()
-    hosted = pool.store.pages.data.clone()
+    hosted = host_bytes(pool.store.pages)
     compressor.fault = fault
     statistic = pool.rand(2, 2)
     statistic[0, 0] = 1.0  # a static head: the others do not keep what is ranked first
     observed = ObservedPrompt((), statistic, pool.rand(2, 2, prompt.seq_len), pool.rand(2, 2, 32))
     with torch.device("cpu"):  # where a server's tensors are, unless it says otherwise
-        reservation = pool._reserve(prompt.seq_len, (), may_retrieve=fault != "dynamic" and compressor.may_retrieve)
+        reservation = pool._reserve(prompt.seq_len, (), most_dynamic=0 if fault == "dynamic" else None)
         pool.cache.observer.watch(prompt.row, range(prompt.seq_len))
         pool.cache.bind(prompt.row, reservation)
         pool.cache.compress(prompt.row, pool.req_to_token[prompt.row].long(), observed)
@@ -427,7 +428,7 @@ def test_a_plan_that_breaks_the_contract_leaves_the_row_dense(fault, sentence, c
         now, then = (x.view(*per_layer, -1).nan_to_num(7.0) for x in (now, then))
         now[:, own] = then[:, own] = 0
         assert torch.equal(now, then)
-    now, then = (x.clone().view(pool.store.num_pages, -1) for x in (pool.store.pages.data, hosted))
+    now, then = (x.clone().view(pool.store.num_pages, -1) for x in (host_bytes(pool.store.pages), hosted))
     now[reservation.host_pages] = then[reservation.host_pages] = 0
     assert torch.equal(now, then)
     check_equals_full_attention(pool, [prompt])
@@ -521,5 +522,5 @@ def test_plans_are_what_they_were(name, config, digests):
         prompt = pool.add_prompt(22 * 8 + 5)
         heads = (len(pool.layout.full_layers), 2)
         observed = pool.rand(*heads), pool.rand(*heads, prompt.seq_len)
-        pool.compress(prompt, *observed, spans=spans, may_retrieve=compressor.may_retrieve)
+        pool.compress(prompt, *observed, spans=spans)
         assert int(prompt.reservation.digest) % 2**64 == digest_before

@@ -17,7 +17,7 @@ from sglang_hybridkv.cache.observation import QueryPart
 from sglang_hybridkv.compressors import BUILT_IN, random_tokens
 from sglang_hybridkv.compressors.base import HeadPlan
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import LateSideStream, TinyPool, fresh_generator, make_compressor, seeded, use_kernels
+from tests.builders import LateSideStream, TinyPool, fresh_generator, host_bytes, make_compressor, seeded, use_kernels
 from tests.no_sync import HostSync, NoSync
 
 P, PROMPT_LEN = 8, 22 * 8 + 5
@@ -44,11 +44,11 @@ class Guard(NoSync):
         tensors += [full_layers(pool.layout, device), rotation(16, device), rotation(32, device)]
         tensors += [scores] if (scores := getattr(pool.compressor, "scores", None)) is not None else []
         super().__init__([x for x in tensors if isinstance(x, torch.Tensor)])
-        self._host_pages = memory.store.pages.data.untyped_storage().data_ptr()
+        self._host_pages = {segment.untyped_storage().data_ptr() for segment in memory.store.pages.segments}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if not self._is_paused and any(x.untyped_storage().data_ptr() == self._host_pages for x in tensors):
+        if not self._is_paused and any(x.untyped_storage().data_ptr() in self._host_pages for x in tensors):
             raise HostSync(f"{func.name()} touches the host store")
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -80,10 +80,11 @@ def make_pool(name, config, windows=(), compressor=None, generator=None):
     return pool
 
 
-def prepared(pool, prompt_len=PROMPT_LEN, num_observed=20):
+def prepared(pool, prompt_len=PROMPT_LEN, num_observed=20, *, most_dynamic=None, caps_plan=True):
     """A dense prompt that is about to be compressed, and its queries of each layer."""
     prompt = pool.add_prompt(prompt_len)
-    reservation = pool._reserve(prompt.seq_len, SPANS, pool.compressor.may_retrieve)
+    reservation = pool._reserve(prompt.seq_len, SPANS, most_dynamic)
+    reservation.caps_plan = caps_plan
     pool.cache.observer.watch(prompt.row, range(prompt.seq_len - num_observed, prompt.seq_len))
     pool.cache.bind(prompt.row, reservation)
     return prompt, [pool.queries(prompt.seq_len) * scale for scale in torch.rand(3, generator=pool.generator) * 4]
@@ -208,6 +209,31 @@ def test_a_plan_that_is_refused_takes_the_same_launches(launched):
     assert traces[0] == traces[1]
 
 
+@pytest.mark.parametrize("name", ["hybridkv", "quest"])
+def test_a_plan_that_has_too_few_host_pages_takes_the_same_launches(name, launched):
+    """Made as if there was room for all: the host learns later that it was refused, and how many heads it wanted."""
+    pool, traces = make_pool(name, {}), []
+    for most_dynamic in (None, 1):
+        prompt, queries = prepared(pool, most_dynamic=most_dynamic, caps_plan=False)
+        traces.append(guarded(pool, launched, prompt, queries))
+    wanted, refused = pool.cache.bound.values()
+    assert wanted.overflow() is None
+    assert refused.overflow() == int(wanted.outcome[1]) > 1
+    assert refused.outcome[1] == 0
+    assert pool.cache.readable(prompt.row) is None
+    pool.cache.check_integrity()
+    assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("name", ["hybridkv", "quest"])
+def test_a_plan_that_is_told_of_its_host_pages_waits_for_nothing(name, launched):
+    pool = make_pool(name, {})
+    prompt, queries = prepared(pool, most_dynamic=1)
+    guarded(pool, launched, prompt, queries)
+    assert pool.cache.bound[prompt.row].outcome.tolist() == [5, 1]
+    assert pool.cache.readable(prompt.row) is not None
+
+
 def test_events_wait_for_nothing_either(launched):
     pool = make_pool("hybridkv", {"events": "tcp://127.0.0.1:1"}, (0, 3 * P, 0))
     prompt, queries = prepared(pool)
@@ -271,20 +297,20 @@ def test_the_first_token_does_not_wait_for_the_host_link():
     """Host rows are written when the next forward begins, at the latest; the steps of `tests/srt` rely on it."""
     pool = make_pool("hybridkv", {"max_dynamic_heads": 1.0})
     pool.cache.memory = dataclasses.replace(pool.cache.memory, side=LateSideStream())
-    before = pool.store.pages.data.clone()
+    before = host_bytes(pool.store.pages)
     prompt, queries = prepared(pool)
     observe(pool, prompt, queries)
     assert pool.cache.bound[prompt.row].refusal() is None
-    assert torch.equal(pool.store.pages.data, before)
+    assert torch.equal(host_bytes(pool.store.pages), before)
     pool.cache.join()
-    assert not torch.equal(pool.store.pages.data, before)
+    assert not torch.equal(host_bytes(pool.store.pages), before)
 
 
 @pytest.mark.parametrize("touch", [lambda pages: pages[0].clone(), lambda pages: pages.zero_()])
 def test_a_touch_of_the_host_store_is_found(touch):
     pool = make_pool("hybridkv", {})
     with pytest.raises(HostSync, match="touches the host store"), Guard(pool):
-        touch(pool.store.pages.data)
+        touch(pool.store.pages.segments[-1])
 
 
 # What breaks of the prompt of `row`, which has `length` tokens, when it has done its work.

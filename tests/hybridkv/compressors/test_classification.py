@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_hybridkv.compressors.hybridkv import HybridKV, HybridKVConfig
-from tests.builders import LAWS
+from tests.builders import ALL_HEADS, LAWS
 from tests.hybridkv.compressors.test_compressors import HYBRIDKV_SETTINGS, observed
 
 
@@ -16,7 +16,7 @@ from tests.hybridkv.compressors.test_compressors import HYBRIDKV_SETTINGS, obser
 def test_dynamic_are_the_lowest_below_theta_as_many_as_may_be(case, settings):
     compressor, (observation, total) = HybridKV(HybridKVConfig(**settings)), case
     statistic = observation.statistic.flatten()
-    is_dynamic = compressor.plan(observation, total, may_retrieve=True).is_dynamic.flatten()
+    is_dynamic = compressor.plan(observation, total, most_dynamic=ALL_HEADS).is_dynamic.flatten()
     most = int(Decimal(str(compressor.config.max_dynamic_heads)) * len(statistic) + Decimal("0.5"))
     below = [
         head for head, value in enumerate(statistic.tolist()) if value < torch.tensor(compressor.config.theta).item()
@@ -33,7 +33,7 @@ def test_of_two_statistics_each_names_its_lowest_heads_in_turn(case, settings, d
     one = observation.statistic
     values = data.draw(st.lists(st.floats(0.0, 1.0, width=32), min_size=one.numel(), max_size=one.numel()))
     both = torch.stack((one, torch.tensor(values).view_as(one)), dim=-1)
-    plan = compressor.plan(dataclasses.replace(observation, statistic=both), total, may_retrieve=True)
+    plan = compressor.plan(dataclasses.replace(observation, statistic=both), total, most_dynamic=ALL_HEADS)
     orders = [sorted(range(one.numel()), key=lambda head: (x[head].item(), head)) for x in both.flatten(0, 1).T]
     taken: list[int] = []
     for place in zip(*orders, strict=True):

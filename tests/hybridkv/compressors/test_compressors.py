@@ -12,7 +12,7 @@ from sglang_hybridkv.compressors import BUILT_IN, Compressor, HeadPlan, PromptLa
 from sglang_hybridkv.compressors.madakv import MadaKV
 from sglang_hybridkv.config import RetrievalConfig
 from sglang_hybridkv.requests.spans import VisualSpan
-from tests.builders import LAWS, TinyPool, forced_kernels, fresh_generator, make_compressor
+from tests.builders import ALL_HEADS, LAWS, TinyPool, forced_kernels, fresh_generator, make_compressor
 
 every_compressor = pytest.mark.parametrize("name", BUILT_IN)
 P = 16
@@ -74,18 +74,24 @@ def kept_rows(compressor, observation, plan):
 
 @every_compressor
 @LAWS
-@given(observed(), st.booleans(), st.data())
-def test_pages_are_the_budget_and_types_are_allowed(name, case, may_retrieve, data):
+@given(observed(), st.data())
+def test_pages_are_the_budget_and_types_are_allowed(name, case, data):
     observation, total = case
+    most_dynamic = data.draw(st.integers(0, observation.statistic.numel()) | st.just(ALL_HEADS))
     compressor = drawn_for(name, observation, data)
-    plan = compressor.plan(observation, total, may_retrieve=may_retrieve)
+    plan = compressor.plan(observation, total, most_dynamic=most_dynamic)
     pages = plan.num_head_pages
     assert pages.shape == plan.is_dynamic.shape == observation.statistic.shape
     assert pages.dtype == torch.int64
     assert int(pages.sum()) == total
     assert int(pages.min()) >= min(compressor.config.min_head_pages, observation.num_prompt_pages)
     assert int(pages.max()) <= observation.num_prompt_pages
-    assert (may_retrieve and compressor.may_retrieve) or not plan.is_dynamic.any()
+    assert int(plan.is_dynamic.sum()) <= (most_dynamic if compressor.may_retrieve else 0)
+    wanted = compressor.plan(observation, total, most_dynamic=ALL_HEADS).is_dynamic
+    assert int(plan.is_dynamic.sum()) == min(int(wanted.sum()), most_dynamic), "no more heads are static than must be"
+    assert (wanted | ~plan.is_dynamic).all(), "those that stay dynamic would be so with more room"
+    fewest = compressor.config.fewest_dynamic_heads(wanted.numel(), len(observation.is_text))
+    assert fewest <= int(wanted.sum())
     dynamic = pages[plan.is_dynamic]
     assert len(dynamic) == 0 or int(dynamic.max() - dynamic.min()) <= 1
 
@@ -97,7 +103,7 @@ def test_the_whole_budget_keeps_everything(name, case, data):
     observation, _ = case
     compressor = drawn_for(name, observation, data)
     everything = observation.statistic.numel() * observation.num_prompt_pages
-    plan = compressor.plan(observation, everything, may_retrieve=True)
+    plan = compressor.plan(observation, everything, most_dynamic=ALL_HEADS)
     assert (plan.num_head_pages == observation.num_prompt_pages).all()
     assert kept_tokens(compressor, observation, plan).all()
 
@@ -108,8 +114,8 @@ def test_the_whole_budget_keeps_everything(name, case, data):
 def test_each_head_ranks_every_token_once_and_forced_ones_first(name, case, data):
     observation, total = case
     compressor = drawn_for(name, observation, data)
-    kept_rows(compressor, observation, compressor.plan(observation, total, may_retrieve=True))
-    plan = compressor.plan(observation, total, may_retrieve=False)
+    kept_rows(compressor, observation, compressor.plan(observation, total, most_dynamic=ALL_HEADS))
+    plan = compressor.plan(observation, total, most_dynamic=0)
     kept, num_tokens = kept_rows(compressor, observation, plan), observation.salience.shape[-1]
     assert torch.equal(kept, kept_tokens(compressor, observation, plan))
     forced = {*range(min(compressor.config.num_sink_tokens, num_tokens))}
@@ -127,7 +133,7 @@ def test_a_larger_budget_takes_nothing_where_weights_do_not_follow_it(name, case
     observation, total = case
     compressor = drawn_for(name, observation, data)
     more = data.draw(st.integers(total, observation.statistic.numel() * observation.num_prompt_pages))
-    small, large = (compressor.plan(observation, t, may_retrieve=True) for t in (total, more))
+    small, large = (compressor.plan(observation, t, most_dynamic=ALL_HEADS) for t in (total, more))
     assert (large.num_head_pages >= small.num_head_pages).all()
     assert torch.equal(large.is_dynamic, small.is_dynamic)
 
@@ -216,7 +222,7 @@ def test_a_third_keeps_real_rows_only(name):
 def test_snapkv_keeps_the_window_and_the_most_salient(case):
     observation, total = case
     compressor = made_for("snapkv", observation)
-    plan = compressor.plan(observation, total, may_retrieve=False)
+    plan = compressor.plan(observation, total, most_dynamic=0)
     assert int(plan.num_head_pages.max() - plan.num_head_pages.min()) <= 1
     kept, window = kept_rows(compressor, observation, plan), compressor.config.recent_window
     assert kept[..., -window:].all()
@@ -230,13 +236,13 @@ def test_snapkv_keeps_the_window_and_the_most_salient(case):
 @given(observed(), st.floats(1.0, 50.0))
 def test_pyramidkv_never_gives_a_higher_layer_more(case, beta):
     observation, total = case
-    pages = made_for("pyramidkv", observation, beta=beta).plan(observation, total, may_retrieve=False).num_head_pages
+    pages = made_for("pyramidkv", observation, beta=beta).plan(observation, total, most_dynamic=0).num_head_pages
     assert (pages.diff(dim=0) <= 0).all()
 
 
 def test_pyramidkv_is_a_pyramid():
     observation = PromptObservation(torch.zeros(4, 2), torch.rand(4, 2, 1600), torch.ones(1600).bool(), 100)
-    pages = made_for("pyramidkv", observation, beta=20.0).plan(observation, 160, may_retrieve=False).num_head_pages
+    pages = made_for("pyramidkv", observation, beta=20.0).plan(observation, 160, most_dynamic=0).num_head_pages
     assert (pages.sum(1).diff() < -5).all()
 
 
@@ -244,7 +250,7 @@ def test_pyramidkv_is_a_pyramid():
 @given(observed(), st.sampled_from([0.0, 0.2, 0.5, 1.0]))
 def test_adakv_leaves_every_head_the_safeguard(case, alpha):
     observation, total = case
-    pages = made_for("adakv", observation, safeguard=alpha).plan(observation, total, may_retrieve=False).num_head_pages
+    pages = made_for("adakv", observation, safeguard=alpha).plan(observation, total, most_dynamic=0).num_head_pages
     mean = total / pages.numel()
     assert int(pages.min()) >= int(alpha * mean)
     assert alpha < 1.0 or int(pages.max() - pages.min()) <= 1
@@ -254,7 +260,7 @@ def test_adakv_gives_the_head_with_more_of_the_best_tokens_more():
     salience = torch.rand(1, 2, 640, generator=fresh_generator())
     salience[0, 0] *= 0.1
     observation = PromptObservation(torch.zeros(1, 2), salience, torch.ones(640).bool(), 40)
-    pages = made_for("adakv", observation).plan(observation, 16, may_retrieve=False).num_head_pages[0]
+    pages = made_for("adakv", observation).plan(observation, 16, most_dynamic=0).num_head_pages[0]
     assert pages.tolist() == [3, 13], "window 2 + 0.2 * 6 pages, and the rest"
 
 
@@ -264,7 +270,7 @@ def test_sparsemm_follows_the_visual_head_scores(case, seed):
     observation, total = case
     scores = torch.rand(observation.statistic.shape, generator=torch.Generator().manual_seed(seed)) + 0.01
     compressor = made_for("sparsemm", observation, scores=scores.tolist())
-    pages = compressor.plan(observation, total, may_retrieve=False).num_head_pages.flatten()
+    pages = compressor.plan(observation, total, most_dynamic=0).num_head_pages.flatten()
     by_score = pages[scores.flatten().argsort()]
     assert (by_score.diff() >= 0).all()
 
@@ -277,7 +283,7 @@ def test_sparsemm_follows_the_visual_head_scores(case, seed):
 def test_text_first_methods_drop_no_text_while_they_keep_an_image(case, name):
     observation, total = case
     compressor = made_for(name, observation)
-    plan = compressor.plan(observation, total, may_retrieve=False)
+    plan = compressor.plan(observation, total, most_dynamic=0)
     kept, is_text, config = kept_rows(compressor, observation, plan), observation.is_text, compressor.config
     num_tokens = len(is_text)
     for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
@@ -293,7 +299,7 @@ def test_text_first_methods_drop_no_text_while_they_keep_an_image(case, name):
 def test_look_m_keeps_its_recent_share(case, share):
     observation, total = case
     compressor = made_for("look-m", observation, recent_share=share)
-    plan = compressor.plan(observation, total, may_retrieve=False)
+    plan = compressor.plan(observation, total, most_dynamic=0)
     kept = kept_rows(compressor, observation, plan)
     for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
         recent = int(share * int(plan.num_head_pages[layer, head]) * P)
@@ -380,7 +386,7 @@ def test_madakv_splits_by_preference(case):
     observation, total = case
     compressor = made_for("madakv", observation, num_sink_tokens=0, recent_window=0)
     assert isinstance(compressor, MadaKV)
-    plan = compressor.plan(observation, total, may_retrieve=False)
+    plan = compressor.plan(observation, total, most_dynamic=0)
     kept, is_text = kept_rows(compressor, observation, plan), observation.is_text
     for layer, head in torch.cartesian_prod(*map(torch.arange, plan.num_head_pages.shape)).tolist():
         rows, salience = int(plan.num_head_pages[layer, head]) * P, observation.salience[layer, head].double()
@@ -394,7 +400,7 @@ def test_madakv_gives_layers_that_need_more_tokens_more():
     salience[0, :, 30:50] = 0.05  # ten tokens of text and ten of an image hold all
     salience[1] = 1 / 320
     observation = PromptObservation(torch.zeros(2, 2), salience, torch.arange(320) < 40, 20)
-    pages = made_for("madakv", observation).plan(observation, 30, may_retrieve=False).num_head_pages
+    pages = made_for("madakv", observation).plan(observation, 30, most_dynamic=0).num_head_pages
     assert pages[0].tolist() == [2, 2]
     assert pages[1].tolist() == [13, 13]
 
@@ -435,8 +441,10 @@ def test_quest_retrieves_with_every_head_and_prunes_where_it_cannot():
     observation = PromptObservation(torch.rand(2, 3), torch.rand(2, 3, 160), torch.ones(160).bool(), 10)
     compressor = made_for("quest", observation)
     assert compressor.config.chunk_score == "quest"
-    assert compressor.plan(observation, 30, may_retrieve=True).is_dynamic.all()
-    assert not compressor.plan(observation, 30, may_retrieve=False).is_dynamic.any()
+    assert compressor.plan(observation, 30, most_dynamic=ALL_HEADS).is_dynamic.all()
+    assert not compressor.plan(observation, 30, most_dynamic=0).is_dynamic.any()
+    sparsest = observation.statistic.flatten().topk(4).indices
+    assert not compressor.plan(observation, 30, most_dynamic=2).is_dynamic.flatten()[sparsest].any()
 
 
 def test_random_agrees_with_itself_and_not_with_another_seed():
@@ -454,6 +462,6 @@ def test_what_a_method_leaves_alone_is_snapkv():
 
     observation = PromptObservation(torch.zeros(1, 2), torch.rand(1, 2, 96), torch.ones(96).bool(), 6)
     plain = Plain(get_compressor("snapkv").config_class())
-    plan = plain.plan(observation, 6, may_retrieve=True)
+    plan = plain.plan(observation, 6, most_dynamic=ALL_HEADS)
     snapkv = made_for("snapkv", observation)
     assert torch.equal(kept_rows(plain, observation, plan), kept_rows(snapkv, observation, plan))

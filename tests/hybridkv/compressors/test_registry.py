@@ -17,7 +17,7 @@ from sglang_hybridkv.compressors import (
 )
 from sglang_hybridkv.compressors.hybridkv import HybridKV
 from sglang_hybridkv.config import parse_config
-from tests.builders import TinyPool, fresh_generator
+from tests.builders import ALL_HEADS, TinyPool, fresh_generator
 
 DOCS = (Path(__file__).parents[3] / "docs" / "compressors.md").read_text(encoding="utf-8")
 NAMES = ["hybridkv", "snapkv", "look-m", "madakv", "sparsemm", "quest", "tgv-kv", "adakv", "pyramidkv"]
@@ -78,7 +78,7 @@ def test_the_documented_example_registers_and_obeys_the_laws(install):
     layers = [compressor.score_layer(layer) for _ in range(4)]
     statistic, salience = (torch.stack(parts) for parts in zip(*layers, strict=True))
     observation = PromptObservation(statistic, salience, is_text, 5)
-    plan = compressor.plan(observation, 24, may_retrieve=True)
+    plan = compressor.plan(observation, 24, most_dynamic=ALL_HEADS)
     assert int(plan.num_head_pages.sum()) == 24
     assert int(plan.num_head_pages.min()) >= config.min_head_pages
     assert (plan.num_head_pages.diff(dim=0) >= 0).all(), "later layers keep more"

@@ -30,7 +30,8 @@ class LedgerAgainstModel(RuleBasedStateMachine):
 
     @initialize(num_host_pages=st.integers(10, 60), budget=st.sampled_from([0.1, 0.5, 1.0]))
     def build(self, num_host_pages, budget):
-        self.ledger, self.store = Ledger(PAGE), HostStore(num_host_pages, 1, 8, 8, torch.float32, False)
+        self.ledger, self.store = Ledger(PAGE), HostStore(num_host_pages, 1, 8, 8, torch.float32, "cpu")
+        self.store.make_first()
         self.free, self.num_host_pages, self.budget = list(range(1, 61)), num_host_pages, budget
         self.model = {}
 

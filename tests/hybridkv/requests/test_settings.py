@@ -14,6 +14,7 @@ from sglang_hybridkv.requests.settings import (
     changeable,
     read_settings,
 )
+from tests.builders import LAWS
 
 SERVER = HybridKVConfig(preset="paper", budget=0.3, dynamic_share=0.2)
 LIMITED = SERVER.model_copy(update={"request_budget_min": 0.2, "request_budget_max": 0.5})
@@ -25,6 +26,7 @@ def test_what_a_request_leaves_open_is_the_servers():
     assert read_settings({}, SERVER).config == SERVER
 
 
+@LAWS
 @given(st.floats(allow_nan=True, allow_infinity=True))
 def test_a_budget_is_legal_exactly_within_field_and_limits(budget):
     for config, low, high in ((SERVER, math.ulp(0.0), 1.0), (LIMITED, 0.2, 0.5)):
