@@ -137,7 +137,9 @@ def pip_install(*arguments):
 
 
 def try_pip_install(*arguments):
-    return run_logged([str(VENV_PYTHON), "-m", "pip", "install", "--no-deps", *arguments])
+    # Python compiles what is imported, on its first import. There are 310 MB of source files, most of which nobody
+    # imports, and pip would take a minute of a core for all of them.
+    return run_logged([str(VENV_PYTHON), "-m", "pip", "install", "--no-deps", "--no-compile", *arguments])
 
 
 def install_torch():
