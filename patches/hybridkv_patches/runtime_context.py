@@ -28,6 +28,7 @@ _SERVER_MODULES = (
     "scheduler",
     "scheduler_init_result",
     "tokenizer_manager",
+    "weight_updater",
 )
 # Those of the HTTP API; a process without the server, such as a scheduler, is spared its import.
 _HTTP_MODULES = ("http_server", "openai_api")

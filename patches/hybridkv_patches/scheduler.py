@@ -30,8 +30,20 @@ def check_start(_result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None
     if reporter.current_scheduler_metrics_enabled:
         scheduler.tree_cache.compression.publish_metrics(reporter.metrics_collector.labels)
     logger.info(verify.summary(scheduler, settings))
-    # Not before: while CUDA graphs are captured, no other thread may pin memory.
-    scheduler.tree_cache.compression.store.grow()
+    _grow(scheduler.tree_cache.compression.store)
+
+
+def _grow(store: Any) -> None:
+    """In the background, which has to wait until here: while CUDA graphs are captured, no other thread may pin memory.
+
+    Where SGLang captures graphs of the vision tower when it meets an image, all of the store is made now.
+    """
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
+        store.make_all()
+    else:
+        store.grow()
 
 
 def report_ready(result: dict, scheduler: Any, *args: Any, **kwargs: Any) -> dict | None:

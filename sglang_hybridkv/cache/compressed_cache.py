@@ -171,7 +171,7 @@ class CompressedCache:
         """Fill the pages of a bound row from its prompt's own `slots` [>= covered], int64; see `compress_prompt`."""
         reservation, stopwatch = self.bound[row], Stopwatch(slots.device)
         compress_prompt(self.memory, self._compressors[row], reservation, row, slots, observed)
-        self.memory.side.run(stopwatch.stop)
+        stopwatch.stop()
         reservation.seconds = stopwatch.seconds
 
     def join(self) -> None:

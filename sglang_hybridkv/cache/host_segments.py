@@ -20,20 +20,28 @@ SEGMENT_BYTES = 1 << 28
 _FEWEST_SEGMENTS = 8  # of a store that is smaller than so many of these
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _CONTAINER_MEMORY = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""Files of version 2 and of version 1, which a container sees as its own."""
+"""Files of version 2 and of version 1, which a container sees as its own: its limit, what it uses, and of that the
+contents of files, which the system drops when somebody wants the memory."""
 _LONGEST_GOODBYE = 10.0  # seconds; a segment takes 0.2
 
 
 def available_host_bytes() -> int:
     """Memory that this process may still take: of the machine, or of the container that it runs in."""
     free = psutil.virtual_memory().available
-    for limit, used in _CONTAINER_MEMORY:
+    for limit, used, statistics, droppable in _CONTAINER_MEMORY:
         with contextlib.suppress(OSError, ValueError):  # no such control group, or no limit ("max")
-            free = min(free, int((_CONTROL_GROUPS / limit).read_text()) - int((_CONTROL_GROUPS / used).read_text()))
+            left = int((_CONTROL_GROUPS / limit).read_text()) - int((_CONTROL_GROUPS / used).read_text())
+            free = min(free, left + _statistic(_CONTROL_GROUPS / statistics, droppable))
     return max(free, 0)
+
+
+def _statistic(path: Path, name: str) -> int:
+    """A number of a file that has a name and a number in each line; 0 where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.split()[0] == name)
 
 
 def pages_of_segment(num_pages: int, page_bytes: int) -> int:
@@ -96,6 +104,11 @@ class SegmentMaker:
             # A daemon: nobody waits for memory that nobody wants any more.
             self._thread = threading.Thread(target=self._make_others, name="host-store", daemon=True)
             self._thread.start()
+
+    def finish(self) -> None:
+        """Come back when nothing is being made, because all is there, or there will be no more."""
+        if self._thread is not None:
+            self.wait(self._num_pages)
 
     def wait(self, num_pages: int) -> int:
         """Host pages that there are, once there are `num_pages`, or it is known that there will not be as many."""

@@ -117,6 +117,10 @@ class HostStore:
         """
         self._maker.start()
 
+    def finish_growing(self) -> None:
+        """Wait for what `grow` has begun, before a CUDA graph is captured in a server that runs."""
+        self._maker.finish()
+
     def available(self) -> int:
         """Pages that may be taken."""
         return self.num_pages - self._num_taken

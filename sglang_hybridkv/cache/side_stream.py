@@ -29,5 +29,5 @@ class SideStream:
     def join(self) -> None:
         """What the forward's stream launches from here on waits for all that runs here; the host does not."""
         if self._stream is not None and self._is_pending:
-            self._is_pending = False
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._is_pending = False

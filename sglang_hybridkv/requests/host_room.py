@@ -44,7 +44,8 @@ class RecentPlans:
     def estimate(self, settings: Hashable, most: int) -> int:
         """Of `most` heads, the largest share of recent prompts and an eighth of it; all where nothing is known."""
         shares = self._shares.get(settings)
-        return most if not shares else min(most, math.ceil(max(shares) * _MARGIN * most))
+        # One at least: who gets none shows nothing of what it wanted, and would never get any again.
+        return most if not shares else min(most, max(1, math.ceil(max(shares) * _MARGIN * most)))
 
 
 def heads_to_reserve(
@@ -53,9 +54,8 @@ def heads_to_reserve(
     """Dynamic heads for which a prompt reserves host pages, of which `free_pages` of `num_pages` are free.
 
     The worst case while less than half of the store is taken, so that a plan depends on prompt and settings alone as
-    long as there is room. Then the `estimate`, and where that is not free either, what is free.
+    long as there is room. Then the `estimate`. In either case no more than is free.
     """
-    most = geometry.max_dynamic_heads
-    if geometry.num_host_pages <= free_pages and 2 * (num_pages - free_pages) < num_pages:
-        return most
-    return min(most, estimate, free_pages * head_pages_per_page // geometry.num_prompt_pages)
+    most = min(geometry.max_dynamic_heads, free_pages * head_pages_per_page // geometry.num_prompt_pages)
+    is_ample = 2 * (num_pages - free_pages) < num_pages
+    return most if is_ample else min(most, estimate)

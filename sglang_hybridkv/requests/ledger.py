@@ -65,6 +65,8 @@ class Reservation:
     failed : set by the forward when it could not compress, and by `settle` where it refused the plan. Nothing reads the
         pages then; they go back in place of the commit, and the prompt stays exact in the request's row.
     overflowed : set with `failed` where nothing is wrong but that too few host pages were reserved.
+    was_read : set with `failed` where it failed on some tensor-parallel ranks only: on the others a decode step may
+        have read the compressed pages before they heard of it.
     agreed : set before the commit, from `outcome` and `digest` of all ranks.
     """
 
@@ -85,6 +87,7 @@ class Reservation:
     written: torch.cuda.Event | None = None
     failed: bool = False
     overflowed: bool = False
+    was_read: bool = False
     agreed: Agreed | None = None
 
     def head_counts_on_host(self) -> torch.Tensor:

@@ -48,6 +48,7 @@ _REMEMBERED_PLANS = 4096
 _OVERFLOWED = 2  # what a rank says of a prompt in place of 1, failed, or 0
 _RECORD = "_hybridkv_record"
 _SETTINGS = "_hybridkv_settings"
+_EXACT_TOKENS = "_hybridkv_exact_tokens"
 _HEALTH_CHECK_PREFIX = "HEALTH_CHECK"
 
 
@@ -198,6 +199,7 @@ class Compression:
             self.cache.observer.watch(row, self.window(req))
         if extend_end(req) < len(req.full_untruncated_fill_ids):
             return
+        setattr(req, _EXACT_TOKENS, None)  # all that it had before a retraction is computed again
         reserved = self._reserve(req, tree_cache)
         if isinstance(reserved, DenseReason):
             self.cache.observer.drop(row)
@@ -212,8 +214,9 @@ class Compression:
         geometry = self.plan(req)
         if isinstance(geometry, DenseReason):
             return geometry
-        caps_plan = not (isinstance(self.config, RetrievalConfig) and self.config.on_host_store_full == "dense")
-        most_dynamic, host_pages = self._reserve_host_pages(self.settings_of(req).config, geometry, caps_plan)
+        config = self.settings_of(req).config
+        caps_plan = not (isinstance(config, RetrievalConfig) and config.on_host_store_full == "dense")
+        most_dynamic, host_pages = self._reserve_host_pages(config, geometry, caps_plan)
         if host_pages is None:
             return DenseReason.HOST_STORE_FULL
         evict_from_tree_cache(tree_cache, geometry.num_pages * self.shape.page_size)
@@ -238,7 +241,9 @@ class Compression:
         """Host pages, and for how many dynamic heads they are; None where all plans of these settings need more."""
         per_page = self.shape.head_pages_per_page
         fewest = config.fewest_dynamic_heads(self.shape.num_compressed_heads, geometry.covered)
-        estimate = max(fewest, self._recent_plans.estimate(config, geometry.max_dynamic_heads))
+        estimate = 0
+        if geometry.max_dynamic_heads > 0:
+            estimate = max(fewest, self._recent_plans.estimate(config.model_dump_json(), geometry.max_dynamic_heads))
         while True:
             most = heads_to_reserve(
                 geometry,
@@ -254,6 +259,12 @@ class Compression:
                 return most, host_pages
             # What was available has just become less, because the system gives no more memory.
 
+    def _note_plan(self, req: Request, reservation: Reservation, most_dynamic: int) -> None:
+        if reservation.geometry.max_dynamic_heads > 0:
+            # In words: fields of an own compressor's config may be of any kind, lists among them.
+            settings = self.settings_of(req).config.model_dump_json()
+            self._recent_plans.note(settings, reservation, most_dynamic)
+
     def settle(self, reservation: Reservation) -> None:
         """Before what the forward has done with a prompt is looked at: the ranks agree on it.
 
@@ -267,6 +278,7 @@ class Compression:
         num_dynamic = reservation.overflow() or num_dynamic
         faults, static, dynamic, digests = self.ranks.gather(fault, num_static, num_dynamic, digest).unbind(1)
         reservation.failed = bool(faults.any())
+        reservation.was_read = reservation.failed and not bool(faults.all())
         reservation.overflowed = reservation.failed and bool(((faults == 0) | (faults == _OVERFLOWED)).all())
         reservation.agreed = Agreed(int(static.sum()), int(dynamic.sum()), int(dynamic.max()), digests.tolist())
 
@@ -294,7 +306,7 @@ class Compression:
         num_heads = agreed.num_static + agreed.num_dynamic
         assert num_heads == self.shape.num_compressed_heads * self.ranks.size, "committed before it was compressed"
         most = agreed.most_dynamic
-        self._recent_plans.note(self.settings_of(req).config, reservation, most)
+        self._note_plan(req, reservation, most)
         unused, unused_host = self.ledger.commit(
             row, geometry.pages_used(most, per_page), geometry.host_pages_used(most, per_page)
         )
@@ -330,9 +342,15 @@ class Compression:
         reservation = self._give_back(row)
         assert reservation is not None, "given up without a reservation"
         if reservation.overflowed and reservation.agreed is not None:
-            self._recent_plans.note(self.settings_of(req).config, reservation, reservation.agreed.most_dynamic)
+            self._note_plan(req, reservation, reservation.agreed.most_dynamic)
+        if reservation.was_read:
+            setattr(req, _EXACT_TOKENS, reservation.prefilled)
         self.ledger.freed_memory = True
         self._record_dense(req, _reason_of_failure(reservation))
+
+    def exact_tokens(self, req: Request) -> int | None:
+        """How many tokens of a request have exact KV, where it was given up when some had none; None elsewhere."""
+        return getattr(req, _EXACT_TOKENS, None)
 
     def release(self, req: Request) -> None:
         """The request gives its row back: finished, aborted or retracted."""

@@ -49,6 +49,9 @@ class HybridRadixCache(_StockTree):
     def checkpoint(self, req: Request, *, up_to, **kwargs):
         """What is exact before `up_to` enters the tree; a whole prompt of a request that goes on is committed."""
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
+        exact = self.compression.exact_tokens(req)
+        if exact is not None:
+            up_to = min(up_to, exact)
         if reservation is not None:
             if reservation.committed:
                 # As the stock method when nothing is inserted.

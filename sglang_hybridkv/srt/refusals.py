@@ -207,11 +207,7 @@ CHUNK_SIZE = Condition(
     "the size is not a multiple of the compressor's page_size",
 )
 RUST_SERVER = Condition("SGLANG_RUST_SERVER", "unset it", "this environment variable is set")
-GLUE_GRAPH = Condition(
-    "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
-    f"unset it or use an --attention-backend other than {FLASHINFER}",
-    f"this environment variable is set and decode runs on {FLASHINFER}",
-)
+GLUE_GRAPH = Condition("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "unset it", "this environment variable is set")
 FLASHINFER_SHAPE = Condition(
     f"--attention-backend {FLASHINFER} ({{reason}})",
     f"use {_CUDA_DECODE}",
@@ -354,7 +350,7 @@ def check_server_args(view: Any, settings: Settings) -> None:
     if view.page_size != settings.config.page_size:
         sizes = {"page_size": view.page_size, "expected": settings.config.page_size}
         raise _refused(OTHER_PAGE_SIZE.filled(**sizes), settings)
-    _check_environment(view, settings)
+    _check_environment(settings)
 
 
 def check_kernels(view: Any, model_config: Any, settings: Settings) -> None:
@@ -423,13 +419,14 @@ def _decode_backend(view: Any) -> str:
     return view.decode_attention_backend or view.attention_backend
 
 
-def _check_environment(view: Any, settings: Settings) -> None:
+def _check_environment(settings: Settings) -> None:
     from sglang.srt.environ import envs
 
     if envs.SGLANG_RUST_SERVER.get():
         raise _refused(RUST_SERVER, settings)
-    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get() and _decode_backend(view) == FLASHINFER:
-        # It replays the first steps' host work, and FlashInfer's plans are host work that changes.
+    if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
+        # It replays the first steps' host work. FlashInfer's plans change from step to step, and a step after a prompt
+        # waits for the stream that writes to the host.
         raise _refused(GLUE_GRAPH, settings)
 
 

@@ -141,7 +141,9 @@ class _SelfTest:
         reservation = self.compression.ledger.get(req.kv.req_pool_idx)
         if reservation is None:
             return EXPLANATIONS[DenseReason(self.compression.request_info(req)["reason"])]
-        self.compression.heed_refusal(reservation)
+        self.compression.settle(reservation)
+        if reservation.overflowed:
+            return EXPLANATIONS[DenseReason.HOST_STORE_FULL]
         if reservation.failed:
             raise ValueError(f"in the self-test {EXPLANATIONS[DenseReason.COMPRESSOR_FAILED]}")
         req.output_ids.append(answer[0])

@@ -190,10 +190,10 @@ def test_graphs_need_kernels_that_can_be_captured(monkeypatch, kernels):
     assert text.endswith("use --cuda-graph-backend-decode disabled")
 
 
-def test_the_glue_graph_is_refused_where_it_would_freeze_plans(monkeypatch):
+@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
+def test_a_graph_of_the_host_s_work_is_refused(backend, monkeypatch):
     monkeypatch.setenv("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "1")
-    refusals.check_server_args(resolved(device="cuda", attention_backend="triton"), SETTINGS)
-    text = sentence(device="cuda", attention_backend="flashinfer")
+    text = sentence(device="cuda", attention_backend=backend)
     assert text.startswith("SGLANG_ENABLE_METADATA_GLUE_GRAPH cannot be combined")
 
 

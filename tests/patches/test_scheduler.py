@@ -29,17 +29,21 @@ def test_a_scheduler_starts_only_if_every_check_passes(active, monkeypatch, lost
         monkeypatch.setattr(module, function, lambda *args, name=name: f"{name} is gone" if name == lost else None)
     monkeypatch.setattr(verify, "summary", lambda *args: "fine")
     grown = []
-    compression = SimpleNamespace(store=SimpleNamespace(grow=lambda: grown.append(True)))
+    store = SimpleNamespace(grow=lambda: grown.append("behind"), make_all=lambda: grown.append("now"))
+    compression = SimpleNamespace(store=store)
     started = SimpleNamespace(
         metrics_reporter=SimpleNamespace(current_scheduler_metrics_enabled=False),
         tree_cache=SimpleNamespace(compression=compression),
     )
     if lost is None:
         scheduler.check_start(None, started)
+        monkeypatch.setenv("SGLANG_VIT_ENABLE_CUDA_GRAPH", "1")
+        scheduler.check_start(None, started)
     else:
         with pytest.raises(RuntimeError, match=f"^{lost} is gone$"):
             scheduler.check_start(None, started)
-    assert bool(grown) == (lost is None), "the host store grows once nothing captures graphs any more"
+    expected = ["behind", "now"] if lost is None else []
+    assert grown == expected, "the host store grows behind the server unless graphs are still to be captured"
 
 
 def test_without_compression_nothing_is_touched(inactive):

@@ -322,6 +322,14 @@ GIB = 2**30
         ({"memory.max": "max\n", "memory.current": f"{GIB}\n"}, 64 * GIB),
         ({"memory.max": f"{8 * GIB}\n", "memory.current": f"{3 * GIB}\n"}, 5 * GIB),
         ({"memory.max": f"{GIB}\n", "memory.current": f"{2 * GIB}\n"}, 0),
+        (
+            {
+                "memory.max": f"{8 * GIB}\n",
+                "memory.current": f"{3 * GIB}\n",
+                "memory.stat": f"anon {GIB}\ninactive_file {GIB}\nactive_file {GIB}\n",
+            },
+            6 * GIB,
+        ),
         ({"memory/memory.limit_in_bytes": f"{2**63}", "memory/memory.usage_in_bytes": "9"}, 64 * GIB),
         ({"memory/memory.limit_in_bytes": f"{4 * GIB}", "memory/memory.usage_in_bytes": f"{GIB}"}, 3 * GIB),
     ],

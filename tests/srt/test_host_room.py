@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("sglang")
 
 from sglang_hybridkv.cache.compress import ObservedPrompt
+from sglang_hybridkv.compressors.hybridkv import HybridKVConfig
+from sglang_hybridkv.requests.settings import RequestSettings
 from tests.srt.serving import HEADS, LAYERS, make_compression
 from tests.srt.test_compression import NUM_HEADS, P, admit, finish
 
@@ -85,6 +87,25 @@ def test_heads_that_do_not_fit_are_static_and_those_with_the_lowest_statistic_st
     table = compression.cache.memory.table
     assert table.is_dynamic[1].flatten().tolist() == [True, True, False, True]
     assert not caplog.records
+    nothing_is_held(compression, req)
+
+
+class Listing(HybridKVConfig):
+    """An own compressor's settings, which no dictionary takes as a key."""
+
+    layers: list[int] = [1]
+
+
+def test_settings_of_any_kind_are_remembered():
+    compression = made(40, "static")
+    settings = RequestSettings(Listing(**compression.config.model_dump(exclude_unset=True)))
+    req = admit(compression, 1, LENGTH)
+    compression.set_settings(req, settings)
+    compression.prepare(req, None)
+    reservation = compression.ledger.get(1)
+    assert reservation.most_dynamic == NUM_HEADS
+    compression._note_plan(req, reservation, 1)
+    assert compression._recent_plans.estimate(settings.config.model_dump_json(), NUM_HEADS) == 2
     nothing_is_held(compression, req)
 
 

@@ -168,6 +168,27 @@ def test_a_retracted_request_gives_all_back_and_returns_to_its_plan(num_tokens, 
     assert tree.compression.allocator.available_size() == 100 * P
 
 
+@pytest.mark.parametrize("was_read", [False, True])
+def test_of_a_prompt_that_was_given_up_the_tree_keeps_what_is_exact(was_read, monkeypatch):
+    """All of it, unless another rank has read compressed pages meanwhile: then no token behind the prompt."""
+    tree = Tree()
+    settle = tree.compression.settle
+
+    def fails(reservation):
+        settle(reservation)
+        reservation.failed, reservation.was_read = True, was_read
+
+    monkeypatch.setattr(tree.compression, "settle", fails)
+    req = tree.request("r", PROMPT, max_new_tokens=99)
+    tree.prefill(req)
+    tree.decode(req, 3 * P)
+    assert tree.is_whole(req)
+    tree.release(req)
+    in_tree = tree.cache.evictable_size()
+    assert in_tree == (PROMPT if was_read else PROMPT + 3 * P) // P * P
+    assert tree.compression.allocator.available_size() + in_tree == 100 * P
+
+
 @pytest.mark.parametrize("num_generated", [0, 5])
 def test_a_hit_ends_before_the_observed_rows(num_generated):
     tree = Tree()

@@ -70,6 +70,9 @@ def test_a_prompt_that_another_rank_could_not_compress_is_dense_here_too(mine, t
     assert reservation.failed
     compression.give_up(req)
     assert compression.request_info(req)["reason"] == reason
+    # Where one rank had compressed it, a decode step may have read its pages, and what follows the prompt is not exact.
+    was_read = mine is None or theirs == 0
+    assert compression.exact_tokens(req) == (10 * P if was_read else None)
     finish(compression, req)
     assert compression.allocator.available_size() == compression.shape.num_tokens
     assert compression.store.used_bytes() == 0

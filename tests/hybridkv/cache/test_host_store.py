@@ -222,6 +222,21 @@ def test_it_grows_while_nobody_waits():
     assert system.num_asked == 8
 
 
+def test_who_captures_a_graph_waits_until_nothing_grows():
+    system = System()
+    store = growing(system)
+    store.finish_growing()
+    assert system.num_asked == 2, "nothing had begun to grow"
+    system.is_open.clear()
+    store.grow()
+    thread, _ = in_background(store.finish_growing)
+    thread.join(0.1)
+    assert thread.is_alive()
+    system.is_open.set()
+    thread.join(60)
+    assert store.made_bytes() == store.limit_bytes()
+
+
 def test_memory_that_ends_half_way_is_the_limit_and_is_said_once(caplog):
     system = System(22)
     store = growing(system)

@@ -92,7 +92,10 @@ def test_on_a_gpu_it_runs_beside_and_the_last_layer_waits_for_all(monkeypatch):
     log = []
 
     def stream(name):
-        return SimpleNamespace(name=name, wait_stream=lambda other: log.append(f"{name} waits for {other.name}"))
+        def wait_stream(other):
+            log.append(f"{name} waits for {other.name}")
+
+        return SimpleNamespace(name=name, device="cuda", wait_stream=wait_stream)
 
     @contextlib.contextmanager
     def on(stream):
@@ -101,7 +104,7 @@ def test_on_a_gpu_it_runs_beside_and_the_last_layer_waits_for_all(monkeypatch):
         log.append("on main")
 
     prefetch, main = make(), stream("main")
-    prefetch._beside = stream("side")
+    prefetch._side._stream = stream("side")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
     used = SimpleNamespace(record_stream=lambda stream: log.append(f"{stream.name} keeps"))
@@ -109,3 +112,5 @@ def test_on_a_gpu_it_runs_beside_and_the_last_layer_waits_for_all(monkeypatch):
     assert log == ["side waits for main", "side keeps", "on side", "retrieve", "on main"]
     prefetch.beside(lambda: log.append("retrieve"), used, is_last=True)
     assert log[5:] == [*log[:5], "main waits for side"]
+    prefetch._side.join()
+    assert len(log) == 11, "nothing is waited for twice"
