@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from benchmarks.gpu_check.pool import Pool, Request, Shape, make_geometry
 from benchmarks.gpu_check.reference import full_attention
-from hybridkv_kernels import cpu, dispatch, gpu
+from hybridkv_kernels import cpu, dispatch, gpu, select_tokens
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageViews
 from hybridkv_kernels.host_pages import HostPages
 from sglang_hybridkv.cache.side_stream import SideStream
@@ -66,6 +66,11 @@ def use_kernels(name):
     best = cpu.INSTRUCTION_SETS.index(isa) if isa else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(forced_kernels("triton" if name == "cuda" else name))
+        if name == "triton":
+            # Interpreted, the selection takes a second a prompt. Its own tests have it (`test_select_tokens.py`).
+            stack.enter_context(
+                mock.patch.dict(select_tokens._IMPLEMENTATIONS, triton=select_tokens.naive.select_tokens)
+            )
         if best is not None:
             stack.enter_context(mock.patch.object(cpu, "best_isa", return_value=best))
         if name == "cuda":
