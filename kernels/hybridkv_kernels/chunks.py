@@ -12,6 +12,7 @@ import functools
 import torch
 
 from hybridkv_kernels import checks
+from hybridkv_kernels.select_tokens.naive import first_of_order
 
 CODED_SCORES = {"key_codes": 1, "half_codes": 2}
 """Scores by codes of every single key, and of how many of its channels one is coded."""
@@ -294,7 +295,4 @@ def _code_shifts(device: torch.device) -> torch.Tensor:
 
 def top_chunks(scores: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor:
     """[E, C], bool: the num_selected[e] largest of scores [E, C]; ties go to the earlier chunk."""
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, places)
-    return rank < num_selected[:, None]
+    return first_of_order(scores.argsort(dim=-1, descending=True, stable=True), num_selected)

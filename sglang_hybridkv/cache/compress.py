@@ -14,10 +14,11 @@ import torch
 from hybridkv_kernels.compact_kv import compact_kv
 from hybridkv_kernels.head_pages import HeadPageLayout, HeadPageTable
 from hybridkv_kernels.select_tokens import select_tokens
+from hybridkv_kernels.select_tokens.naive import first_of_order
 from sglang_hybridkv.cache.memory import CacheMemory, full_layers
 from sglang_hybridkv.cache.offload import offload_heads
 from sglang_hybridkv.compressors.base import Compressor, HeadPlan, PromptObservation
-from sglang_hybridkv.compressors.token_order import TokenOrder, chunk_salience, first_of_order, pool_salience
+from sglang_hybridkv.compressors.token_order import TokenOrder, chunk_salience, pool_salience
 from sglang_hybridkv.requests.geometry import PromptGeometry, window_pages
 from sglang_hybridkv.requests.ledger import Reservation
 from sglang_hybridkv.requests.plan_events import pack_bits

@@ -146,17 +146,10 @@ class CompressedCache:
                 self.observer.score([part], *rows, scaling)
 
     def _finish(self, rows: Sequence[int]) -> None:
-        items = []
+        """Compress the prompts of these rows, whose layers have all run."""
         for row in rows:
             with self._contained(row, self.observer.prompt_len(row)):
-                items.append((row, *self.observer.finish(row)))
-        self.compress_all(items)
-
-    def compress_all(self, items: Sequence[tuple[int, torch.Tensor, ObservedPrompt]]) -> None:
-        """`compress` each prompt whose layers have all run: row, slots of all its tokens, and what was seen of it."""
-        for row, slots, observed in items:
-            with self._contained(row, len(slots)):
-                self.compress(row, slots, observed)
+                self.compress(row, *self.observer.finish(row))
 
     @contextlib.contextmanager
     def _contained(self, row: int, prompt_len: int) -> Iterator[None]:

@@ -59,16 +59,6 @@ class TokenOrder:
         return sort_tokens(self.score, self.tier, self.num_sink_tokens, self.recent_window)
 
 
-def first_of_order(order: torch.Tensor, num_kept: torch.Tensor) -> torch.Tensor:
-    """[L, H, N], bool: the first num_kept [L, H] of tokens [L, H, N] that somebody has sorted.
-
-    Fewer where a token is named twice.
-    """
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    rank = torch.full_like(order, order.shape[-1]).scatter_(-1, order, places)
-    return rank < num_kept.unsqueeze(-1)
-
-
 def text_first_order(
     salience: torch.Tensor,
     is_text: torch.Tensor,

@@ -57,7 +57,7 @@ class Reservation:
     figures : [5], int64, on the CPU. `PlanFigures` of the plan, from the forward; see `refusal`.
     plan : is_dynamic [L, H], bool, and `pack_bits` of what is kept, on the CPU, from the forward; only where plans are
         published.
-    seconds : set by the forward; what its plan and its copies took, None while that is not known.
+    seconds : set by the forward; what its plan and its copies on the device took, None while that is not known.
     written : set by the forward where it writes `outcome`, `head_counts`, `digest`, `figures` and `plan` without
         waiting.
     caps_plan : whether the plan is made with no more dynamic heads than these. Otherwise it is made as if there was

@@ -9,9 +9,14 @@ def select_tokens(
     score: torch.Tensor, num_selected: torch.Tensor, tier: torch.Tensor | None, num_first: int, num_last: int
 ) -> torch.Tensor:
     """Arguments and result as the public function's."""
-    order = sort_tokens(score, tier, num_first, num_last)
-    places = torch.arange(score.shape[-1], device=score.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places) < num_selected[:, None]
+    return first_of_order(sort_tokens(score, tier, num_first, num_last), num_selected)
+
+
+def first_of_order(order: torch.Tensor, num_selected: torch.Tensor) -> torch.Tensor:
+    """[..., N], bool: the first num_selected [...] of tokens [..., N] in order; fewer where one is named twice."""
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    rank = torch.full_like(order, order.shape[-1]).scatter_(-1, order, places)
+    return rank < num_selected.unsqueeze(-1)
 
 
 def sort_tokens(score: torch.Tensor, tier: torch.Tensor | None, num_first: int, num_last: int) -> torch.Tensor:
