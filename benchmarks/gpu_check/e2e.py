@@ -251,12 +251,22 @@ def _measurements(server: Server, plan: Plan, setup: Setup, deadline: float, see
         heads: Client(server, share, deadline, 10_000 * (seed + number))
         for number, (heads, share) in enumerate(setup.heads.items())
     }
+    _wait_for_growth(server, deadline)
     for heads, client in clients.items():
         for load in plan.loads:
             yield {"measured": "load", "heads": heads, **dataclasses.asdict(load)} | measure(client, load, setup.kind)
     if plan.wall is not None:
         heads, client = next(iter(clients.items()))
         yield {"measured": "wall", "heads": heads, **dataclasses.asdict(plan.wall)} | measure_wall(client, plan.wall)
+
+
+def _wait_for_growth(server: Server, deadline: float) -> None:
+    """Come back when the host store has grown to its limit: memory that is pinned meanwhile would disturb timings."""
+    while (state := server.compressor_state()) is not None and time.monotonic() < deadline:
+        store = state["host_store"]
+        if store["pinned_bytes"] >= store["limit_bytes"]:
+            return
+        time.sleep(0.5)
 
 
 def e2e_rows(plan: Plan, some: Sequence[Setup], seed: int) -> Iterator[Row]:

@@ -298,3 +298,14 @@ class TestServers:
         assert rows[1]["failures"] == ["heads:torch_native: RuntimeError: it ended"]
         assert "--kv-compressor" in rows[1]["flags"]
         json.dumps(rows)
+
+
+def test_nothing_is_timed_before_the_host_store_has_grown():
+    """And nobody waits for stock, which has none, or beyond the time of the server."""
+    states = [{"host_store": {"pinned_bytes": pinned, "limit_bytes": 3}} for pinned in (1, 2, 3)]
+    with mock.patch.object(e2e.time, "sleep"):
+        for given, deadline, asked in ((states, float("inf"), 3), ([None], float("inf"), 1), (states, 0.0, 1)):
+            server = mock.Mock()
+            server.compressor_state.side_effect = given
+            e2e._wait_for_growth(server, deadline)
+            assert server.compressor_state.call_count == asked
