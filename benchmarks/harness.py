@@ -156,7 +156,13 @@ class Server:
     env : added to this process's environment.
     log_dir : folder of the log; a new temporary one by default. The log stays after exit.
     ready_seconds : limit for start-up.
+
+    Attributes
+    ----------
+    asks_to_end : whether `stop` asks the processes first, for which SGLang takes seven seconds, or kills them.
     """
+
+    asks_to_end = True
 
     def __init__(
         self,
@@ -228,12 +234,10 @@ class Server:
             family = [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             family = []
-        for process in family:
-            _signal(process, "terminate")
-        _, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
-        for process in left:
-            _signal(process, "kill")
-        psutil.wait_procs(left, timeout=STOP_SECONDS)
+        for method in ("terminate", "kill") if self.asks_to_end else ("kill",):
+            for process in family:
+                _signal(process, method)
+            _, family = psutil.wait_procs(family, timeout=STOP_SECONDS)
         self.process.wait()
         self.process = None
         self.client.close()

@@ -1,4 +1,4 @@
-"""Servers that begin where SGLang is imported already: a test with many models would mostly wait for imports.
+"""Processes that begin where SGLang is imported already: a test with many models would mostly wait for imports.
 
 A server has three processes, and each imports SGLang for ten seconds of a core. Here one process imports it once and
 is forked for each server, whose other processes are forks, too; without threads in it nothing is shared but memory.
@@ -43,11 +43,11 @@ _ROOT = Path(__file__).parents[2]
 class PreloadedServer(Server):
     """A `Server` that is forked from a process with SGLang imported; that process lives as long as this one."""
 
+    asks_to_end = False
+
     def _launch(self, log: IO[bytes]) -> ForkedProcess:
-        order = {"argv": self.command[self.command.index("--model-path") :], "log": str(self.log)}
-        # PYTEST_CURRENT_TEST would make an environment, and a process that imports SGLang, of every test.
-        env = {name: value for name, value in self.env.items() if not name.startswith("PYTEST_")}
-        return ForkedProcess(_fork(env, order))
+        argv = self.command[self.command.index("--model-path") :]
+        return fork(self.env, self.log, "tests.e2e.preloaded:_serve", argv)
 
 
 class ForkedProcess:
@@ -62,44 +62,51 @@ class ForkedProcess:
         is_there = self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
         return None if is_there else 0
 
+    def kill(self) -> None:
+        """End it at once; safe to call when it has ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._process.kill()
+
     def wait(self) -> int:
         """Until it has ended."""
         self._process.wait(_STOP_SECONDS)
         return 0
 
 
-def _fork(env: Mapping[str, str], order: dict[str, object]) -> int:
-    """Process id of the fork that follows `order`, of a process that has imported SGLang under `env`."""
+def fork(env: Mapping[str, str], log: Path, function: str, *args: object) -> ForkedProcess:
+    """A process that calls `function`, named as in entry points, with JSON's `args`; what it prints goes to `log`.
+
+    It is a fork of one that has imported SGLang under `env`, which lives as long as this process.
+    """
+    # PYTEST_CURRENT_TEST would make an environment, and a process that imports SGLang, of every test.
+    env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
     key = frozenset(env.items())
     if key not in _PRELOADED:
         command = [sys.executable, "-m", "tests.e2e.preloaded"]
         _PRELOADED[key] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=dict(env), cwd=_ROOT, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=_ROOT, text=True
         )
     process = _PRELOADED[key]
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(json.dumps(order) + "\n")
+    process.stdin.write(json.dumps([str(log), function, args]) + "\n")
     process.stdin.flush()
     answer = process.stdout.readline()
     if not answer:
         raise ServerError("the process that imports SGLang for others has ended")
-    return int(answer)
+    return ForkedProcess(int(answer))
 
 
-def _serve(argv: list[str], log: str) -> None:
-    """In a fork: become the server."""
+def _call(log: str, function: str, args: list[object]) -> None:
+    """In a fork: become what was asked for."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for path, flags, targets in ((os.devnull, os.O_RDONLY, (0,)), (log, os.O_WRONLY | os.O_APPEND, (1, 2))):
         descriptor = os.open(path, flags)
         for target in targets:
             os.dup2(descriptor, target)
-    multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang asks for "spawn"
-    sys.argv = ["sglang.launch_server", *argv]
     status = 1
     try:
-        runpy.run_module("sglang.launch_server", run_name="__main__")
+        pkgutil.resolve_name(function)(*args)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -111,8 +118,15 @@ def _serve(argv: list[str], log: str) -> None:
         os._exit(status)
 
 
+def _serve(argv: list[str]) -> None:
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.set_start_method = lambda *args, **kwargs: None  # SGLang asks for "spawn"
+    sys.argv = ["sglang.launch_server", *argv]
+    runpy.run_module("sglang.launch_server", run_name="__main__")
+
+
 def main() -> None:
-    """Import SGLang, then fork a server for each line of the standard input."""
+    """Import SGLang, then fork a process for each line of the standard input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # imports may print
     for name in _MODULES:
@@ -127,7 +141,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             answers.close()
-            _serve(**json.loads(line))
+            _call(*json.loads(line))
         print(pid, file=answers, flush=True)
 
 

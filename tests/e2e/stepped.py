@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import multiprocessing
 import os
+import socket
 import tempfile
 import traceback
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +27,13 @@ import numpy as np
 from benchmarks.harness import compression_flags, engine_flags
 from benchmarks.models.make_models import make_model
 from tests.e2e.conftest import CONFIG, STRICT_ENV
+from tests.e2e.preloaded import fork
 
 READY_SECONDS = 180
 SCRIPT_SECONDS = 200
 MOST_STEPS = 5000  # of one script, its end included: what goes on for longer hangs
 GREEDY = {"temperature": 0.0}
+_NUMBERS = itertools.count()
 
 
 class Crashed(AssertionError):
@@ -68,15 +72,18 @@ class SteppedScheduler:
         """End the process; safe to call twice."""
         if self._process is not None:
             self._process.kill()
-            self._process.join()
+            self._process.wait()
             self._process = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.flags, self.env, str(self.log)), daemon=True)
-        self._process.start()
-        theirs.close()
+        self.log.touch()
+        address = str(self.log.with_name(f"pipe-{next(_NUMBERS)}"))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            listener.settimeout(READY_SECONDS)
+            self._process = fork({**os.environ, **self.env}, self.log, f"{__name__}:_serve", address, self.flags)
+            self._pipe = Connection(listener.accept()[0].detach())
         outcome, value = self._receive(READY_SECONDS)
         assert outcome == "ready", value
 
@@ -324,12 +331,9 @@ def torch_cat(pages: list[Any]) -> list[int]:
     return [number for tensor in pages for number in tensor.tolist()]
 
 
-def _serve(pipe: Any, flags: list[str], env: dict[str, str], log: str) -> None:
+def _serve(address: str, flags: list[str]) -> None:
     """What the process does."""
-    os.environ.update(env)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(out, descriptor)
+    pipe = Client(address)
     try:
         steps = Steps(_make_scheduler(flags))
         events = _scripts(steps, pipe)

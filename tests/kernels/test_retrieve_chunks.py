@@ -26,7 +26,7 @@ from tests.builders import (
     seeded,
 )
 from tests.kernels.plain import plain_forced, plain_scores
-from tests.kernels.shapes import DTYPES, each_model_shape
+from tests.kernels.shapes import DTYPES, FEW_SHAPES, each_model_shape
 from tests.kernels.test_decode_attn import TOLERANCE, changed
 
 P = 8
@@ -340,22 +340,23 @@ def mixed_pool(dtype=torch.float32, **config):
 
 
 @pytest.mark.parametrize("scored", SCORED)
-@pytest.mark.parametrize("windows", [(0, 0), (4, 2 * P), (3 * P, 50 * P)])
-def test_equals_naive_over_many_steps(twin, windows, scored):
-    config = {"num_sink_tokens": windows[0], "recent_window": windows[1]}
-    # All types, or one of them in turn where the kernels are interpreted.
-    dtypes = (DTYPES[(SCORED.index(scored) + windows[0]) % 3],) if twin == "triton" else DTYPES
+def test_equals_naive_over_many_steps(twin, scored):
+    """Each of the windows with a type in turn, or one of them where the kernels are interpreted."""
+    turn = SCORED.index(scored)
+    windows, dtypes = [(0, 0), (4, 2 * P), (3 * P, 50 * P)], DTYPES[turn % 3 :] + DTYPES[: turn % 3]
+    cases = list(zip(windows, dtypes, strict=True))
+    if twin == "triton":
+        cases = [cases[turn // 3 % 3]]
     same, steps = 0, 4 if twin == "triton" else 8
-    config |= {"chunk_score": scored[0], "chunk_size": scored[1]}
-    for number, dtype in enumerate(dtypes):
-        # All types of the store are met, too, as a score has a place in the list of its own.
-        stored = HOST_DTYPES[(SCORED.index(scored) // 3 + number) % 2]
-        pool, prompts, compressed = mixed_pool(dtype, budget=0.3, host_dtype=stored, **config)
+    config = {"chunk_score": scored[0], "chunk_size": scored[1]}
+    for number, ((sinks, recent), dtype) in enumerate(cases):
+        config |= {"num_sink_tokens": sinks, "recent_window": recent, "host_dtype": HOST_DTYPES[(turn + number) % 2]}
+        pool, prompts, compressed = mixed_pool(dtype, budget=0.3, **config)
         for step in range(steps):
             batch = [prompts[i] for i in torch.randperm(4, generator=pool.generator)[: 1 + step % 4]]
             q = pool.queries(len(batch)) * min(step, 1)  # among the equal scores of a query of zeros the earlier wins
             same += check_same_step(pool, compressed, batch, step % 2, q)
-    assert same >= (steps - 1) * len(dtypes), "ties are rare"
+    assert same >= (steps - 1) * len(cases), "ties are rare"
 
 
 @pytest.mark.usefixtures("twin")
@@ -368,7 +369,7 @@ def test_equals_naive_with_hysteresis(scored, hysteresis):
         assert check_same_step(pool, compressed, prompts, 0, q)
 
 
-@each_implementation
+@pytest.mark.usefixtures("fast_kernels")
 def test_more_hysteresis_fetches_less_and_a_great_deal_of_it_nothing():
     moved = []
     for hysteresis in (0.0, 1.0, 16.0):
@@ -406,20 +407,25 @@ def test_equals_naive_however_the_work_is_shared(twin, monkeypatch, block, chunk
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scored", ["mean_spread", *CODED_SCORES, "single tokens", "rounded tokens"])
+SCORED_SHAPES = ["mean_spread", *CODED_SCORES, "single tokens", "rounded tokens"]
+
+
 @each_model_shape
-def test_equals_naive_for_model_shapes(twin, shape, scored):
+def test_equals_naive_for_model_shapes(twin, shape):
+    """With all of SCORED_SHAPES, or two of them in turn where the kernels are interpreted."""
     dtype, page_size, group_size, head_dim = shape
-    single = scored.endswith("tokens")
-    how = {"chunk_score": "half_codes" if single else scored, "chunk_size": 1 if single else page_size}
-    how["host_dtype"] = "int8" if scored in ("rounded tokens", "key_codes") else "same"
-    config = eager_config(page_size=page_size, budget=0.3, **how)
-    shape = {"head_dim": head_dim, "group_size": group_size, "pages": 60, "host_pages": 40, "dtype": dtype}
-    pool = TinyPool(fresh_generator(), config, **shape)
-    prompt = pool.add_prompt((21 if page_size < 64 else 9) * page_size)
-    pool.compress(prompt)
-    same = check_same_step(pool, [prompt], [prompt], 1, pool.queries(1))
-    assert same or single, "with so few chunks there is no tie"
+    turn = 2 * FEW_SHAPES.index(shape) % len(SCORED_SHAPES) if twin == "triton" else 0
+    for scored in (2 * SCORED_SHAPES)[turn : turn + 2] if twin == "triton" else SCORED_SHAPES:
+        single = scored.endswith("tokens")
+        how = {"chunk_score": "half_codes" if single else scored, "chunk_size": 1 if single else page_size}
+        how["host_dtype"] = "int8" if scored in ("rounded tokens", "key_codes") else "same"
+        config = eager_config(page_size=page_size, budget=0.3, **how)
+        sizes = {"head_dim": head_dim, "group_size": group_size, "pages": 60, "host_pages": 40, "dtype": dtype}
+        pool = TinyPool(fresh_generator(), config, **sizes)
+        prompt = pool.add_prompt((21 if page_size < 64 else 9) * page_size)
+        pool.compress(prompt)
+        same = check_same_step(pool, [prompt], [prompt], 1, pool.queries(1))
+        assert same or single, f"with so few chunks there is no tie; {scored}"
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
@@ -464,8 +470,14 @@ def test_mean_values_in_the_summaries_are_skipped(chunk_score):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("chunk_score", CHUNK_SCORES)
-@pytest.mark.parametrize("broken", [NAN, float("inf"), -float("inf")])
-def test_queries_that_are_no_numbers_leave_the_buffers_sound(twin, broken, chunk_score):
+def test_queries_that_are_no_numbers_leave_the_buffers_sound(twin, chunk_score):
+    """All kinds of them, or one in turn where the kernels are interpreted."""
+    kinds, turn = (NAN, float("inf"), -float("inf")), CHUNK_SCORES.index(chunk_score) % 3
+    for broken in kinds[turn : turn + 1] if twin == "triton" else kinds:
+        check_buffers_after(twin, chunk_score, broken)
+
+
+def check_buffers_after(twin, chunk_score, broken):
     pool, prompts, compressed = mixed_pool(budget=0.3, chunk_score=chunk_score, num_sink_tokens=P, recent_window=P)
     q = pool.queries(4)
     q[..., 1::7] = broken
