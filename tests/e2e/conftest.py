@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks import bench_memory, harness
 from benchmarks.harness import Server, compression_flags, engine_flags, free_port, parallel
 from benchmarks.models.make_models import make_model
+from benchmarks.quality import servers as quality_servers
 from tests.e2e.checks import Reference, assert_healthy
 from tests.e2e.preloaded import PreloadedServer
 from tests.e2e.prompts import Vision
@@ -45,6 +47,15 @@ def make_server(
     env = {**recipe.env, **STRICT_ENV, **(env or {})}
     folder = make_model(model) if isinstance(model, str) else model
     return server_class(folder, [*recipe.flags, *compression, *flags], env, name=name)
+
+
+@pytest.fixture
+def preloaded_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of benchmarks and examples that run in this process are forks, too."""
+    for module in (harness, bench_memory, quality_servers):
+        monkeypatch.setattr(module, "Server", PreloadedServer)
+    for name, value in STRICT_ENV.items():
+        monkeypatch.setenv(name, value)
 
 
 def run_servers(*servers: Server) -> Iterator[list[Server]]:

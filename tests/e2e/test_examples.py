@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +61,11 @@ def test_offline_engine_with_an_own_compressor(tmp_path: Path, vl_model: Path) -
     assert "'compressed': True" in printed
 
 
-def test_case_studies(tmp_path: Path) -> None:
-    run("case_studies/run.py", "--methods", "hybridkv", "--out", str(tmp_path), env=engine_flags("cpu").env)
+@pytest.mark.usefixtures("preloaded_benchmarks")
+def test_case_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--methods", "hybridkv", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(EXAMPLES / "case_studies" / "run.py"), run_name="__main__")
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["stock"] * 4 + ["hybridkv"] * 4
     assert all(row["right"] for row in rows[:4]), rows

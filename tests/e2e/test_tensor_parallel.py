@@ -22,7 +22,7 @@ CORES = {CPU_RANKS: "0|1"}
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    server = make_server(VL, 0.1, None, *TWO_RANKS, *ADMIN, env=CORES, name="ranks", server_class=Server)
+    server = make_server(VL, 0.1, None, *TWO_RANKS, *ADMIN, env=CORES, name="ranks")
     for _ in run_servers(server):
         server.client.headers["authorization"] = f"Bearer {ADMIN[1]}"
         yield server
@@ -98,7 +98,7 @@ def test_both_ranks_change_settings_at_the_same_request(server: Server) -> None:
 
 
 def test_ranks_that_share_one_kv_head() -> None:
-    shared = make_server("tiny-mistral", 1.0, None, *TWO_RANKS, env=CORES, name="shared", server_class=Server)
+    shared = make_server("tiny-mistral", 1.0, None, *TWO_RANKS, env=CORES, name="shared")
     for ours, stock in run_servers(shared, make_server("tiny-mistral")):
         for prompt in (text(7301, 160), text(7302, 2 * CHUNK_TOKENS + 20)):
             answer = ask(ours, prompt)
