@@ -214,9 +214,10 @@ def cases() -> Iterator[Case]:
     for shape in (shape_of(page_size=8), shape_of(torch.float16, head_dim=80), shape_of(head_dim=256, group_size=4)):
         rounded = retrieve_chunks("half_codes", chunk_size=1, host_dtype="int8")
         yield Case("retrieve_chunks int8", shape, rounded, is_gated=True)
-    # With the most images in registers, choosing spills one address, outside its loops.
-    longest = retrieve_chunks("half_codes", chunk_size=1, num_chunks=LONGER)
-    yield Case("retrieve_chunks half_codes, long", shape_of(page_size=8), longest)
+    # The most images in registers; for longer prompts the kernel is the same.
+    for chunk_score, chunk_size in (("half_codes", 1), ("mean_max", None)):  # with and without hysteresis
+        longest = retrieve_chunks(chunk_score, chunk_size=chunk_size, num_chunks=LONGER)
+        yield Case(f"retrieve_chunks {chunk_score}, long", shape_of(page_size=8), longest, is_gated=True)
     # These take more registers than the limit, but do not spill.
     yield Case("retrieve_chunks key_codes", shape_of(group_size=16, page_size=32), codes[1])
     yield Case("retrieve_chunks key_codes", shape_of(torch.float32), codes[1])

@@ -159,7 +159,7 @@ def retrieve_chunks(
         is_dynamic,
         req_rows,
         images,
-        resident,
+        *(resident, resident),
         chosen,
         missing,
         reused,

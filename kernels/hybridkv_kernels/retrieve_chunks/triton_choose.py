@@ -213,6 +213,7 @@ def choose_kernel(
     req_rows,
     image_rows,
     resident_rows,
+    same_resident_rows,
     chosen_rows,
     missing,
     reused,
@@ -233,7 +234,11 @@ def choose_kernel(
     BLOCK: tl.constexpr,
     HAS_HYSTERESIS: tl.constexpr,
 ):
-    """Lists of missing chunks and reused slots of an entry, from its images and its empty resident words."""
+    """Lists of missing chunks and reused slots of an entry, from its images and its empty resident words.
+
+    The resident words are given twice. The compiler does not know that, and keeps no address of them while images fill
+    the registers.
+    """
     entry = tl.program_id(0).to(tl.int64)
     row, head, is_mine = load_entry(req_rows, is_dynamic, layer_idx, L, H)
     if not is_mine:
@@ -253,6 +258,7 @@ def choose_kernel(
     threshold, last = _find_threshold(
         kept, images, resident, num_chunks, num_selected, sinks + recent, hysteresis, KEPT, REST, HAS_HYSTERESIS
     )
+    resident = same_resident_rows + words
     num_missing = _list_missing(
         kept, 0, threshold, last, num_chunks, resident, chosen, missing + lists, tl.full([], 0, tl.int32), KEPT
     )
