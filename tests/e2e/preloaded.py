@@ -19,6 +19,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,8 @@ _MODULES = (
     "sglang.srt.models.registry",
 )
 _PACKAGES = ("sglang.srt.models", "sglang.srt.multimodal.processors")  # SGLang imports all of them, as far as it can
+_READ_BY_EACH_SERVER = ("SGLANG_CPU_OMP_THREADS_BIND",)  # and not when SGLang is imported
+_ONE_AT_A_TIME = threading.Lock()
 _PRELOADED: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}
 _STOP_SECONDS = 20.0
 _ROOT = Path(__file__).parents[2]
@@ -80,25 +83,32 @@ def fork(env: Mapping[str, str], log: Path, function: str, *args: object) -> For
     """
     # PYTEST_CURRENT_TEST would make an environment, and a process that imports SGLang, of every test.
     env = {name: value for name, value in env.items() if not name.startswith("PYTEST_")}
+    late = {name: env.pop(name) for name in _READ_BY_EACH_SERVER if name in env}
+    with _ONE_AT_A_TIME:  # servers that start at once share the process, and its answers come in order
+        process = _preloaded(env)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([str(log), late, function, args]) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+    if not answer:
+        raise ServerError("the process that imports SGLang for others has ended")
+    return ForkedProcess(int(answer))
+
+
+def _preloaded(env: Mapping[str, str]) -> subprocess.Popen[str]:
     key = frozenset(env.items())
     if key not in _PRELOADED:
         command = [sys.executable, "-m", "tests.e2e.preloaded"]
         _PRELOADED[key] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=_ROOT, text=True
         )
-    process = _PRELOADED[key]
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps([str(log), function, args]) + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        raise ServerError("the process that imports SGLang for others has ended")
-    return ForkedProcess(int(answer))
+    return _PRELOADED[key]
 
 
-def _call(log: str, function: str, args: list[object]) -> None:
+def _call(log: str, env: dict[str, str], function: str, args: list[object]) -> None:
     """In a fork: become what was asked for."""
+    os.environ.update(env)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for path, flags, targets in ((os.devnull, os.O_RDONLY, (0,)), (log, os.O_WRONLY | os.O_APPEND, (1, 2))):
         descriptor = os.open(path, flags)
