@@ -22,7 +22,6 @@ CHUNK_TOKENS = 512
 OBSERVED_ROWS = 32  # observation_rows, which a prefix hit leaves to compute
 # Half of the heads of the tiny models are static and half dynamic at this threshold.
 CONFIG = {"min_prompt_tokens": 64, "preset": "paper", "theta": 0.6}
-CPU_RANKS = "SGLANG_CPU_OMP_THREADS_BIND"  # SGLang's CPU engine wants the cores of each rank: "0|1"
 STRICT_ENV = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 
 

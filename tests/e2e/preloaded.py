@@ -36,7 +36,8 @@ _MODULES = (
     "sglang.srt.models.registry",
 )
 _PACKAGES = ("sglang.srt.models", "sglang.srt.multimodal.processors")  # SGLang imports all of them, as far as it can
-_READ_BY_EACH_SERVER = ("SGLANG_CPU_OMP_THREADS_BIND",)  # and not when SGLang is imported
+CPU_RANKS = "SGLANG_CPU_OMP_THREADS_BIND"  # SGLang's CPU engine wants the cores of each rank: "0|1"
+_READ_BY_EACH_SERVER = (CPU_RANKS,)  # and not when SGLang is imported
 _ONE_AT_A_TIME = threading.Lock()
 _PRELOADED: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}
 _STOP_SECONDS = 20.0

@@ -34,7 +34,8 @@ from benchmarks.models.make_models import make_model
 from benchmarks.provenance import run_metadata
 from tests.e2e import planted_faults
 from tests.e2e.checks import Answer, ask, assert_nothing_lost, read_answer, request_body, settle
-from tests.e2e.conftest import CPU_RANKS, VL, make_server
+from tests.e2e.conftest import VL, make_server
+from tests.e2e.preloaded import CPU_RANKS
 from tests.e2e.prompts import Prompt, Vision, text
 
 POOL_TOKENS = 1536

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.quality.cli import main
 from benchmarks.quality.store import read_answers
 
-ASKED = ["--compressors", "hybridkv", "--budgets", "0.1", "--scenes", "coherent", "--contexts", "400", "--n", "2"]
+ASKED = ["--compressors", "hybridkv", "--budgets", "0.1", "--scenes", "coherent", "--contexts", "400", "--n", "3"]
 ASKED += ["--variants", "{}"]
 
 
@@ -30,6 +30,6 @@ def test_answers_in_process_are_those_of_servers(tmp_path: Path) -> None:
     served = answers_of(tmp_path / "served", "--dtype", "float32")
     computed = answers_of(tmp_path / "computed", "--in-process")
     assert served.keys() == computed.keys()
-    assert len(served) == 2 * 2 * 5, "stock and hybridkv, two scenes, five questions each"
+    assert len(served) == 2 * 3 * 5, "stock and hybridkv, three scenes, five questions each"
     differing = {name: (served[name], computed[name]) for name in served if served[name] != computed[name]}
     assert not differing, differing

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.harness import Server, parallel
 from tests.e2e.checks import Reference, ask, assert_compressed, assert_nothing_lost, assert_same, request_body
-from tests.e2e.conftest import CHUNK_TOKENS, CPU_RANKS, VL, make_server, run_servers
+from tests.e2e.conftest import CHUNK_TOKENS, VL, make_server, run_servers
+from tests.e2e.preloaded import CPU_RANKS
 from tests.e2e.prompts import Prompt, Vision, text
 
 pytestmark = pytest.mark.server

@@ -159,7 +159,8 @@ def retrieve_chunks(
         is_dynamic,
         req_rows,
         images,
-        *(resident, resident),
+        resident,
+        resident,  # twice: choose_kernel says why
         chosen,
         missing,
         reused,
